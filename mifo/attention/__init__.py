@@ -1,0 +1,1 @@
+"""Attention control: where the sites are, recording their maps, and bounding them to boxes."""

@@ -1,0 +1,143 @@
+"""Box-bounded attention (Bounded Attention, arXiv 2403.16990, section 4): each asset's tokens and pixels keep to its box.
+
+Knows boxes, token positions and sites. Knows nothing of losses, steps or schedulers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+
+from ..boxes import Layout
+from ..prompts import TokenizedPrompt
+from .sites import Processor, Site, attention_probabilities, attention_sites, use_processors
+
+
+class StopForward(Exception):
+    """Raised inside a forward pass when everything that was asked of it is recorded; the rest would be wasted."""
+
+
+class BoundedAttention:
+    """Masks for every map size, built once each, and the maps that guidance and refinement ask for.
+
+    `subjects` are the layout's assets, in its order. A pass is one of two kinds: a sampling pass runs both halves of
+    classifier-free guidance, unconditional first; a guidance pass (`guiding`) runs the conditional half alone.
+    """
+
+    def __init__(self, prompt: TokenizedPrompt, layout: Layout, latent_size: tuple[int, int], device: torch.device | str):
+        self.prompt, self.layout, self.latent_size, self.device = prompt, layout, latent_size, torch.device(device)
+        self.guiding = False
+        self.halves = 2  # 1 when classifier-free guidance is off and only the conditional half runs
+        self.images = 1
+        self.bounded = True  # False: nothing is masked, boxes only guide
+        self._refined: torch.Tensor | None = None  # (images, subjects, h, w) bool
+        self._masks: dict[tuple, torch.Tensor] = {}
+        self._wanted: dict[str, Site] = {}
+        self._maps: dict[str, torch.Tensor] = {}
+        self._stop_when_complete = False
+
+    # --- subjects' pixels ---
+
+    def subject_masks(self, size: tuple[int, int]) -> torch.Tensor:
+        """Pixels of each subject at a map size: (images or 1, subjects, h*w) bool; from boxes, or refined."""
+        if self._refined is None:
+            boxes = [torch.from_numpy(box.rasterize(*size)) for _, box in self.layout]
+            return torch.stack(boxes)[None].flatten(2).to(self.device)
+        resized = F.interpolate(self._refined.float(), size, mode="bilinear", antialias=True) >= 0.5
+        return resized.flatten(2)
+
+    def refine(self, masks: torch.Tensor) -> None:
+        """From now on (images, subjects, h, w) bool masks stand for the boxes."""
+        self._refined = masks
+        self._masks.clear()
+
+    # --- what may see what ---
+
+    def visible(self, site: Site) -> torch.Tensor | None:
+        """Boolean mask for a site's map, (batch or 1, 1, h*w, keys): True where a query may see a key. Built once.
+
+        None where nothing is masked.
+        """
+        if not self.bounded:
+            return None
+        size = site.map_size(*self.latent_size)
+        key = (site.is_cross, size, self.guiding, self.halves, self.images)
+        if key not in self._masks:
+            self._masks[key] = self._cross_mask(size) if site.is_cross else self._self_mask(size)
+        return self._masks[key]
+
+    def _cross_mask(self, size: tuple[int, int]) -> torch.Tensor:
+        """Conditional half: an asset's token shows to its own box, function words to nobody, the end of the text to
+        subjects only (it sums the subjects up). In guidance the background sees the assets, to be pushed away from them.
+        """
+        subjects = self.subject_masks(size)  # (I, N, h*w)
+        background = ~subjects.any(1)  # (I, h*w)
+        length = len(self.prompt.input_ids)
+        mask = torch.ones((*background.shape, length), dtype=torch.bool, device=self.device)  # (I, h*w, L)
+        mask[..., list(self.prompt.function_positions)] = False
+        for index, (token, _) in enumerate(self.layout):
+            shown = subjects[:, index] | background if self.guiding else subjects[:, index]
+            for position in self.prompt.asset_positions[token]:
+                mask[..., position] = shown
+        if not self.guiding:
+            mask[..., self.prompt.end_position :] = ~background[..., None]
+        mask = mask[:, None].expand(self.images, -1, -1, -1)  # (images, 1, h*w, L)
+        if self.guiding or self.halves == 1:
+            return mask
+        return torch.cat([torch.ones_like(mask), mask])  # the unconditional half sees everything
+
+    def _self_mask(self, size: tuple[int, int]) -> torch.Tensor:
+        """A subject's pixels see their own box and the background; the background sees all. Both halves alike."""
+        subjects = self.subject_masks(size).float()
+        shared = (subjects.transpose(1, 2) @ subjects) > 0  # (I, h*w, h*w)
+        inside = subjects.any(1)
+        mask = (shared | ~inside[:, :, None] | ~inside[:, None, :])[:, None]  # (I, 1, h*w, h*w)
+        if len(mask) == 1:
+            return mask
+        return mask if self.guiding or self.halves == 1 else torch.cat([mask, mask])
+
+    # --- recording ---
+
+    def want(self, sites: Sequence[Site], stop_when_complete: bool = False) -> None:
+        """Keep the maps of `sites` in the next pass, and stop it once all are there if told so."""
+        self._wanted = {s.name: s for s in sites}
+        self._maps, self._stop_when_complete = {}, stop_when_complete
+
+    def take(self) -> dict[str, torch.Tensor]:
+        """Maps by site name, (batch, heads, h*w, keys); recording ends."""
+        maps, self._maps, self._wanted = self._maps, {}, {}
+        return maps
+
+    def wants(self, site: Site) -> bool:
+        return site.name in self._wanted
+
+    def note(self, site: Site, probabilities: torch.Tensor) -> None:
+        self._maps[site.name] = probabilities
+        if self._stop_when_complete and len(self._maps) == len(self._wanted):
+            raise StopForward
+
+
+class _BoundedProcessor(Processor):
+    """Fused attention under the mask; the map itself only where it is wanted."""
+
+    def __init__(self, site: Site, control: BoundedAttention):
+        self.site, self.control = site, control
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        visible = self.control.visible(self.site)
+        if not self.control.wants(self.site):
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)
+        probabilities = attention_probabilities(query, key, scale, visible)
+        self.control.note(self.site, probabilities)
+        return probabilities.to(value.dtype) @ value
+
+
+@contextmanager
+def bound_attention(unet: UNet2DConditionModel, control: BoundedAttention) -> Iterator[BoundedAttention]:
+    """Within the block every attention layer obeys `control`; afterwards the model is as it was."""
+    with use_processors(unet, {s.name: _BoundedProcessor(s, control) for s in attention_sites(unet)}):
+        yield control

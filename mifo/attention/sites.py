@@ -1,0 +1,115 @@
+"""Attention sites of a UNet by module path and map size, and lending processors to them.
+
+Knows module paths and map sizes. Knows nothing of tokens, masks or losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention layer. `name` is its processor's key in `unet.attn_processors`."""
+
+    name: str
+    block: str  # "down_blocks.1", "mid_block" or "up_blocks.0"
+    is_cross: bool
+    halvings: int  # how often the latents were halved where this layer sits
+
+    def map_size(self, latent_height: int, latent_width: int) -> tuple[int, int]:
+        """(height, width) of this site's map for latents of that size; odd sizes round up, as the UNet's strides do."""
+        for _ in range(self.halvings):
+            latent_height, latent_width = (latent_height + 1) // 2, (latent_width + 1) // 2
+        return latent_height, latent_width
+
+
+def attention_sites(unet: UNet2DConditionModel) -> list[Site]:
+    """Every attention site in the order in which a forward pass calls them."""
+    levels = len(unet.config["block_out_channels"])
+    order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+    sites = []
+    for name in unet.attn_processors:
+        parts = name.split(".")
+        if parts[0] == "mid_block":
+            block, halvings = "mid_block", levels - 1
+        else:
+            index = int(parts[1])
+            block, halvings = f"{parts[0]}.{index}", index if parts[0] == "down_blocks" else levels - 1 - index
+        sites.append(Site(name, block, ".attn2." in name, halvings))
+    return sorted(sites, key=lambda s: (order[s.block.split(".")[0]], s.block))
+
+
+def choose_sites(unet: UNet2DConditionModel, blocks: tuple[str, ...], map_sizes: tuple[int, ...],
+                 kinds: tuple[str, ...] = ("cross",)) -> list[Site]:  # fmt: skip
+    """Sites in `blocks` (prefixes such as "up_blocks") whose map has one of `map_sizes` at the model's own resolution.
+
+    Raises ValueError when the model has no such site: a loss over nothing would be silently zero.
+    """
+    native = int(unet.config["sample_size"])
+    chosen = [
+        s
+        for s in attention_sites(unet)
+        if s.block.startswith(blocks)
+        and s.map_size(native, native)[0] in map_sizes
+        and ("cross" if s.is_cross else "self") in kinds
+    ]
+    if not chosen:
+        there = sorted({(s.block, s.map_size(native, native)[0]) for s in attention_sites(unet)})
+        raise ValueError(f"no {'/'.join(kinds)}-attention site in {blocks} with a map of {map_sizes}; the model has {there}")
+    return chosen
+
+
+@contextmanager
+def use_processors(unet: UNet2DConditionModel, processors: Mapping[str, Any]) -> Iterator[None]:
+    """Lends `processors` (by site name) to the model; on leaving, the model has back exactly what it had."""
+    modules = {name: unet.get_submodule(name.removesuffix(".processor")) for name in processors}
+    before = {name: module.processor for name, module in modules.items()}
+    try:
+        for name, module in modules.items():
+            module.processor = processors[name]
+        yield
+    finally:
+        for name, module in modules.items():
+            module.processor = before[name]
+
+
+class Processor:
+    """The parts that every attention processor shares; subclasses say how queries meet keys in `attend`."""
+
+    def __call__(self, attn: Attention, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None,
+                 attention_mask: torch.Tensor | None = None, temb: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
+        """(B, H*W, C) -> (B, H*W, C). Without `encoder_hidden_states` this is self-attention."""
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states  # (B, L, C')
+        if encoder_hidden_states is not None and attn.norm_cross:
+            context = attn.norm_encoder_hidden_states(context)
+        query, key, value = (
+            x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, H*W or L, C / heads)
+            for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
+        )
+        out = self.attend(query, key, value, attn.scale).transpose(1, 2).flatten(2).to(query.dtype)
+        out = attn.to_out[1](attn.to_out[0](out))
+        if attn.residual_connection:
+            out = out + hidden_states
+        return out / attn.rescale_output_factor
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        """(B, heads, H*W, D) x 2 (B, heads, L, D) -> (B, heads, H*W, D). Fused: no map is ever held in memory."""
+        return F.scaled_dot_product_attention(query, key, value, scale=scale)
+
+
+def attention_probabilities(query: torch.Tensor, key: torch.Tensor, scale: float,
+                            visible: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
+    """The map itself, (B, heads, H*W, L), softmax in fp32. `visible` is a boolean mask that broadcasts to it."""
+    scores = (query @ key.transpose(-1, -2)).float() * scale
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    return scores.softmax(-1)

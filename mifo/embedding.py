@@ -1,0 +1,73 @@
+"""The asset tokens' embedding rows: a frozen table and N trainable rows beside it.
+
+Knows token ids and vectors. Knows nothing of prompts or images. The table is never resized, copied or trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import CLIPTextModel
+
+
+class AssetEmbedding(nn.Module):
+    """Looks ids below `first_id` up in the frozen `table`, and `first_id + i` in `rows[i]`.
+
+    `rows` (N, D) stays fp32 whatever the table's dtype: the optimizer and the gradient scaler need it so.
+    """
+
+    def __init__(self, table: nn.Embedding, token_ids: Sequence[int], rows: torch.Tensor):
+        super().__init__()
+        if list(token_ids) != list(range(token_ids[0], token_ids[0] + len(rows))):
+            raise ValueError(f"asset token ids must follow each other, got {list(token_ids)} for {len(rows)} rows")
+        self.first_id = int(token_ids[0])
+        self.rows = nn.Parameter(rows.detach().float().clone())
+        self.table = table.requires_grad_(False)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The frozen table's weight (V, D), where other code looks for a dtype or a device."""
+        return self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """(B, L) -> (B, L, D) in the table's dtype."""
+        is_asset = ids >= self.first_id
+        words = self.table(ids.masked_fill(is_asset, 0))
+        own = self.rows[(ids - self.first_id).clamp(0, len(self.rows) - 1)].to(words.dtype)
+        return torch.where(is_asset[..., None], own, words)
+
+
+@contextmanager
+def use_assets(text_encoder: CLIPTextModel, token_ids: Sequence[int], rows: torch.Tensor) -> Iterator[AssetEmbedding]:
+    """Within the block the text encoder knows the asset tokens; afterwards it is as it was."""
+    table = text_encoder.get_input_embeddings()
+    assert isinstance(table, nn.Embedding), "the text encoder already carries assets"
+    embedding = AssetEmbedding(table, token_ids, rows.to(table.weight.device))
+    text_encoder.set_input_embeddings(embedding)
+    try:
+        yield embedding
+    finally:
+        text_encoder.set_input_embeddings(table)
+
+
+def initial_rows(table: nn.Embedding, tokenizer, words: Sequence[str | None]) -> torch.Tensor:
+    """(N, D) starting rows: the mean of an asset's words where given, else the mean of the vocabulary.
+
+    The vocabulary's mean is the most neutral start: it stands for no thing in particular. Each row gets the table's own
+    length, and a little noise of its own so that assets which start from the same words do not stay the same.
+    """
+    weight = table.weight.detach().float()
+    mean = weight.mean(0)
+    typical_length = weight.norm(dim=1).median()
+    rows = []
+    for index, phrase in enumerate(words):
+        ids = tokenizer(phrase, add_special_tokens=False).input_ids if phrase else []
+        row = weight[ids].mean(0) if ids else mean
+        generator = torch.Generator().manual_seed(index)
+        noise = torch.randn(row.shape, generator=generator).to(row)
+        row = row + 0.05 * typical_length * noise / noise.norm()
+        rows.append(row)
+    return torch.stack(rows)

@@ -1,0 +1,140 @@
+"""Box guidance: moves the latents until each asset's attention lies in its box, and refines the boxes later on.
+
+Knows the control's maps and the losses. Knows nothing of schedulers or prompts' words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from .attention.bounded import BoundedAttention, StopForward
+from .attention.refine import refine_masks
+from .attention.sites import Site, choose_sites
+from .config import GuidanceConfig, RefinementConfig
+from .losses import alpha_schedule, box_guidance_loss
+
+
+def step_size(step: int, config: GuidanceConfig) -> float:
+    """Linear from the first guided step to the last."""
+    progress = step / max(1, config.steps - 1)
+    return config.step_size_start + (config.step_size_end - config.step_size_start) * progress
+
+
+def attention_masses(probabilities: torch.Tensor, subjects: torch.Tensor, contexts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention mass that each subject's context receives from inside its box, and from outside all boxes.
+
+    probabilities (B, heads, h*w, keys); subjects (B or 1, N, h*w) bool; contexts (B or 1, N, keys) bool: the keys that
+    stand for a subject. Returns two (B, N), summed over heads.
+    """
+    received = torch.einsum("bqk,bnk->bnq", probabilities.sum(1), contexts.to(probabilities).expand(len(probabilities), -1, -1))
+    background = ~subjects.any(1, keepdim=True)
+    return (received * subjects).sum(-1), (received * background).sum(-1)
+
+
+@dataclass
+class LatentGuidance:
+    """`guide` is the before-step hook of the denoising loop. The UNet must be under `bound_attention(unet, control)`."""
+
+    unet: UNet2DConditionModel
+    control: BoundedAttention
+    config: GuidanceConfig
+    states: torch.Tensor
+    """(1, L, D) the prompt's encoder hidden states"""
+
+    def __post_init__(self) -> None:
+        self.sites = choose_sites(self.unet, self.config.blocks, self.config.map_sizes, ("cross", "self"))
+        self.history: list[tuple[int, int, float]] = []  # (step, iteration, mean normalized loss)
+
+    def guide(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w) -> (B, C, h, w). Each picture stops by itself, so a batch equals its pictures one by one."""
+        if not self.config.enabled or step >= self.config.steps:
+            return latents
+        for iteration in range(self.config.max_iterations):
+            latents = latents.detach().requires_grad_(True)
+            losses = self.losses(step, timestep, latents)  # (B,)
+            normalized = losses.detach() / len(self.control.layout)
+            self.history.append((step, iteration, float(normalized.mean())))
+            active = normalized >= self.config.loss_threshold
+            if not active.any():
+                break
+            (gradient,) = torch.autograd.grad(losses.sum(), latents)
+            latents = latents - step_size(step, self.config) * gradient * active[:, None, None, None]
+        return latents.detach()
+
+    def losses(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """(B,) guidance loss of each picture. Only the conditional half runs, and only up to the last supervised site."""
+        self.control.guiding = True
+        self.control.images = len(latents)
+        self.control.want(self.sites, stop_when_complete=True)
+        try:
+            with torch.enable_grad():
+                self.unet(latents.to(self.unet.dtype), timestep, self.states.expand(len(latents), -1, -1))
+        except StopForward:
+            pass
+        finally:
+            self.control.guiding = False
+        maps = self.control.take()
+        alpha = alpha_schedule(step, self.config.steps)
+        cross = self._kind_loss(maps, [s for s in self.sites if s.is_cross], alpha)
+        own = self._kind_loss(maps, [s for s in self.sites if not s.is_cross], alpha)
+        return self.config.cross_weight * cross + self.config.self_weight * own
+
+    def _kind_loss(self, maps: dict[str, torch.Tensor], sites: list[Site], alpha: float) -> torch.Tensor:
+        masses = []
+        for site in sites:
+            subjects = self.control.subject_masks(site.map_size(*self.control.latent_size))
+            contexts = self._context_tokens() if site.is_cross else subjects
+            masses.append(torch.stack(attention_masses(maps[site.name], subjects, contexts)))
+        foreground, background = torch.stack(masses).mean(0)  # each (B, N), averaged over layers
+        return box_guidance_loss(foreground, background, alpha)
+
+    def _context_tokens(self) -> torch.Tensor:
+        """(1, N, L) bool: a subject's own token and the end of the text."""
+        prompt = self.control.prompt
+        contexts = torch.zeros((1, len(self.control.layout), len(prompt.input_ids)), dtype=torch.bool, device=self.control.device)
+        contexts[..., prompt.end_position] = True
+        for index, (token, _) in enumerate(self.control.layout):
+            contexts[0, index, list(prompt.asset_positions[token])] = True
+        return contexts
+
+
+@dataclass
+class MaskRefinement:
+    """Asks a sampling pass for its maps every few steps after guidance, and tightens the subjects' masks with them."""
+
+    unet: UNet2DConditionModel
+    control: BoundedAttention
+    config: RefinementConfig
+    first_step: int
+
+    def __post_init__(self) -> None:
+        self.self_sites = choose_sites(self.unet, self.config.blocks, self.config.map_sizes, ("self",))
+        self.cross_sites = choose_sites(self.unet, self.config.blocks, self.config.map_sizes, ("cross",))
+
+    def _is_due(self, step: int) -> bool:
+        late = step - self.first_step
+        return self.config.enabled and late >= 0 and late % self.config.every_steps == 0
+
+    def before(self, step: int) -> None:
+        if self._is_due(step):
+            self.control.want([*self.self_sites, *self.cross_sites])
+
+    def after(self, step: int) -> None:
+        if not self._is_due(step):
+            return
+        maps = self.control.take()
+        images = self.control.images
+        size = self.self_sites[0].map_size(*self.control.latent_size)
+        conditional = slice(-images, None)  # the conditional half stands last
+        own = torch.stack([maps[s.name][conditional].mean(1) for s in self.self_sites]).mean(0)  # (I, h*w, h*w)
+        cross = torch.stack([maps[s.name][conditional].mean(1) for s in self.cross_sites]).mean(0)  # (I, h*w, L)
+        present = self.control.subject_masks(size).expand(images, -1, -1)
+        refined = []
+        for image in range(images):
+            tokens = [cross[image][:, list(self.control.prompt.asset_positions[t])].mean(1) for t, _ in self.control.layout]
+            refined.append(refine_masks(own[image], torch.stack(tokens), present[image],
+                                        self.config.clusters_per_box, self.config.min_cover))  # fmt: skip
+        self.control.refine(torch.stack(refined).unflatten(-1, size))

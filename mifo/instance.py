@@ -1,0 +1,344 @@
+"""An instance folder, read and checked: one image and one mask for each asset in it.
+
+    folder/ img.jpg, mask0.png, mask1.png, ..., words.txt (optional)  ->  Instance  ->  FittedInstance
+
+Knows files and pixels; neither models nor training.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, ImageStat, UnidentifiedImageError
+
+from .errors import InputError
+from .prompts import asset_token, check_characters
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_NAMES = "img.jpg, img.jpeg, img.png or img.webp"
+# Only formats that PIL decodes by itself; among the others is EPS, which runs Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+MIN_SIDE = 16
+MAX_MEGAPIXELS = 100
+MAX_WORDS_BYTES = 1 << 16
+MAX_OVERLAP = 0.5
+MASK_PATTERN = re.compile(r"mask([0-9]+)\.png", re.IGNORECASE)
+LOOSE_MASK_PATTERN = re.compile(r"mask.*\.(png|jpe?g|webp|gif|bmp|tiff?)", re.IGNORECASE)
+# What PIL's decoders raise for damaged files, beside its own UnidentifiedImageError (an OSError).
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, struct.error)
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One image and its assets. Asset i has masks[i], words[i] and the token `<asset{i}>`."""
+
+    name: str
+    image: Image.Image
+    """RGB, upright."""
+    masks: tuple[Image.Image, ...]
+    """L, 0 or 255 (the asset), the image's size."""
+    words: tuple[str, ...] | None
+    source: Path
+    """The folder."""
+    warnings: tuple[str, ...] = ()
+    """What looks wrong but can be used."""
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        return tuple(asset_token(i) for i in range(self.count))
+
+    @property
+    def count(self) -> int:
+        return len(self.masks)
+
+
+@dataclass(frozen=True)
+class FittedInstance:
+    """An instance at the model's resolution: all squares of `resolution` pixels."""
+
+    image: Image.Image
+    """RGB; the padding has the image's mean colour."""
+    masks: tuple[Image.Image, ...]
+    """L, 0 or 255; 0 in the padding."""
+    valid: Image.Image
+    """L, 255 on the image and 0 in the padding."""
+
+
+def load_instance(folder: Path) -> Instance:
+    """Reads and checks an instance folder. Raises InputError for whatever is wrong with it."""
+    names = _list_folder(folder)
+    image_path = folder / _find_image(folder, names)
+    mask_paths = [folder / name for name in _find_masks(folder, names)]
+    image, sideways = _load_image(image_path)
+    if min(image.size) < MIN_SIDE:
+        raise InputError(
+            f"{image_path} is {_size(image)} pixels, but each side needs at least {MIN_SIDE}; use a larger image."
+        )
+    masks = [_load_mask(path, image, image_path.name, sideways) for path in mask_paths]
+    return Instance(
+        name=folder.resolve().name,
+        image=image,
+        masks=tuple(Image.fromarray(mask.astype(np.uint8) * 255) for mask in masks),
+        words=_load_words(folder, names, len(masks)),
+        source=folder,
+        warnings=(*_ignored_files(folder, names), *_overlaps(folder, masks)),
+    )
+
+
+def fit(image: Image.Image, resolution: int, fill: int | tuple[int, ...], resample: Image.Resampling) -> Image.Image:
+    """Scales the longer side to `resolution` and pads the shorter one equally on both sides with `fill`.
+
+    Returns an image of the same mode, resolution x resolution.
+    """
+    scale = resolution / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    square = Image.new(image.mode, (resolution, resolution), fill)
+    square.paste(image.resize((width, height), resample), ((resolution - width) // 2, (resolution - height) // 2))
+    return square
+
+
+def fit_instance(instance: Instance, resolution: int) -> FittedInstance:
+    """The instance at `resolution` x `resolution` pixels: scaled and padded, never squashed or cropped.
+
+    Raises InputError if a mask has no pixel left at this size.
+    """
+    mean = tuple(round(channel) for channel in ImageStat.Stat(instance.image).mean)
+    everything = Image.new("L", instance.image.size, 255)
+    return FittedInstance(
+        image=fit(instance.image, resolution, mean, Image.Resampling.LANCZOS),
+        masks=tuple(_fit_mask(instance, i, resolution) for i in range(instance.count)),
+        valid=fit(everything, resolution, 0, Image.Resampling.BOX),
+    )
+
+
+def _fit_mask(instance: Instance, index: int, resolution: int) -> Image.Image:
+    """A pixel is the asset's if at least half of its area is."""
+    mask = instance.masks[index]
+    fitted = fit(mask, resolution, 0, Image.Resampling.BOX).point(lambda value: 255 if value >= 128 else 0)
+    if fitted.getbbox() is None:
+        raise InputError(
+            f"{instance.source / f'mask{index}.png'} covers {np.count_nonzero(np.asarray(mask))} pixels of "
+            f"{_size(mask)} and none at {resolution}x{resolution}, the model's resolution; "
+            "crop the image closer to the assets, or draw the mask larger."
+        )
+    return fitted
+
+
+# Finding the files
+
+
+def _list_folder(folder: Path) -> list[str]:
+    # os.path, because it answers False where Path's own methods raise (a name that is too long, say).
+    if not os.path.isdir(folder):
+        if os.path.exists(folder):
+            raise InputError(f"{folder} is a file; give the folder that holds the image and its masks.")
+        near = _instances_in(folder.parent)
+        raise InputError(
+            f"There is no folder {str(folder)[:300]}; "
+            + (f"instances beside it: {', '.join(near)}." if near else "give a folder with an image and its masks.")
+        )
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise InputError(f"The folder {folder} cannot be read ({error.strerror}); check its permissions.") from None
+
+
+def _instances_in(parent: Path) -> list[str]:
+    try:
+        folders = [entry for entry in sorted(parent.iterdir()) if (entry / "mask0.png").is_file()]
+    except (OSError, ValueError):
+        return []
+    return [str(folder) for folder in folders[:8]]
+
+
+def _find_image(folder: Path, names: list[str]) -> str:
+    found = [name for name in names if _stem(name) == "img" and _suffix(name) in IMAGE_SUFFIXES]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise InputError(f"{folder} has several images ({', '.join(found)}); keep one of them.")
+    others = [name for name in names if _stem(name) == "img" or _suffix(name) in IMAGE_SUFFIXES]
+    others = [name for name in others if not name.lower().startswith("mask")]
+    there = f"it has {', '.join(others[:5])}; save the photo as img.jpg" if others else "put the photo there as img.jpg"
+    raise InputError(f"{folder} has no image ({IMAGE_NAMES}): {there}.")
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0].lower()
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _find_masks(folder: Path, names: list[str]) -> list[str]:
+    """The mask files in the order of their numbers: mask10 after mask9."""
+    numbered = sorted((int(m[1]), name) for name in names if (m := MASK_PATTERN.fullmatch(name)))
+    if not numbered:
+        others = [name for name in names if LOOSE_MASK_PATTERN.fullmatch(name)]
+        there = f" It has {', '.join(others[:5])}; save each as mask<number>.png." if others else ""
+        raise InputError(f"{folder} has no masks: mask0.png, mask1.png, ..., one for each asset.{there}")
+    for expected, (number, name) in enumerate(numbered):
+        if number < expected:
+            raise InputError(f"{folder} has two masks number {number} ({numbered[expected - 1][1]}, {name}); keep one.")
+        if number > expected:
+            raise InputError(f"{folder} has {name} but no mask{expected}.png; number the masks from 0 without gaps.")
+    return [name for _, name in numbered]
+
+
+def _ignored_files(folder: Path, names: list[str]) -> list[str]:
+    ignored = [name for name in names if LOOSE_MASK_PATTERN.fullmatch(name) and not MASK_PATTERN.fullmatch(name)]
+    return [f"{folder / name} is ignored: masks are named mask0.png, mask1.png, ..." for name in ignored]
+
+
+# Reading images
+
+
+def _refuse_file(path: Path, error: BaseException) -> NoReturn:
+    if isinstance(error, UnidentifiedImageError):
+        raise InputError(f"{path} is not an image that can be read; save it again as PNG or JPEG.") from None
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    raise InputError(f"{path} cannot be read ({reason}); it may be damaged or cut short: save it again.") from None
+
+
+def _open(path: Path) -> tuple[Image.Image, bool]:
+    """The file's first frame, upright, in the file's own mode; and whether it was stored lying on its side."""
+    try:
+        with warnings.catch_warnings():  # PIL's own limit is below ours, so its warnings say nothing
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=FORMATS) as image:
+                megapixels = image.width * image.height / 1e6
+                if megapixels <= MAX_MEGAPIXELS:
+                    image.load()
+                    upright = ImageOps.exif_transpose(image)
+                    return upright, upright.size != image.size
+    except Image.DecompressionBombError:
+        megapixels = float("inf")
+    except DECODE_ERRORS as error:
+        _refuse_file(path, error)
+    shown = f"{megapixels:.0f}" if megapixels < float("inf") else "far too many"
+    raise InputError(f"{path} has {shown} megapixels, but at most {MAX_MEGAPIXELS} are read; make it smaller.")
+
+
+def _load_image(path: Path) -> tuple[Image.Image, bool]:
+    image, sideways = _open(path)
+    if image.mode.startswith("I"):
+        return Image.fromarray(_to_8_bit(image)).convert("RGB"), sideways
+    if image.has_transparency_data:
+        colours = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours).convert("RGB"), sideways
+    return image.convert("RGB"), sideways
+
+
+def _to_8_bit(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """16-bit greys, which PIL's own conversion would clip at 255."""
+    greys = np.asarray(image).astype(np.float32).clip(0, 65535)  # (H, W)
+    return np.round(greys / 257).astype(np.uint8)
+
+
+def _load_mask(path: Path, image: Image.Image, image_name: str, sideways: bool) -> BoolArray:
+    """True on the asset, (H, W)."""
+    mask, _ = _open(path)
+    if mask.size != image.size:
+        turned = (
+            f" {image_name} is stored lying on its side and was turned upright, as its EXIF orientation says:"
+            " draw the mask on the upright image."
+        )
+        hint = turned if sideways and mask.size == image.size[::-1] else ""
+        raise InputError(
+            f"{path} is {_size(mask)} but {image_name} is {_size(image)}; save the mask at the image's size.{hint}"
+        )
+    grey = _mask_grey(mask)
+    inside = grey >= 128
+    if not inside.any():
+        raise InputError(
+            f"{path} is empty: its brightest pixel is {grey.max()} of 255; paint the asset white (255) on black."
+        )
+    if inside.all():
+        raise InputError(f"{path} covers the whole image; paint what is not the asset black.")
+    return inside
+
+
+def _mask_grey(mask: Image.Image) -> npt.NDArray[np.uint8]:
+    """0 .. 255, (H, W)."""
+    if mask.mode.startswith("I"):
+        return _to_8_bit(mask)
+    if not mask.has_transparency_data:
+        return np.asarray(mask.convert("RGB").convert("L"))
+    rgba = mask.convert("RGBA")
+    channels = np.asarray(rgba)  # (H, W, 4)
+    varies = channels.min(axis=(0, 1)) != channels.max(axis=(0, 1))  # (4,)
+    if varies[3] and not varies[:3].any():
+        return channels[..., 3]  # one colour throughout: the shape was painted into the transparency
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", mask.size, "black"), rgba).convert("L"))
+
+
+def _size(image: Image.Image) -> str:
+    return f"{image.width}x{image.height}"
+
+
+def _overlaps(folder: Path, masks: list[BoolArray]) -> Iterable[str]:
+    areas = [int(mask.sum()) for mask in masks]
+    for i, j in combinations(range(len(masks)), 2):
+        share = int((masks[i] & masks[j]).sum()) / min(areas[i], areas[j])
+        if share > MAX_OVERLAP:
+            yield (
+                f"In {folder}, mask{i}.png and mask{j}.png share {share:.0%} of the smaller one; "
+                "the two assets will be hard to tell apart."
+            )
+
+
+# Reading words
+
+
+def _load_words(folder: Path, names: list[str], count: int) -> tuple[str, ...] | None:
+    """One word or phrase for each mask, or None without a words.txt."""
+    name = next((name for name in names if name.lower() == "words.txt"), None)
+    if name is None:
+        return None
+    path = folder / name
+    words = _read_lines(path)
+    for number, word in enumerate(words, 1):
+        if not word:
+            raise InputError(f"{path}: line {number} is empty; write one word or phrase for each mask.")
+        check_characters(word, f"{path}: line {number}")
+    if len(words) != count:
+        raise InputError(f"{path} has {len(words)} lines but there are {count} masks; write one line for each mask.")
+    return tuple(words)
+
+
+def _read_lines(path: Path) -> list[str]:
+    """Stripped lines, without the empty ones at the end."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_WORDS_BYTES + 1)
+        text = content.decode("utf-8-sig").rstrip()
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text; save the file as UTF-8.") from None
+    except OSError as error:
+        _refuse_file(path, error)
+    if len(content) > MAX_WORDS_BYTES:
+        raise InputError(f"{path} is larger than {MAX_WORDS_BYTES >> 10} KiB; write one short phrase for each mask.")
+    return [line.strip() for line in text.replace("\r\n", "\n").split("\n")] if text else []
+
+
+def load_image(path: Path) -> Image.Image:
+    """Any picture that can be read, upright and RGB, with the same checks as an instance's image.
+
+    Raises InputError when there is none, or it is damaged or too large.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"There is no picture {str(path)[:300]}; give the path of a JPEG, PNG or WebP file.")
+    return _load_image(path)[0]

@@ -1,0 +1,312 @@
+"""Learning: one image and its masks -> N embedding rows and one LoRA, in two phases (MIFO, arXiv 2511.00542, section 3).
+
+Knows instances, the base model, losses and bundles. Knows nothing of boxes or of how the assets will be placed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers.optimization import get_cosine_with_hard_restarts_schedule_with_warmup, get_constant_schedule_with_warmup
+from peft import PeftModel
+
+from .attention.record import AttentionRecorder, record_attention, token_maps
+from .attention.sites import Site, choose_sites
+from .base_model import BaseModel
+from .bundle import Bundle, add_adapters, save_bundle
+from .config import AttentionTerms, EmbeddingPhase, LearnConfig, LoraPhase
+from .dataset import Batch, InstanceData
+from .embedding import AssetEmbedding, initial_rows, use_assets
+from .errors import InputError
+from .instance import Instance, fit_instance
+from .learn_report import attention_shares, environment, snapshot_maps, write_attention_sheet, write_preview
+from .losses import masked_diffusion_loss, match_loss, penalty_loss, reward_loss, separation_loss
+from .memory import peak_gib
+from .prior import PriorData, make_prior
+from .prompts import add_asset_tokens, asset_token, join_assets, tokenize_prompt
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a progress bar needs to know after each step."""
+
+    phase: str
+    """'prior', 'embedding' or 'lora'"""
+    step: int
+    total: int
+    losses: dict[str, float] = field(default_factory=dict)
+
+
+Report = Callable[[Progress], None]
+
+
+@dataclass
+class StepLosses:
+    """The parts of one step's loss, weighted as they are added up."""
+
+    diffusion: torch.Tensor
+    attention: torch.Tensor
+    prior: torch.Tensor
+
+    @property
+    def total(self) -> torch.Tensor:
+        return self.diffusion + self.attention + self.prior
+
+    def as_floats(self) -> dict[str, float]:
+        return {k: float(getattr(self, k).detach()) for k in ("diffusion", "attention", "prior")}
+
+
+def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path, report: Report = lambda _: None,
+          initializer_words: Sequence[str | None] | None = None) -> Bundle:  # fmt: skip
+    """Learns `instance` on `base` and writes the bundle to `folder`. The base model is handed back as it was.
+
+    Raises InputError for input that cannot be learned from (too many assets for a prompt, masks that vanish).
+    """
+    started = time.monotonic()
+    accelerator = Accelerator(cpu=base.device.type == "cpu", mixed_precision=config.mixed_precision)
+    data = InstanceData(fit_instance(instance, config.resolution or base.resolution), base)
+    prior = _draw_prior(base, config, folder.parent / ".prior", report)
+    tokens = instance.tokens
+    known = base.tokenizer.get_added_vocab()
+    add_asset_tokens(base.tokenizer, [t for t in tokens if t not in known])
+    ids = [base.tokenizer.get_added_vocab()[t] for t in tokens]
+    _check_longest_prompt(base, tokens)
+    words = initializer_words or [None] * instance.count
+    rows = initial_rows(base.text_encoder.get_input_embeddings(), base.tokenizer, words)
+    with use_assets(base.text_encoder, ids, rows) as embedding:
+        learner = Learner(base, data, config, embedding, accelerator, prior)
+        learner.train_rows(report)
+        with lend_adapters(base, config.lora) as adapters:
+            learner.train_adapters(adapters, report)
+            shares = attention_shares(base, data, tokens, config.lora.attention)
+            facts = {
+                "seconds": round(time.monotonic() - started, 1),
+                "peak_gib": round(peak_gib(base.device), 3),
+                "attention_inside_mask": {t: round(s, 4) for t, s in zip(tokens, shares, strict=True)},
+                "losses": learner.curve,
+                "adapters": sorted(adapters),
+                **environment(),
+            }
+
+            def write_pictures(target: Path) -> None:
+                write_preview(target / "preview.png", instance, base, tokens, config.seed)
+                write_attention_sheet(target / "attention.png", learner.snapshots, instance, tokens)
+
+            return save_bundle(folder, base, tokens, instance.words, embedding.rows, adapters, config, facts, write_pictures)
+
+
+@contextmanager
+def lend_adapters(base: BaseModel, phase: LoraPhase) -> Iterator[dict[str, PeftModel]]:
+    """LoRA in the base model's modules for as long as the block lasts; none when phase 2 is switched off."""
+    adapters = add_adapters(base, phase.rank, phase.text_encoder) if phase.train_steps else {}
+    try:
+        yield adapters
+    finally:
+        for adapter in adapters.values():
+            adapter.unload()
+
+
+def _draw_prior(base: BaseModel, config: LearnConfig, cache: Path, report: Report) -> PriorData | None:
+    if not config.prior.enabled or not config.lora.train_steps:
+        return None
+    resolution = config.resolution or base.resolution
+    return make_prior(base, config.prior, resolution, config.seed, cache, lambda k, n: report(Progress("prior", k, n)))
+
+
+def _check_longest_prompt(base: BaseModel, tokens: Sequence[str]) -> None:
+    try:
+        tokenize_prompt(base.tokenizer, join_assets(list(tokens)), tokens)
+    except InputError as error:
+        raise InputError(f"{len(tokens)} assets are more than one prompt can hold: {error}; use fewer masks") from None
+
+
+class Learner:
+    """Both phases' shared parts: the step, its losses, and what is kept to be shown."""
+
+    def __init__(self, base: BaseModel, data: InstanceData, config: LearnConfig, embedding: AssetEmbedding,
+                 accelerator: Accelerator, prior: PriorData | None):  # fmt: skip
+        self.base, self.data, self.config = base, data, config
+        self.embedding, self.accelerator, self.prior = embedding, accelerator, prior
+        self.rng = np.random.default_rng(config.seed)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.curve: list[dict[str, float]] = []
+        self.snapshots: list[tuple[str, torch.Tensor]] = []
+        if config.gradient_checkpointing:
+            base.unet.enable_gradient_checkpointing()
+
+    # --- phases ---
+
+    def train_rows(self, report: Report) -> None:
+        phase = self.config.embedding
+        groups = [{"params": [self.embedding.rows], "lr": phase.learning_rate}]
+        optimizer = torch.optim.AdamW(groups, betas=self.config.adam_betas, weight_decay=self.config.weight_decay)
+        self._run("embedding", phase, optimizer, None, report)
+
+    def train_adapters(self, adapters: dict[str, PeftModel], report: Report) -> None:
+        phase = self.config.lora
+        if not phase.train_steps:
+            return
+        weights = [p for a in adapters.values() for p in a.parameters() if p.requires_grad and p is not self.embedding.rows]
+        self.embedding.rows.requires_grad_(True)  # freezing the base for LoRA froze the rows with it
+        groups = [
+            {"params": weights, "lr": phase.learning_rate},
+            {"params": [self.embedding.rows], "lr": phase.row_learning_rate},
+        ]
+        optimizer = make_optimizer(groups, self.config, phase.use_8bit_adam)
+        self._run("lora", phase, optimizer, self.prior, report)
+
+    def _run(self, name: str, phase: EmbeddingPhase | LoraPhase, optimizer: torch.optim.Optimizer, prior: PriorData | None,
+             report: Report) -> None:  # fmt: skip
+        sites = choose_sites(self.base.unet, phase.attention.blocks, phase.attention.map_sizes)
+        optimizer = self.accelerator.prepare(optimizer)
+        scheduler = make_lr_schedule(optimizer, phase)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.base.unet.train(self.config.gradient_checkpointing)  # diffusers checkpoints in training mode only
+        with record_attention(self.base.unet, sites) as recorder:
+            for step in range(phase.train_steps):
+                if step % max(1, phase.train_steps // 3) == 0:
+                    self._keep_snapshot(f"{name} {step}", phase.attention)
+                losses = self._losses(phase, step, sites, recorder, prior)
+                self.accelerator.backward(losses.total)
+                self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad(set_to_none=True)
+                parts = losses.as_floats()
+                _refuse_nonfinite(parts, name, step)
+                if step % 10 == 0:
+                    self.curve.append({"phase": name, "step": step, **{k: round(v, 6) for k, v in parts.items()}})  # type: ignore[dict-item]
+                report(Progress(name, step + 1, phase.train_steps, parts))
+        self.base.unet.eval()
+        self._keep_snapshot(f"{name} {phase.train_steps}", phase.attention)
+
+    def _keep_snapshot(self, label: str, terms: AttentionTerms) -> None:
+        tokens = [asset_token(i) for i in range(self.data.count)]
+        self.snapshots.append((label, snapshot_maps(self.base, self.data, tokens, terms)))
+
+    # --- one step ---
+
+    def _losses(self, phase: EmbeddingPhase | LoraPhase, step: int, sites: Sequence[Site], recorder: AttentionRecorder,
+                prior: PriorData | None) -> StepLosses:  # fmt: skip
+        config = self.config
+        batch = self.data.sample(self.rng, self.generator, phase.draws, config.union_sampling, config.flip_probability)
+        prompts, latents = [batch.prompt], batch.latents
+        if prior is not None:
+            prior_prompt, prior_latents = prior.pick(step)
+            prompts, latents = [prior_prompt, batch.prompt], torch.cat([prior_latents, latents])
+        tokenized = [tokenize_prompt(self.base.tokenizer, p, _assets_of(p, batch)) for p in prompts]
+        timesteps = torch.randint(0, int(self.base.scheduler.config["num_train_timesteps"]), (len(latents),),
+                                  generator=self.generator).to(latents.device)  # fmt: skip
+        noise = torch.randn(latents.shape, generator=self.generator).to(latents)
+        noisy = self.base.scheduler.add_noise(latents, noise, timesteps)
+        recorder.open()
+        with self.accelerator.autocast():
+            states = self.base.encode_prompt(torch.tensor([t.input_ids for t in tokenized]))  # (1 or 2, L, D)
+            states = torch.cat([states[:-1], states[-1:].expand(phase.draws, -1, -1)])
+            prediction = self.base.unet(noisy.to(self.base.dtype), timesteps, states).sample
+        maps = recorder.take()
+        target = diffusion_target(self.base.scheduler, latents, noise, timesteps)
+        own = slice(len(latents) - phase.draws, None)  # the instance's rows stand last
+        diffusion = masked_diffusion_loss(prediction[own], target[own], batch.union_mask, config.masked_loss_by_area)
+        attention = attention_terms(
+            maps, sites, phase.attention, batch, tokenized[-1].asset_positions, timesteps, own.start, step, latents.shape[-2:]
+        )
+        zero = torch.zeros((), device=latents.device)
+        prior_loss = zero if prior is None else config.prior.weight * F.mse_loss(prediction[:1].float(), target[:1])
+        return StepLosses(diffusion, attention, prior_loss)
+
+
+def _assets_of(prompt: str, batch: Batch) -> list[str]:
+    return [asset_token(i) for i in batch.assets] if prompt == batch.prompt else []
+
+
+def _refuse_nonfinite(parts: dict[str, float], phase: str, step: int) -> None:
+    bad = [name for name, value in parts.items() if not np.isfinite(value)]
+    if bad:
+        raise InputError(
+            f"the {' and '.join(bad)} loss is not finite at step {step} of the {phase} phase; lower the learning rate or use "
+            "--mixed-precision no"
+        )
+
+
+def diffusion_target(scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    """What the UNet should predict, by the scheduler's own `prediction_type`: noise, velocity or the clean latents."""
+    kind = scheduler.config["prediction_type"]
+    if kind == "epsilon":
+        return noise
+    if kind == "v_prediction":
+        return scheduler.get_velocity(latents, noise, timesteps)
+    if kind == "sample":
+        return latents
+    raise InputError(f"the base model predicts '{kind}', expected epsilon, v_prediction or sample; use another base model")
+
+
+def attention_terms(maps: dict[str, torch.Tensor], sites: Sequence[Site], terms: AttentionTerms, batch: Batch,
+                    positions: dict[str, tuple[int, ...]], timesteps: torch.Tensor, first_row: int, step: int,
+                    latent_size: tuple[int, int]) -> torch.Tensor:  # fmt: skip
+    """Weighted attention loss of one step: summed over sites and assets, averaged over the draws.
+
+    A draw counts only where its own timestep, the instance's, is below `max_timestep`.
+    """
+    total = torch.zeros((), device=timesteps.device)
+    rows = [row for row in range(first_row, len(timesteps)) if int(timesteps[row]) < terms.max_timestep]
+    if terms.loss == "none":
+        return total
+    for row in rows:
+        by_asset = [token_maps(maps, sites, positions[asset_token(i)], row, latent_size) for i in batch.assets]
+        if terms.average_sites:
+            by_asset = [[_mean_map(found)] for found in by_asset]
+        for found, mask in zip(by_asset, batch.asset_masks, strict=True):
+            for attention in found:
+                resized = F.interpolate(mask[None], attention.shape, mode="bilinear", antialias=True)[0, 0]
+                total = total + _one_term(attention, resized, terms, step)
+        if terms.separation_weight:
+            for at_site in zip(*by_asset, strict=True):
+                total = total + terms.separation_weight * separation_loss(at_site)
+    return total / (len(timesteps) - first_row)
+
+
+def _mean_map(maps: list[torch.Tensor]) -> torch.Tensor:
+    """One map from several sites', at the largest one's size."""
+    size = max(m.shape for m in maps)
+    return torch.stack([F.interpolate(m[None, None], size, mode="bilinear")[0, 0] for m in maps]).mean(0)
+
+
+def _one_term(attention: torch.Tensor, mask: torch.Tensor, terms: AttentionTerms, step: int) -> torch.Tensor:
+    if terms.loss == "match":
+        return terms.penalty_weight * match_loss(attention, mask)
+    if step < terms.reward_steps:
+        return terms.reward_weight * reward_loss(attention, mask)
+    return terms.penalty_weight * penalty_loss(attention, mask)
+
+
+# --- optimizers ---------------------------------------------------------------------------------
+
+
+def make_optimizer(groups: list[dict[str, Any]], config: LearnConfig, use_8bit: bool) -> torch.optim.Optimizer:
+    """8-bit AdamW by bitsandbytes where it runs; torch's AdamW otherwise."""
+    options = {"betas": config.adam_betas, "weight_decay": config.weight_decay}
+    if use_8bit:
+        try:
+            from bitsandbytes.optim import AdamW8bit
+
+            return AdamW8bit(groups, **options)
+        except (ImportError, RuntimeError, OSError):
+            pass  # no build for this platform: the fallback learns the same, with larger optimizer states
+    return torch.optim.AdamW(groups, **options)
+
+
+def make_lr_schedule(optimizer: Any, phase: EmbeddingPhase | LoraPhase) -> Any:
+    """Phase 1: warm-up and cosine with restarts. Phase 2: constant."""
+    if isinstance(phase, EmbeddingPhase) and phase.cosine_restarts:
+        return get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, phase.warmup_steps, phase.train_steps, 1)
+    return get_constant_schedule_with_warmup(optimizer, getattr(phase, "warmup_steps", 0))

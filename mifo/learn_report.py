@@ -1,0 +1,120 @@
+"""What `learn` shows: attention maps over training, attention inside the masks, preview pictures, versions.
+
+Knows pictures and maps. Knows nothing of optimizers.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from .attention.record import record_attention, token_maps
+from .attention.sites import choose_sites
+from .base_model import BaseModel
+from .config import AttentionTerms, synthesis_preset
+from .dataset import InstanceData
+from .denoise import denoise, initial_latents, make_scheduler
+from .instance import Instance
+from .pictures import ASSET_COLORS, caption_below, grid, outline, to_images
+from .prompts import join_assets, tokenize_prompt
+
+PROBE_TIMESTEPS = (100, 250, 400)  # below 500, where the attention terms apply
+PREVIEW_STEPS = 20
+
+
+def environment() -> dict[str, Any]:
+    """Versions of what the result depends on."""
+    packages = ("torch", "diffusers", "peft", "transformers", "accelerate", "bitsandbytes")
+    return {"versions": {"python": platform.python_version(), **{p: _version(p) for p in packages}}}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@torch.no_grad()
+def snapshot_maps(base: BaseModel, data: InstanceData, tokens: Sequence[str], terms: AttentionTerms) -> torch.Tensor:
+    """Where each asset's token looks in the learned picture itself: (N, h, w), mean over sites and probe timesteps.
+
+    Maps of all supervised sites at the largest supervised size; fixed noise, so that snapshots can be compared.
+    """
+    sites = choose_sites(base.unet, terms.blocks, terms.map_sizes)
+    prompt = tokenize_prompt(base.tokenizer, join_assets(list(tokens)), tokens)
+    states = base.encode_prompt(torch.tensor([prompt.input_ids]))
+    mean, _ = data.moments[False]
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)).to(mean)
+    size = mean.shape[-2:]
+    largest = max(s.map_size(*size) for s in sites)
+    total = torch.zeros((len(tokens), *largest), device=mean.device)
+    with record_attention(base.unet, sites) as recorder:
+        for timestep in PROBE_TIMESTEPS:
+            steps = torch.tensor([timestep], device=mean.device)
+            recorder.open()
+            base.unet(base.scheduler.add_noise(mean, noise, steps).to(base.dtype), steps, states)
+            maps = recorder.take()
+            for index, token in enumerate(tokens):
+                for found in token_maps(maps, sites, prompt.asset_positions[token], 0, (size[0], size[1])):
+                    total[index] += F.interpolate(found[None, None].float(), largest, mode="bilinear")[0, 0]
+    return total / (len(sites) * len(PROBE_TIMESTEPS))
+
+
+def attention_shares(base: BaseModel, data: InstanceData, tokens: Sequence[str], terms: AttentionTerms) -> list[float]:
+    """Per asset, the share of its token's attention that falls inside its mask."""
+    maps = snapshot_maps(base, data, tokens, terms)  # (N, h, w)
+    masks = F.interpolate(data.masks[False], maps.shape[-2:], mode="area")[:, 0]
+    return [float((m * k).sum() / m.sum().clamp(min=1e-8)) for m, k in zip(maps, masks, strict=True)]
+
+
+def write_attention_sheet(path: Path, snapshots: Sequence[tuple[str, torch.Tensor]], instance: Instance,
+                          tokens: Sequence[str]) -> None:  # fmt: skip
+    """One row per asset: its mask, then where its token looked as training went on."""
+    side = 128
+    cells = []
+    for index, token in enumerate(tokens):
+        cells.append(caption_below(_outlined(instance, [index]).resize((side, side)), token))
+        for label, maps in snapshots:
+            heat = maps[index] / maps[index].max().clamp(min=1e-8)
+            pixels = Image.fromarray((heat.cpu().numpy() * 255).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+            cells.append(caption_below(Image.merge("RGB", (pixels, pixels.point(lambda v: v * v // 255), pixels.point(lambda v: v // 3))), label))
+    grid(cells, columns=1 + len(snapshots)).save(path)
+
+
+def write_preview(path: Path, instance: Instance, base: BaseModel, tokens: Sequence[str], seed: int) -> None:
+    """The picture with its masks outlined, and one sample per asset."""
+    side = 192
+    cells = [caption_below(_outlined(instance, range(len(tokens))).resize((side, side)), instance.name)]
+    images = sample_prompts(base, [f"a photo of {t}" for t in tokens], tokens, seed)
+    cells += [caption_below(image.resize((side, side), Image.Resampling.NEAREST), t) for image, t in zip(images, tokens, strict=True)]
+    grid(cells, columns=len(cells)).save(path)
+
+
+def sample_prompts(base: BaseModel, prompts: Sequence[str], tokens: Sequence[str], seed: int,
+                   steps: int = PREVIEW_STEPS) -> list[Image.Image]:  # fmt: skip
+    """One plain sample per prompt, as a quick look; no boxes."""
+    side = int(base.unet.config["sample_size"])
+    latents = initial_latents((int(base.unet.config["in_channels"]), side, side), seed, len(prompts), base.device)
+    with torch.no_grad():
+        ids = [tokenize_prompt(base.tokenizer, p, [t for t in tokens if t in p]).input_ids for p in prompts]
+        states = base.encode_prompt(torch.tensor(ids))
+        empty = base.encode_prompt(torch.tensor([tokenize_prompt(base.tokenizer, "", []).input_ids]))
+        scale = synthesis_preset(base.family).guidance_scale
+        latents = denoise(base.unet, make_scheduler("ddim", base.scheduler), latents, states, empty, steps, scale)
+        return to_images(base.decode(latents))
+
+
+def _outlined(instance: Instance, indices: Sequence[int] | range) -> Image.Image:
+    image = instance.image.copy()
+    for index in indices:
+        image = outline(image, instance.masks[index], ASSET_COLORS[index % len(ASSET_COLORS)])
+    return image

@@ -1,0 +1,77 @@
+"""Small drawing helpers for sheets that explain themselves: grids, captions, boxes, outlines.
+
+Knows pixels only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+
+from .boxes import Layout
+
+RGB = tuple[int, int, int]
+ASSET_COLORS: tuple[RGB, ...] = (
+    (230, 57, 70), (29, 120, 220), (42, 157, 80), (244, 162, 20), (150, 70, 200), (20, 180, 190), (240, 100, 170), (120, 90, 60),
+)  # fmt: skip
+PAPER: RGB = (255, 255, 255)
+TEXT: RGB = (40, 40, 48)
+
+
+def to_images(pixels: torch.Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [0, 1] -> RGB images."""
+    arrays = (pixels.float().cpu() * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(a) for a in arrays]
+
+
+def caption_below(image: Image.Image, text: str, size: int = 13) -> Image.Image:
+    """The image on white, its caption centred below, cut to the image's width."""
+    font = ImageFont.load_default(size)
+    while len(text) > 1 and font.getlength(text) > image.width - 2:
+        text = text[:-2].rstrip() + "…"
+    out = Image.new("RGB", (image.width, image.height + size + 7), PAPER)
+    out.paste(image, (0, 0))
+    ImageDraw.Draw(out).text((image.width / 2, image.height + 2), text, TEXT, font, anchor="ma")
+    return out
+
+
+def grid(cells: Sequence[Image.Image], columns: int, gap: int = 6) -> Image.Image:
+    """Cells in rows of `columns`, each cell as large as the largest."""
+    width, height = max(c.width for c in cells), max(c.height for c in cells)
+    rows = math.ceil(len(cells) / columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), PAPER)
+    for k, cell in enumerate(cells):
+        sheet.paste(cell, (gap + (k % columns) * (width + gap), gap + (k // columns) * (height + gap)))
+    return sheet
+
+
+def outline(image: Image.Image, mask: Image.Image, color: RGB) -> Image.Image:
+    """The image with the mask's edge drawn on it; `mask` is mode 'L' of the same size."""
+    width = max(3, 2 * (max(image.size) // 128) + 1)
+    edge = ImageChops.difference(mask.filter(ImageFilter.MaxFilter(width)), mask.filter(ImageFilter.MinFilter(width)))
+    out = image.copy()
+    out.paste(color, (0, 0), edge)
+    return out
+
+
+def draw_boxes(image: Image.Image, layout: Layout) -> Image.Image:
+    """The image with each box and its asset's name."""
+    out = image.convert("RGB")
+    draw = ImageDraw.Draw(out)
+    width = max(2, out.width // 160)
+    font = ImageFont.load_default(max(10, out.width // 20))
+    for index, (token, box) in enumerate(layout):
+        color = ASSET_COLORS[index % len(ASSET_COLORS)]
+        x0, y0, x1, y1 = box.pixels(out.width, out.height)
+        draw.rectangle([x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)], outline=color, width=width)
+        draw.text((x0 + 2 * width, y0 + width), token.strip("<>"), fill=color, font=font, stroke_width=2, stroke_fill=PAPER)
+    return out
+
+
+def enlarge(image: Image.Image, side: int) -> Image.Image:
+    """At least `side` pixels wide: small pictures grow by a whole factor, so that pixels stay sharp."""
+    factor = max(1, round(side / image.width))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

@@ -1,0 +1,184 @@
+"""Synthesis: a prompt, and a box per asset -> pictures (method: MIFO section 3.3, Bounded Attention section 4).
+
+Knows the base model with a bundle attached, prompts and layouts. Knows nothing of learning.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from .attention.bounded import BoundedAttention, bound_attention
+from .attention.sites import attention_sites
+from .base_model import BaseModel
+from .boxes import Layout
+from .bundle import unwritable
+from .config import SynthesisConfig, to_dict
+from .denoise import denoise, initial_latents, make_scheduler
+from .errors import InputError
+from .guidance import LatentGuidance, MaskRefinement
+from .memory import peak_gib
+from .pictures import caption_below, draw_boxes, enlarge, grid, to_images
+from .prompts import TokenizedPrompt, check_prompt, tokenize_prompt
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """Pictures and all that made them. Picture k has seed `seed + k`."""
+
+    images: list[Image.Image]
+    prompt: str
+    layout: Layout | None
+    config: SynthesisConfig
+    seed: int
+    seconds: float
+    peak_gib: float
+    guidance_history: list[tuple[int, int, float]] = field(default_factory=list)
+    """(step, iteration, mean normalized loss)"""
+
+    def recipe(self) -> dict[str, Any]:
+        """Everything needed to make the pictures again."""
+        return {
+            "prompt": self.prompt,
+            "boxes": self.layout.to_json() if self.layout else None,
+            "seed": self.seed,
+            "batch_size": len(self.images),
+            "config": to_dict(self.config),
+        }
+
+
+def synthesize(base: BaseModel, prompt: str, layout: Layout | None, tokens: Sequence[str], config: SynthesisConfig,
+               seed: int = 0, count: int = 1, on_progress: Callable[[int, int], None] | None = None) -> Synthesis:  # fmt: skip
+    """Draws `count` pictures of `prompt`; assets of `layout` stay in their boxes. `tokens`: the assets that exist.
+
+    Raises InputError for a prompt or a size that the model cannot take, or a box that vanishes at its smallest map.
+    """
+    started = time.monotonic()
+    check_prompt(prompt, tokens)
+    latent_size = latent_shape(base, config)
+    assets = [t for t in tokens if t in prompt.lower()]
+    tokenized = tokenize_prompt(base.tokenizer, prompt, assets)
+    negative = tokenize_prompt(base.tokenizer, config.negative_prompt, [])
+    if layout:
+        check_boxes(base, layout, latent_size)
+    with torch.no_grad():
+        states, negative_states = base.encode_prompt(torch.tensor([tokenized.input_ids, negative.input_ids])).chunk(2)
+    channels = int(base.unet.config["in_channels"])
+    latents = initial_latents((channels, *latent_size), seed, count, base.device)
+    scheduler = make_scheduler(config.scheduler, base.scheduler)
+    run = _Run(base, config, tokenized, layout, latent_size, states, count)
+    with bound_attention(base.unet, run.control) if run.control else nullcontext():
+        latents = denoise(base.unet, scheduler, latents, states, negative_states, config.steps, config.guidance_scale,
+                          run.before_step, run.after_step, on_progress)  # fmt: skip
+    with torch.no_grad():
+        images = to_images(base.decode(latents))
+    history = run.guidance.history if run.guidance else []
+    return Synthesis(images, prompt, layout, config, seed, time.monotonic() - started, peak_gib(base.device), history)
+
+
+class _Run:
+    """The hooks of one run: box guidance before a step, mask refinement around it."""
+
+    def __init__(self, base: BaseModel, config: SynthesisConfig, prompt: TokenizedPrompt, layout: Layout | None,
+                 latent_size: tuple[int, int], states: torch.Tensor, count: int):  # fmt: skip
+        self.control: BoundedAttention | None = None
+        self.guidance: LatentGuidance | None = None
+        self.refinement: MaskRefinement | None = None
+        if layout is None or not (config.bounded or config.guidance.enabled):
+            return
+        self.control = BoundedAttention(prompt, layout, latent_size, base.device)
+        self.control.images = count
+        self.control.halves = 1 if config.guidance_scale == 1.0 else 2
+        self.control.bounded = config.bounded
+        self.guidance = LatentGuidance(base.unet, self.control, config.guidance, states)
+        if config.bounded and config.refinement.enabled:
+            self.refinement = MaskRefinement(base.unet, self.control, config.refinement, config.guidance.steps)
+
+    def before_step(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        if self.guidance:
+            latents = self.guidance.guide(step, timestep, latents)
+        if self.refinement:
+            self.refinement.before(step)
+        return latents
+
+    def after_step(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        if self.refinement:
+            self.refinement.after(step)
+        return latents
+
+
+def latent_shape(base: BaseModel, config: SynthesisConfig) -> tuple[int, int]:
+    """(h, w) of the latents. Raises InputError unless width and height are multiples that the UNet can halve and double."""
+    multiple = base.vae_factor * 2 ** (len(base.unet.config["block_out_channels"]) - 1)
+    sides = []
+    for name, value in (("height", config.height), ("width", config.width)):
+        pixels = value if value is not None else base.resolution
+        if pixels < multiple or pixels % multiple:
+            nearest = max(multiple, round(pixels / multiple) * multiple)
+            raise InputError(f"--{name} is {pixels}; {base.name} needs a multiple of {multiple} pixels, such as {nearest}")
+        if pixels > 8 * base.resolution:
+            raise InputError(f"--{name} is {pixels}; {base.name} was trained at {base.resolution} pixels, give at most 8 times that")
+        sides.append(pixels // base.vae_factor)
+    return sides[0], sides[1]
+
+
+def check_boxes(base: BaseModel, layout: Layout, latent_size: tuple[int, int]) -> None:
+    """Raises InputError for a box that has no pixel on the model's smallest attention map."""
+    smallest = min(s.map_size(*latent_size) for s in attention_sites(base.unet))
+    for _, box in layout:
+        box.check_visible(*smallest)
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def save_synthesis(result: Synthesis, output: Path, facts: dict[str, Any] | None = None) -> list[Path]:
+    """PNG per picture (the recipe in its metadata), `contact.png` with the boxes drawn, `synthesis.json`.
+
+    Files are written whole or not at all. Raises InputError when the folder cannot be written.
+    """
+    recipe = {**result.recipe(), **(facts or {})}
+    paths = []
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for k, image in enumerate(result.images):
+            info = PngInfo()
+            info.add_text("mifo", json.dumps({**recipe, "seed": result.seed + k, "batch_size": 1}))
+            paths.append(output / f"{result.seed + k:06d}.png")
+            _write(paths[-1], lambda target, image=image, info=info: image.save(target, "PNG", pnginfo=info))
+        _write(output / "contact.png", lambda target: contact_sheet(result).save(target, "PNG"))
+        record = {**recipe, "images": [p.name for p in paths], "seconds": round(result.seconds, 2),
+                  "peak_gib": round(result.peak_gib, 3), "guidance_history": result.guidance_history}  # fmt: skip
+        _write(output / "synthesis.json", lambda target: target.write_text(json.dumps(record, indent=2) + "\n"))
+    except OSError as error:
+        raise unwritable(output, error) from None
+    return paths
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Atomic: a reader sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def contact_sheet(result: Synthesis) -> Image.Image:
+    """All pictures with their seeds, the boxes drawn over them."""
+    cells = []
+    for k, image in enumerate(result.images):
+        large = enlarge(image, 256)
+        cells.append(caption_below(draw_boxes(large, result.layout) if result.layout else large, f"seed {result.seed + k}"))
+    return grid(cells, columns=min(4, len(cells)))

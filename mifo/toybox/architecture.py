@@ -1,0 +1,94 @@
+"""The toybox base model's shape: small parts of Stable Diffusion's own kinds, and a tokenizer of the world's words.
+
+Knows configurations only; the weights come from scripts/train_toybox.py.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from .draw import COLORS, PATTERNS
+from .world import BACKGROUND_PHRASES, CLASS_NAMES, IMAGE_SIZE
+
+VAE_FACTOR = 4
+LATENT_CHANNELS = 8
+TEXT_WIDTH = 128
+MAX_TOKENS = 40
+EXTRA_WORDS = ("a", "an", "the", "of", "and", "photo", "picture", "toy", "object", "thing", "background", "with", "two",
+               "three", "one", "four", "small", "large", "left", "right")  # fmt: skip
+
+
+def build_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(24, 48, 96), layers_per_block=1, latent_channels=LATENT_CHANNELS, norm_num_groups=8,
+        sample_size=IMAGE_SIZE, scaling_factor=1.0,
+    )  # fmt: skip
+
+
+def build_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=IMAGE_SIZE // VAE_FACTOR, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,
+        block_out_channels=(64, 128), layers_per_block=1, norm_num_groups=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=TEXT_WIDTH, attention_head_dim=(4, 4),
+    )  # fmt: skip
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH, num_hidden_layers=3,
+        num_attention_heads=4, max_position_embeddings=MAX_TOKENS, projection_dim=TEXT_WIDTH, hidden_act="gelu",
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    ))  # fmt: skip
+
+
+def scheduler_config() -> dict[str, Any]:
+    """v-prediction down to pure noise (zero terminal SNR, Lin et al. 2023): flat backgrounds come out flat."""
+    return {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+            "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing",
+            "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 0}  # fmt: skip
+
+
+def build_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Writes vocab.json and merges.txt (CLIP's byte-pair format) and loads them. Each word of the world is one token."""
+    words = list(dict.fromkeys(
+        w for text in (*COLORS, *PATTERNS, *CLASS_NAMES, *BACKGROUND_PHRASES.values(), *EXTRA_WORDS) for w in text.split()
+    ))  # fmt: skip
+    symbols = _byte_symbols()
+    merges: list[tuple[str, str]] = []
+    for word in words:
+        pieces = _segment(word, merges)
+        while len(pieces) > 1:  # join what earlier merges leave apart; later merges never disturb earlier words
+            merges.append((pieces[0], pieces[1]))
+            pieces = _segment(word, merges)
+    tokens = [*symbols, *(s + "</w>" for s in symbols), *(a + b for a, b in merges), "<|startoftext|>", "<|endoftext|>"]
+    vocab = list(dict.fromkeys(tokens))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({s: i for i, s in enumerate(vocab)}, ensure_ascii=False))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges)]) + "\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=MAX_TOKENS,
+                         pad_token="<|endoftext|>")  # fmt: skip
+
+
+def _segment(word: str, merges: list[tuple[str, str]]) -> list[str]:
+    """Byte-pair encoding of one lower-case word: the earliest-learned merge first."""
+    pieces = [*word[:-1], word[-1] + "</w>"]
+    while candidates := [(merges.index(pair), i) for i, pair in enumerate(zip(pieces, pieces[1:], strict=False)) if pair in merges]:
+        _, i = min(candidates)
+        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+    return pieces
+
+
+def _byte_symbols() -> list[str]:
+    """The 256 printable stand-ins for bytes that byte-level BPE uses (Radford et al. 2019)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in printable]
+    codes = {b: b for b in printable} | {b: 256 + k for k, b in enumerate(rest)}
+    return [chr(codes[b]) for b in [*printable, *rest]]

@@ -1,0 +1,423 @@
+"""Trains the toybox base model from nothing: VAE, then text encoder and UNet together.
+
+    python scripts/train_toybox.py --workdir runs/toybox --minutes-vae 12 --minutes-crops 30 --minutes-scenes 60
+
+Stages, each with its own time budget (minutes of training, pauses not counted):
+  vae     AutoencoderKL on random 32x32 crops of drawn scenes
+  crops   UNet + text encoder on close-ups of one object, 8x8 latents (cheap: shape, colour, words)
+  scenes  the same weights on whole scenes, 16x16 latents (placement, several objects, backgrounds)
+  export  EMA weights in fp16 to `--output`, a folder that StableDiffusionPipeline.from_pretrained reads
+
+Resumable: run the same command again. A checkpoint is written every two minutes, atomically.
+`log.jsonl` in the work folder keeps the curves; `samples_*.png` what the model draws.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from mifo.toybox.architecture import VAE_FACTOR, build_text_encoder, build_tokenizer, build_unet, build_vae, scheduler_config
+from mifo.toybox.draw import BACKGROUNDS
+from mifo.toybox.world import IMAGE_SIZE, Scene, compose_caption, draw_scene, random_caption, random_scene, random_thing
+
+TRAIN_SEED = 1_000_000  # scene seeds below this are kept for examples, the judge's test and the benches
+CHECKPOINT_SECONDS = 120
+CAPTIONS_PER_IMAGE = 6
+HELD_OUT = 192  # last rows of each baked set, never trained on
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+def _scene_job(seed: int) -> tuple[np.ndarray, list[str]]:
+    scene = random_scene(seed)
+    rng = np.random.default_rng([seed, 1])
+    return np.asarray(draw_scene(scene).image), [random_caption(scene, rng) for _ in range(CAPTIONS_PER_IMAGE)]
+
+
+def _closeup_job(seed: int) -> tuple[np.ndarray, list[str]]:
+    """A half-size window of a scene that holds one whole object."""
+    rng = np.random.default_rng([seed, 2])
+    thing = random_thing(rng, count=int(rng.choice([2, 3])))
+    scene = Scene((thing,), str(rng.choice(BACKGROUNDS)), seed)
+    drawing = draw_scene(scene)
+    window, grid = IMAGE_SIZE // 2, VAE_FACTOR
+    corner = []
+    for low, high in ((thing.box[0], thing.box[2]), (thing.box[1], thing.box[3])):
+        first = max(0, math.ceil((high * IMAGE_SIZE - window) / grid))
+        last = min((IMAGE_SIZE - window) // grid, math.floor(low * IMAGE_SIZE / grid))
+        corner.append(grid * int(rng.integers(min(first, last), last + 1)))
+    x, y = corner
+    image = drawing.image.crop((x, y, x + window, y + window))
+    return np.asarray(image), [random_caption(scene, rng) for _ in range(CAPTIONS_PER_IMAGE)]
+
+
+def _use_every_core() -> None:
+    """Workers inherit the core that OMP_PROC_BIND tied the parent to."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+
+
+def draw_many(job: Callable, seeds: range, label: str, workers: int) -> tuple[np.ndarray, list[list[str]]]:
+    """Draws in parallel: uint8 images (N, H, W, 3) and their captions."""
+    with ProcessPoolExecutor(workers, initializer=_use_every_core) as pool:
+        rows = list(tqdm(pool.map(job, seeds, chunksize=64), total=len(seeds), desc=label, mininterval=5))
+    return np.stack([r[0] for r in rows]), [r[1] for r in rows]
+
+
+def to_tensor(images: np.ndarray) -> torch.Tensor:
+    """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+# --- running ------------------------------------------------------------------------------------
+
+
+class Stage:
+    """One training stage's clock, checkpoint, learning rate and log."""
+
+    def __init__(self, name: str, workdir: Path, minutes: float, peak_lr: float):
+        self.name, self.workdir, self.budget_s, self.peak_lr = name, workdir, minutes * 60, peak_lr
+        self.path = workdir / f"{name}.pt"
+        self.elapsed_s, self.step, self.samples = 0.0, 0, 0
+        self._saved = time.monotonic()
+        self._losses: list[float] = []
+
+    @property
+    def progress(self) -> float:
+        return min(1.0, self.elapsed_s / self.budget_s) if self.budget_s else 1.0
+
+    def learning_rate(self) -> float:
+        """Linear warm-up over 100 steps, then a cosine over the time budget down to 2 %."""
+        return self.peak_lr * min(1, (self.step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.progress)))
+
+    def resume(self, state: dict[str, torch.nn.Module | torch.optim.Optimizer | EMAModel]) -> bool:
+        if not self.path.exists():
+            return False
+        saved = torch.load(self.path, map_location="cpu", weights_only=False)
+        self.elapsed_s, self.step, self.samples = saved["elapsed_s"], saved["step"], saved["samples"]
+        for name, part in state.items():
+            part.load_state_dict(saved["state"][name])
+        torch.set_rng_state(saved["rng"])
+        return True
+
+    def save(self, state: dict) -> None:
+        saved = {"elapsed_s": self.elapsed_s, "step": self.step, "samples": self.samples, "rng": torch.get_rng_state(),
+                 "state": {name: part.state_dict() for name, part in state.items()}}  # fmt: skip
+        temporary = self.path.with_suffix(".tmp")
+        torch.save(saved, temporary)
+        os.replace(temporary, self.path)
+        self._saved = time.monotonic()
+
+    def run(self, state: dict, step: Callable[[], tuple[torch.Tensor, int]], optimizers: list[torch.optim.Optimizer],
+            after: Callable[[], None] | None = None, on_save: Callable[[], None] | None = None) -> None:  # fmt: skip
+        """Calls `step` (-> loss, samples seen) until the budget is spent."""
+        bar = tqdm(total=round(self.budget_s), initial=round(self.elapsed_s), desc=self.name, unit="s", mininterval=5)
+        while self.elapsed_s < self.budget_s:
+            start = time.monotonic()
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = self.learning_rate() * group.get("lr_scale", 1.0)
+            loss, count = step()
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            if after:
+                after()
+            self.step, self.samples = self.step + 1, self.samples + count
+            self._losses.append(float(loss.detach()))
+            self.elapsed_s += time.monotonic() - start
+            bar.n = round(self.elapsed_s)
+            if self.step % 50 == 0:
+                self._log()
+                bar.set_postfix(step=self.step, loss=f"{np.mean(self._losses[-50:]):.4f}")
+            if time.monotonic() - self._saved > CHECKPOINT_SECONDS:
+                self.save(state)
+                if on_save:
+                    on_save()
+        self.save(state)
+        if on_save:
+            on_save()
+        bar.close()
+
+    def _log(self, **extra: float) -> None:
+        row = {"stage": self.name, "step": self.step, "samples": self.samples, "elapsed_s": round(self.elapsed_s, 1),
+               "loss": round(float(np.mean(self._losses[-50:])), 5), **extra}  # fmt: skip
+        with (self.workdir / "log.jsonl").open("a") as log:
+            log.write(json.dumps(row) + "\n")
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalized by Newton-Schulz (Jordan et al. 2024), scaled to AdamW's step size (Liu et al. 2025).
+
+    For matrices and convolution kernels (flattened to matrices); in fp32 because CPUs without bf16 units are the target.
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(buffer, group["momentum"]).flatten(1)
+                update = orthogonalize(update) * 0.2 * max(update.shape) ** 0.5
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(p), alpha=-group["lr"])
+
+
+def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
+    """Nearest semi-orthogonal matrix, roughly: five quintic Newton-Schulz steps."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.T if tall else matrix) / (matrix.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if tall else x
+
+
+def build_optimizers(modules: list[torch.nn.Module], lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for hidden matrices and kernels, AdamW for the rest (embeddings, norms, biases)."""
+    matrices, rest = [], []
+    for module in modules:
+        for name, p in module.named_parameters():
+            is_matrix = p.ndim >= 2 and "embedding" not in name and "conv_in" not in name and "conv_out" not in name
+            (matrices if is_matrix else rest).append(p)
+    adam = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    return [Muon(matrices, lr=lr), adam]
+
+
+# --- VAE ----------------------------------------------------------------------------------------
+
+
+def train_vae(workdir: Path, minutes: float, images: int, workers: int, device: str) -> AutoencoderKL:
+    vae = build_vae().to(device)
+    stage = Stage("vae", workdir, minutes, peak_lr=2e-3)
+    optimizers = build_optimizers([vae], stage.peak_lr)
+    state = {"vae": vae, **{f"optimizer{i}": o for i, o in enumerate(optimizers)}}
+    stage.resume(state)
+    if stage.progress >= 1:
+        return vae.eval()
+    scenes = draw_many(_scene_job, range(TRAIN_SEED, TRAIN_SEED + images), "drawing for the VAE", workers)[0]
+    held_out = to_tensor(np.stack([_scene_job(i)[0] for i in range(64)])).to(device)
+    crop, batch = IMAGE_SIZE // 2, 16
+
+    def step() -> tuple[torch.Tensor, int]:
+        picks = torch.randint(len(scenes), (batch,)).tolist()
+        corners = torch.randint(0, IMAGE_SIZE - crop + 1, (batch, 2)).tolist()
+        x = to_tensor(np.stack([scenes[i, y : y + crop, x : x + crop] for i, (y, x) in zip(picks, corners, strict=True)]))
+        x = x.to(device)
+        posterior = vae.encode(x).latent_dist
+        decoded = vae.decode(posterior.sample()).sample
+        return reconstruction_loss(decoded, x) + 2e-5 * posterior.kl().mean() / (crop / VAE_FACTOR) ** 2, batch
+
+    def report() -> None:
+        with torch.no_grad():
+            decoded = vae.decode(vae.encode(held_out).latent_dist.mode()).sample
+        psnr = -10 * math.log10(((decoded - held_out) / 2).clamp(-1, 1).pow(2).mean().item())
+        stage._log(psnr_db=round(psnr, 2))
+        save_sheet(workdir / "samples_vae.png", torch.cat([held_out[:16], decoded[:16]]), 8)
+
+    stage.run(state, step, optimizers, on_save=report)
+    return vae.eval()
+
+
+def reconstruction_loss(decoded: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Absolute error of pixels and of their differences along both axes (edges and patterns)."""
+    loss = (decoded - x).abs().mean() + 2 * (decoded - x).pow(2).mean()
+    for dim in (2, 3):
+        loss = loss + 0.5 * (decoded.diff(dim=dim) - x.diff(dim=dim)).abs().mean()
+    return loss
+
+
+def save_sheet(path: Path, images: torch.Tensor, columns: int) -> None:
+    """(N, 3, H, W) in [-1, 1] -> a PNG grid, doubled in size."""
+    pixels = ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    n, h, w, _ = pixels.shape
+    sheet = Image.new("RGB", (columns * (w + 2), math.ceil(n / columns) * (h + 2)))
+    for i, image in enumerate(pixels):
+        sheet.paste(Image.fromarray(image), ((i % columns) * (w + 2), (i // columns) * (h + 2)))
+    sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(path)
+
+
+# --- UNet and text encoder ----------------------------------------------------------------------
+
+
+def normalize_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
+    """Folds a per-channel shift and scale into the VAE's two 1x1 convolutions: latents get mean 0 and deviation 1.
+
+    Exact: decoded pictures stay what they were. `images` (N, 3, H, W) sets the statistics.
+    """
+    with torch.no_grad():
+        latents = vae.encode(images).latent_dist.mode()
+        mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+        n = len(mean)
+        quant, post = vae.quant_conv, vae.post_quant_conv
+        quant.weight[:n] /= std[:, None, None, None]
+        quant.bias[:n] = (quant.bias[:n] - mean) / std
+        quant.bias[n:] -= 2 * std.log()  # the second half is the log variance
+        post.bias += post.weight[:, :, 0, 0] @ mean
+        post.weight *= std[None, :, None, None]
+
+
+@torch.no_grad()
+def bake(vae: AutoencoderKL, job: Callable, seeds: range, path: Path, tokenizer: CLIPTokenizer, workers: int,
+         device: str) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Draws, encodes and caches: latents (N, C, h, w) fp16 and caption tokens (N, CAPTIONS_PER_IMAGE, L) int16."""
+    if not path.exists():
+        latents, tokens = [], []
+        for first in range(seeds.start, seeds.stop, 4096):
+            images, captions = draw_many(job, range(first, min(first + 4096, seeds.stop)), path.stem, workers)
+            for chunk in to_tensor(images).split(128):
+                latents.append(vae.encode(chunk.to(device)).latent_dist.mode().half().cpu())
+            ids = tokenizer([c for row in captions for c in row], padding="max_length", truncation=True).input_ids
+            tokens.append(torch.tensor(ids, dtype=torch.int16).view(len(captions), CAPTIONS_PER_IMAGE, -1))
+        temporary = path.with_suffix(".tmp")
+        torch.save({"latents": torch.cat(latents), "tokens": torch.cat(tokens)}, temporary)
+        os.replace(temporary, path)
+    return torch.load(path)
+
+
+class Denoiser(torch.nn.Module):
+    """Text encoder and UNet as one trainable thing."""
+
+    def __init__(self, tokenizer: CLIPTokenizer):
+        super().__init__()
+        self.text_encoder, self.unet = build_text_encoder(tokenizer), build_unet()
+        self.scheduler = DDIMScheduler(**scheduler_config())
+
+    def loss(self, latents: torch.Tensor, tokens: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        states = self.text_encoder(tokens)[0]  # (B, L, D)
+        target = self.scheduler.get_velocity(latents, noise, timesteps)
+        prediction = self.unet(self.scheduler.add_noise(latents, noise, timesteps), timesteps, states).sample
+        return F.mse_loss(prediction.float(), target)
+
+
+def draw_batch(data: dict[str, torch.Tensor], batch: int, device: str) -> list[torch.Tensor]:
+    """Random latents, one of each one's captions, noise, and timesteps spread evenly over the schedule."""
+    picks = torch.randint(len(data["latents"]) - HELD_OUT, (batch,))
+    captions = torch.randint(CAPTIONS_PER_IMAGE, (batch,))
+    latents = data["latents"][picks].float()
+    timesteps = ((torch.arange(batch) + torch.rand(batch)) / batch * 1000).long().clamp(max=999)
+    parts = [latents, data["tokens"][picks, captions].long(), torch.randn_like(latents), timesteps]
+    return [p.to(device) for p in parts]
+
+
+def fixed_batch(data: dict[str, torch.Tensor], device: str) -> list[torch.Tensor]:
+    """The rows kept out of training, with fixed noise: one curve that runs can be compared by."""
+    latents = data["latents"][-HELD_OUT:].float()
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    parts = [latents, data["tokens"][-HELD_OUT:, 0].long(), noise, torch.linspace(0, 999, HELD_OUT).long()]
+    return [p.to(device) for p in parts]
+
+
+def train_denoiser(name: str, workdir: Path, minutes: float, peak_lr: float, sources: list[tuple[dict, int, float]],
+                   vae: AutoencoderKL, tokenizer: CLIPTokenizer, start_from: Path | None, device: str) -> None:  # fmt: skip
+    """`sources`: (baked data, batch size, share of the steps). Starts from another stage's weights when given."""
+    model = Denoiser(tokenizer).to(device)
+    if start_from:
+        model.load_state_dict(torch.load(start_from, map_location="cpu", weights_only=False)["state"]["model"])
+    ema = EMAModel(model.parameters(), decay=0.997, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    stage = Stage(name, workdir, minutes, peak_lr)
+    optimizers = build_optimizers([model.text_encoder, model.unet], peak_lr)
+    state = {"model": model, "ema": ema, **{f"optimizer{i}": o for i, o in enumerate(optimizers)}}
+    stage.resume(state)
+    ema.to(device)
+    held_out = fixed_batch(sources[-1][0], device)
+    shares = torch.tensor([share for _, _, share in sources])
+    saves = 0
+
+    def step() -> tuple[torch.Tensor, int]:
+        data, batch, _ = sources[int(torch.multinomial(shares, 1))]
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            return model.loss(*draw_batch(data, batch, device)), batch
+
+    def report() -> None:
+        nonlocal saves
+        ema.store(model.parameters())
+        ema.copy_to(model.parameters())
+        with torch.no_grad():
+            stage._log(held_out_loss=round(float(model.loss(*held_out)), 5))
+        if saves % 4 == 0 or stage.progress >= 1:
+            save_sheet(workdir / f"samples_{name}.png", sample_sheet(model, vae, tokenizer, device), 8)
+        saves += 1
+        ema.restore(model.parameters())
+
+    stage.run(state, step, optimizers, after=lambda: ema.step(model.parameters()), on_save=report)
+
+
+def as_pipeline(model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(vae=vae, text_encoder=model.text_encoder, tokenizer=tokenizer, unet=model.unet,
+                                   scheduler=model.scheduler, safety_checker=None, feature_extractor=None,
+                                   requires_safety_checker=False)  # fmt: skip
+
+
+def sample_sheet(model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: str) -> torch.Tensor:
+    """(16, 3, H, W) in [-1, 1]: full captions of held-out scenes with one thing (first row) and two."""
+    prompts = [random_scene(seed, count=1 + seed // 8).caption() for seed in range(16)]
+    pipe = as_pipeline(model, vae, tokenizer).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipe(prompts, num_inference_steps=25, guidance_scale=3.0, output_type="pt", generator=generator).images * 2 - 1
+
+
+def export(workdir: Path, stage: str, vae: AutoencoderKL, tokenizer: CLIPTokenizer, output: Path) -> None:
+    """EMA weights, fp16, in Stable Diffusion's folder layout."""
+    model = Denoiser(tokenizer)
+    ema = EMAModel(model.parameters())
+    ema.load_state_dict(torch.load(workdir / f"{stage}.pt", map_location="cpu", weights_only=False)["state"]["ema"])
+    ema.copy_to(model.parameters())
+    as_pipeline(model, vae.cpu(), tokenizer).to(dtype=torch.float16).save_pretrained(output, safe_serialization=True)
+
+
+def main(
+    workdir: Annotated[Path, typer.Option(help="Checkpoints, baked latents, log, sample sheets.")] = Path("runs/toybox"),
+    output: Annotated[Path, typer.Option(help="Where the finished model is written.")] = Path("mifo/toybox/model"),
+    minutes_vae: float = 11, minutes_crops: float = 25, minutes_scenes: float = 60,
+    learning_rate: Annotated[float, typer.Option(help="Peak, for crops; scenes take 0.7 of it.")] = 2e-3,
+    scenes: Annotated[int, typer.Option(help="Whole scenes drawn (the VAE sees the first 6,000).")] = 40_000,
+    closeups: int = 40_000,
+    batch_crops: int = 48, batch_scenes: int = 24,
+    crop_share: Annotated[float, typer.Option(help="Share of close-up steps in the scenes stage.")] = 0.3,
+    workers: int = 2, device: str = "cpu", seed: int = 0,
+) -> None:  # fmt: skip
+    """Trains the toybox base model. Run it again to go on where it stopped."""
+    torch.manual_seed(seed)
+    workdir.mkdir(parents=True, exist_ok=True)
+    vae = train_vae(workdir, minutes_vae, min(scenes, 6000), workers, device)
+    normalize_latents(vae, to_tensor(np.stack([_scene_job(TRAIN_SEED + i)[0] for i in range(256)])).to(device))
+    tokenizer = build_tokenizer(workdir / "tokenizer")
+    seeds = range(TRAIN_SEED, TRAIN_SEED + closeups)
+    crops = bake(vae, _closeup_job, seeds, workdir / "closeups.latents", tokenizer, workers, device)
+    if minutes_crops:
+        train_denoiser("crops", workdir, minutes_crops, learning_rate, [(crops, batch_crops, 1.0)], vae, tokenizer, None, device)
+    seeds = range(TRAIN_SEED, TRAIN_SEED + scenes)
+    wholes = bake(vae, _scene_job, seeds, workdir / "scenes.latents", tokenizer, workers, device)
+    sources = [(crops, batch_crops, crop_share), (wholes, batch_scenes, 1 - crop_share)]
+    train_denoiser("scenes", workdir, minutes_scenes, 0.7 * learning_rate, sources, vae, tokenizer,
+                   workdir / "crops.pt" if minutes_crops else None, device)  # fmt: skip
+    export(workdir, "scenes", vae, tokenizer, output)
+
+
+if __name__ == "__main__":
+    typer.run(main)
