@@ -74,6 +74,17 @@ class BaseModel:
         """Pixels of the square the model was trained at."""
         return int(self.unet.config["sample_size"]) * self.vae_factor
 
+    def check_side(self, name: str, pixels: int) -> None:
+        """Raises InputError unless pictures of this side fit: a multiple that the UNet can halve and double, not too large."""
+        multiple = self.vae_factor * 2 ** (len(self.unet.config["block_out_channels"]) - 1)
+        if pixels < multiple or pixels % multiple:
+            nearest = max(multiple, round(pixels / multiple) * multiple)
+            raise InputError(f"{name} is {pixels}; {self.name} needs a multiple of {multiple} pixels, such as {nearest}")
+        if pixels > 8 * self.resolution:
+            raise InputError(
+                f"{name} is {pixels}; {self.name} was trained at {self.resolution} pixels, give at most {8 * self.resolution}"
+            )
+
     def encode_prompt(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(B, L) token ids -> (B, L, D) in the model's dtype."""
         return self.text_encoder(input_ids.to(self.device))[0]
@@ -154,7 +165,10 @@ def _check_layout(folder: Path, name: str) -> None:
         )
     index = folder / "model_index.json"
     if index.exists():
-        kind = json.loads(index.read_text()).get("_class_name", "")
+        try:
+            kind = str(json.loads(index.read_text())["_class_name"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            raise InputError(f"{index} cannot be read; fetch or copy the base model again") from None
         if "XL" in kind or "3" in kind:
             raise InputError(f"'{name}' is a {kind}; this version works with Stable Diffusion 1.x and 2.x models")
 

@@ -7,23 +7,20 @@ Knows files and adapters. Knows nothing of how they were learned or what they wi
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -31,11 +28,13 @@ from .base_model import BaseModel
 from .config import LearnConfig, from_dict, to_dict
 from .embedding import use_assets
 from .errors import InputError
-from .prompts import add_asset_tokens
+from .files import replace_folder
+from .prompts import add_asset_tokens, asset_token
 
 SCHEMA = 1
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+TARGETS = (sorted(UNET_TARGETS), sorted(TEXT_TARGETS))
 ADAPTERS = ("unet_lora", "text_lora")
 
 
@@ -46,6 +45,8 @@ class Bundle:
     name: str
     folder: Path
     base_name: str
+    base_source: str
+    """Hub id or folder that the base model came from."""
     base_fingerprint: str
     tokens: tuple[str, ...]
     words: tuple[str, ...] | None
@@ -78,27 +79,61 @@ def attach(base: BaseModel, bundle: Bundle, lora_scale: float = 1.0) -> Iterator
     """Lends the bundle's assets and adapters to the base model; afterwards the weights are as they were.
 
     The asset tokens stay in the tokenizer, where they do no harm. Raises InputError when the bundle was learned on another
-    base model.
+    base model, or does not fit it.
     """
     check_base(base, bundle)
+    width = base.text_encoder.config.hidden_size
+    if bundle.rows.shape[1] != width:
+        raise InputError(
+            f"{bundle.folder / 'assets.safetensors'} has rows of {bundle.rows.shape[1]} numbers, but the base model "
+            f"{base.name} takes {width}; learn the bundle again"
+        )
     known = base.tokenizer.get_added_vocab()
-    new = [t for t in bundle.tokens if t not in known]
-    if new:
-        add_asset_tokens(base.tokenizer, new)
+    add_asset_tokens(base.tokenizer, [t for t in bundle.tokens if t not in known])
     ids = [base.tokenizer.get_added_vocab()[t] for t in bundle.tokens]
-    parts = {"unet_lora": base.unet, "text_lora": base.text_encoder}
-    attached = []
-    with use_assets(base.text_encoder, ids, bundle.rows):
-        try:
-            for adapter in bundle.adapters:
-                attached.append(PeftModel.from_pretrained(parts[adapter], str(bundle.folder / adapter)))
-                for module in attached[-1].modules():
-                    if isinstance(module, LoraLayer):
-                        module.set_scale("default", lora_scale)
-            yield base
-        finally:
-            for model in attached:
-                model.unload()
+    parts: dict[str, Any] = {"unet_lora": base.unet, "text_lora": base.text_encoder}
+    with ExitStack() as stack:
+        stack.enter_context(use_assets(base.text_encoder, ids, bundle.rows))
+        for name in bundle.adapters:
+            stack.enter_context(_lend_adapter(parts[name], bundle.folder / name, lora_scale))
+        yield base
+
+
+@contextmanager
+def _lend_adapter(part: Any, folder: Path, scale: float) -> Iterator[None]:
+    """A saved adapter in `part`, frozen and fp32, for as long as the block lasts.
+
+    Only rank, alpha and targets are taken from its configuration; the rest could name code to run. Raises InputError when
+    the weights are not those of this model's layers.
+    """
+    model = get_peft_model(part, _read_lora_config(folder / "adapter_config.json"))
+    try:
+        _fill_adapter(model, folder / "adapter_model.safetensors")
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.set_scale("default", scale)
+        yield
+    finally:
+        model.unload()
+
+
+def _read_lora_config(path: Path) -> LoraConfig:
+    record = read_json(path)
+    rank, alpha, targets = record.get("r"), record.get("lora_alpha"), record.get("target_modules")
+    known = isinstance(targets, list) and sorted(map(str, targets)) in TARGETS
+    if type(rank) is not int or type(alpha) is not int or not (0 < rank <= 1024 and 0 < alpha <= 1024 and known):
+        shown = f"r {rank!r}, lora_alpha {alpha!r}, target_modules {targets!r}"[:200]
+        raise InputError(f"{path} has {shown}, which is no adapter that mifo writes; learn the bundle again")
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, inference_mode=True)
+
+
+def _fill_adapter(model: PeftModel, path: Path) -> None:
+    """Loads every weight of the adapter, and nothing else."""
+    weights = load_file(path)
+    expected = {k: v.shape for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    if {k: v.shape for k, v in weights.items()} != expected:
+        raise InputError(f"{path} does not fit the base model's layers; learn the bundle again")
+    set_peft_model_state_dict(model, weights)
 
 
 def check_base(base: BaseModel, bundle: Bundle) -> None:
@@ -119,7 +154,8 @@ def save_bundle(folder: Path, base: BaseModel, tokens: tuple[str, ...], words: t
                 write_pictures: Callable[[Path], None] | None = None) -> Bundle:  # fmt: skip
     """Writes everything into a temporary folder beside `folder` and renames it; a bundle of that name is replaced whole.
 
-    Raises InputError when the disk is full or the folder cannot be written; what was there before is then untouched.
+    Raises InputError when the disk is full, the folder cannot be written or is something else than a bundle, or a learned
+    value is not finite; what was there before is then untouched.
     """
     record = {
         "schema": SCHEMA,
@@ -130,7 +166,7 @@ def save_bundle(folder: Path, base: BaseModel, tokens: tuple[str, ...], words: t
         "config": to_dict(config),
         **facts,
     }
-    with replace_folder(folder) as temporary:
+    with replace_folder(folder, is_bundle) as temporary:
         save_file({t: r.detach().float().cpu().clone() for t, r in zip(tokens, rows, strict=True)},
                   temporary / "assets.safetensors")  # fmt: skip
         for name, adapter in adapters.items():
@@ -138,48 +174,26 @@ def save_bundle(folder: Path, base: BaseModel, tokens: tuple[str, ...], words: t
         if write_pictures:
             write_pictures(temporary)
         (temporary / "bundle.json").write_text(json.dumps(record, indent=2) + "\n")
+        load_bundle(temporary)  # what cannot be read again replaces nothing
     return load_bundle(folder)
+
+
+def is_bundle(folder: Path) -> bool:
+    """True for a folder that `save_bundle` wrote and may replace."""
+    return os.path.isfile(folder / "bundle.json")
 
 
 def _save_adapter(adapter: PeftModel, folder: Path, base_source: str) -> None:
     """PEFT's own format, weights in fp16: half the size, and far finer than a learning step."""
     folder.mkdir()
-    weights = {k: v.detach().half().cpu().contiguous() for k, v in get_peft_model_state_dict(adapter).items()}
+    state = get_peft_model_state_dict(adapter, save_embedding_layers=False)
+    weights = {k: v.detach().half().cpu().contiguous() for k, v in state.items()}
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = adapter.peft_config["default"]
+    config: Any = copy(adapter.peft_config["default"])
     config.base_model_name_or_path = base_source
     config.inference_mode = True
+    config.target_modules = sorted(config.target_modules)  # a set's order would change from run to run
     config.save_pretrained(str(folder))
-
-
-@contextmanager
-def replace_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block succeeds, and vanishes when it does not."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise unwritable(folder, error) from None
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        old = temporary.with_name(temporary.name + ".old")
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(temporary, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise unwritable(folder, error) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def unwritable(path: Path, error: Exception) -> InputError:
-    """One message for every way in which writing fails."""
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-        return InputError(f"the disk is full: {path} was not written, nothing half-written is left; free some space")
-    reason = getattr(error, "strerror", None) or str(error)
-    return InputError(f"{path} cannot be written ({reason}); choose another output folder or change its permissions")
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -187,95 +201,116 @@ def unwritable(path: Path, error: Exception) -> InputError:
 
 def find_bundle(model_id: str, output_dir: Path) -> Path:
     """The folder of `model_id`: a name under `output_dir`, or a path. Raises InputError listing what there is."""
-    for folder in (output_dir / model_id, Path(model_id)):
-        if model_id and (folder / "bundle.json").is_file():
+    folders = [output_dir / model_id, Path(model_id)] if model_id else []
+    for folder in folders:
+        if is_bundle(folder):
             return folder
-    names = sorted(p.parent.name for p in output_dir.glob("*/bundle.json"))
+    for folder in folders:
+        if os.path.isdir(folder):
+            raise InputError(f"{folder} is no learned bundle: it has no bundle.json; learn it again")
+    names = sorted(p.parent.name for p in output_dir.glob("*/bundle.json") if not p.parent.name.startswith("."))
     there = f"there are {', '.join(names)}" if names else f"{output_dir} has none; run 'learn' first"
-    raise InputError(f"there is no learned bundle '{model_id}': {there}")
+    raise InputError(f"there is no learned bundle '{model_id[:200]}': {there}")
 
 
 def load_bundle(folder: Path) -> Bundle:
     """Reads and checks a bundle. Raises InputError when a file is missing or corrupt or the schema is newer."""
-    record = _read_record(folder / "bundle.json")
+    path = folder / "bundle.json"
+    record = read_json(path)
     try:
         schema = int(record["schema"])
         if schema > SCHEMA:
             raise InputError(f"{folder} has bundle schema {schema}, this version reads up to {SCHEMA}; update mifo")
-        tokens = tuple(str(t) for t in record["tokens"])
-        words = tuple(str(w) for w in record["words"]) if record["words"] else None
-        base = record["base"]
+        tokens, words = record["tokens"], tuple(str(w) for w in record["words"] or ()) or None
+        if not tokens or tokens != [asset_token(i) for i in range(len(tokens))]:
+            raise ValueError(f"tokens {str(tokens)[:100]}, expected <asset0>, <asset1>, ...")
+        base = {k: str(record["base"][k]) for k in ("name", "source", "fingerprint")}
         config = from_dict(LearnConfig, record["config"])
-        names = str(base["name"]), str(base["fingerprint"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{folder / 'bundle.json'} lacks or garbles {error}; learn the bundle again") from None
+        adapters = [str(a) for a in record.get("adapters", ())]
+    except InputError as error:
+        raise InputError(f"{error} (reading {path})") from None
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise InputError(f"{path} lacks or garbles {error}; learn the bundle again") from None
     rows = _read_rows(folder / "assets.safetensors", tokens)
     for adapter in ADAPTERS:
-        if (folder / adapter).exists():
+        if os.path.lexists(folder / adapter):
             _check_adapter(folder / adapter)
-        elif adapter in record.get("adapters", ()):
+        elif adapter in adapters:
             raise InputError(f"{folder} is missing {adapter}/; learn the bundle again")
     facts = {k: v for k, v in record.items() if k not in ("schema", "base", "tokens", "words", "config")}
-    return Bundle(folder.name, folder, *names, tokens, words, rows, config, facts)
+    name = folder.resolve().name
+    return Bundle(name, folder, base["name"], base["source"], base["fingerprint"], tuple(tokens), words, rows, config, facts)
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A small JSON object. Raises InputError for anything else."""
     try:
         if path.stat().st_size > 1 << 22:
-            raise InputError(f"{path} is {path.stat().st_size >> 20} MiB, a bundle.json has a few KiB; learn it again")
+            raise InputError(f"{path} is {path.stat().st_size >> 20} MiB, but such a file has a few KiB; learn the bundle again")
         record = json.loads(path.read_text())
     except FileNotFoundError:
-        raise InputError(f"{path} is missing, so this is no bundle; learn it again") from None
+        raise InputError(f"{path} is missing; learn the bundle again") from None
     except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path} cannot be read as JSON ({type(error).__name__}); learn the bundle again") from None
     if not isinstance(record, dict):
         raise InputError(f"{path} holds a {type(record).__name__}, expected an object; learn the bundle again")
     return record
 
 
-def _read_rows(path: Path, tokens: tuple[str, ...]) -> torch.Tensor:
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    if not os.path.isfile(path):
+        raise InputError(f"{path} is missing; learn the bundle again")
     try:
-        rows = load_file(path)
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; learn the bundle again") from None
-    except (SafetensorError, OSError, ValueError) as error:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} is corrupt ({str(error).splitlines()[0]}); learn the bundle again") from None
+
+
+def _read_rows(path: Path, tokens: list[str]) -> torch.Tensor:
+    """(N, D) fp32"""
+    rows = _read_tensors(path)
     missing = [t for t in tokens if t not in rows]
-    if missing or not tokens:
-        raise InputError(f"{path} has no row for {', '.join(missing) or 'any asset'}; learn the bundle again")
-    stacked = torch.stack([rows[t].float() for t in tokens])
-    if stacked.ndim != 2 or not torch.isfinite(stacked).all():
-        raise InputError(f"{path} holds values that are not finite vectors; learn the bundle again")
-    return stacked
+    if missing:
+        raise InputError(f"{path} has no row for {', '.join(missing)}; learn the bundle again")
+    vectors = [rows[t].float() for t in tokens]
+    if any(v.ndim != 1 or v.shape != vectors[0].shape or not torch.isfinite(v).all() for v in vectors):
+        raise InputError(f"{path} holds something else than finite vectors of one length; learn the bundle again")
+    return torch.stack(vectors)
 
 
 def _check_adapter(folder: Path) -> None:
-    weights = folder / "adapter_model.safetensors"
-    for path in (folder / "adapter_config.json", weights):
-        if not path.is_file():
-            raise InputError(f"{path} is missing; learn the bundle again")
-    try:
-        tensors = load_file(weights)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{weights} is corrupt ({str(error).splitlines()[0]}); learn the bundle again") from None
-    _read_record(folder / "adapter_config.json")
-    if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
-        raise InputError(f"{weights} holds values that are not finite; learn the bundle again")
+    _read_lora_config(folder / "adapter_config.json")
+    path = folder / "adapter_model.safetensors"
+    if not all(bool(torch.isfinite(t).all()) for t in _read_tensors(path).values()):
+        raise InputError(f"{path} holds values that are not finite; learn the bundle again")
 
 
 # --- for other tools ----------------------------------------------------------------------------
 
+LORA_FILE = "pytorch_lora_weights.safetensors"
+ROW_FILE = "{}.safetensors"
 
-def export_for_diffusers(base: BaseModel, bundle: Bundle, output: Path) -> None:
-    """`pytorch_lora_weights.safetensors` for `load_lora_weights`, and one file per asset for `load_textual_inversion`."""
-    with attach(base, bundle), replace_folder(output) as temporary:
-        parts = {"unet_lora": base.unet, "text_lora": base.text_encoder}
-        states = {a: convert_state_dict_to_diffusers(get_peft_model_state_dict(parts[a])) for a in bundle.adapters}
-        if states:
-            StableDiffusionPipeline.save_lora_weights(
-                temporary, unet_lora_layers=states.get("unet_lora"), text_encoder_lora_layers=states.get("text_lora")
-            )
+
+def export_for_diffusers(bundle: Bundle, output: Path) -> None:
+    """`pytorch_lora_weights.safetensors` for `load_lora_weights`, and one file per asset for `load_textual_inversion`.
+
+    Raises InputError when `output` cannot be written or has other things in it.
+    """
+    prefixes = {"unet_lora": "unet", "text_lora": "text_encoder"}
+    weights = {}
+    for adapter in bundle.adapters:
+        saved = load_file(bundle.folder / adapter / "adapter_model.safetensors")
+        own = {k.removeprefix("base_model.model."): v for k, v in saved.items()}
+        weights.update({f"{prefixes[adapter]}.{k}": v for k, v in convert_state_dict_to_diffusers(own).items()})
+    with replace_folder(output, _is_export) as temporary:
+        if weights:
+            save_file(weights, temporary / LORA_FILE, metadata={"format": "pt"})
         for token, row in zip(bundle.tokens, bundle.rows, strict=True):
-            save_file({token: row.contiguous()}, temporary / f"{token.strip('<>')}.safetensors")
+            save_file({token: row.contiguous()}, temporary / ROW_FILE.format(token.strip("<>")))
+
+
+def _is_export(folder: Path) -> bool:
+    names = {p.name for p in folder.iterdir()}
+    return ROW_FILE.format("asset0") in names and all(n == LORA_FILE or n.startswith("asset") for n in names)

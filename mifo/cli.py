@@ -1,17 +1,16 @@
 """The command line: parses, builds a configuration, calls one function, prints.
 
 Results go to standard output (one JSON object with --json), progress and messages to standard error.
-Exit status: 0 done, 2 the input is wrong, 1 our fault, 130 interrupted.
+Exit status: 0 done, 2 the input is wrong, 1 our fault, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -20,12 +19,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import __version__
+from .console import Bar, running, say, terminate
 from .errors import InputError
+from .files import check_replaceable, check_writable
 
 if TYPE_CHECKING:
     import torch
 
     from .base_model import BaseModel
+    from .bundle import Bundle
     from .config import LearnConfig, SynthesisConfig
 
 app = typer.Typer(
@@ -49,6 +51,22 @@ class Precision(str, Enum):
     bf16 = "bf16"
 
 
+class Sampler(str, Enum):
+    ddim = "ddim"
+    dpm = "dpm"
+    unipc = "unipc"
+
+
+def _finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
+def _number(minimum: float, maximum: float | None = None, help: str | None = None) -> Any:
+    return typer.Option(min=minimum, max=maximum, callback=_finite, help=help)
+
+
 ModelPath = Annotated[str, typer.Option(help="toybox (embedded), sd1.5, sd2.1, a hub id, or a folder.")]
 OutputDir = Annotated[Path, typer.Option(help="Where learned bundles are kept.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="The same seed gives the same result.")]
@@ -63,17 +81,17 @@ def learn(
     model_path: ModelPath = "toybox",
     output_dir: OutputDir = Path("Model_ours"),
     name: Annotated[str | None, typer.Option(help="The bundle's name; the folder's name by default.")] = None,
-    initializer_tokens: Annotated[str | None, typer.Option(help="A word or phrase per asset to start from, comma-separated.")] = None,
+    initializer_tokens: Annotated[str | None, typer.Option(help="Words per asset to start from, comma-separated.")] = None,
     recipe: Annotated[Recipe, typer.Option(help="break-a-scene: that paper's losses, for comparison.")] = Recipe.mifo,
     phase1_train_steps: Annotated[int | None, typer.Option(min=1)] = None,
     phase2_train_steps: Annotated[int | None, typer.Option(min=0, help="0 leaves LoRA out.")] = None,
-    phase1_learning_rate: Annotated[float | None, typer.Option(min=0)] = None,
-    phase2_learning_rate: Annotated[float | None, typer.Option(min=0)] = None,
+    phase1_learning_rate: Annotated[float | None, _number(0)] = None,
+    phase2_learning_rate: Annotated[float | None, _number(0)] = None,
     lora_rank: Annotated[int | None, typer.Option(min=1, max=256)] = None,
     train_text_encoder: Annotated[bool | None, typer.Option(help="LoRA in the text encoder too.")] = None,
-    penalty_weight: Annotated[float | None, typer.Option(min=0, help="Weight of the penalty attention loss.")] = None,
+    penalty_weight: Annotated[float | None, _number(0, help="Weight of the penalty attention loss.")] = None,
     class_prompt: Annotated[str | None, typer.Option(help="For prior preservation; several, separated by '|'.")] = None,
-    num_class_images: Annotated[int | None, typer.Option(min=1)] = None,
+    num_class_images: Annotated[int | None, typer.Option(min=1, max=10_000)] = None,
     prior_preservation: Annotated[bool, typer.Option(help="Keep the base model's knowledge with its own pictures.")] = True,
     resolution: Annotated[int | None, typer.Option(min=32, help="Pixels; the model's own by default.")] = None,
     gradient_checkpointing: bool = False,
@@ -83,34 +101,36 @@ def learn(
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Learn the things in INSTANCE (img.jpg and mask0.png, mask1.png, ...), each as its own token."""
-    with _errors():
-        from .base_model import load_base_model
-        from .config import learn_preset
+    given = dict(locals())
+    with running(as_json) as job:
         from .instance import load_instance
-        from .learn import learn as run_learn
 
         folders = _instance_folders(instance, folder_path)
         if name and len(folders) > 1:
             raise InputError(f"--name {name} fits one instance, but {len(folders)} would be learned; name the INSTANCE too")
         instances = [load_instance(folder) for folder in folders]  # all input is checked before anything long starts
-        chosen, precision = _device(device), mixed_precision
-        dtype = _dtype(precision, chosen)
+        words = [_initializers(initializer_tokens, each.count) for each in instances]
+        targets = [output_dir / _bundle_name(name or each.name) for each in instances]
+        _check_targets(targets)
+
+        from .base_model import load_base_model
+        from .config import learn_preset
+        from .learn import learn as run_learn
+
+        chosen = _device(device)
+        dtype = _dtype(mixed_precision, chosen)
         results = []
-        for each in instances:
+        for each, target, initial in zip(instances, targets, words, strict=True):
             for warning in each.warnings:
-                _say(f"note: {warning}")
+                say(f"note: {warning}")
             base = load_base_model(model_path, chosen, dtype)
-            config = learn_preset(base.family, recipe.value)
-            config = _learn_overrides(config, locals(), _accelerate_name(dtype))
-            bundle_name = _bundle_name(name or each.name)
-            with _Bar() as bar:
-                bundle = run_learn(each, base, config, output_dir / bundle_name, bar.learning,
-                                   _initializers(initializer_tokens, each.count))  # fmt: skip
+            config = _learn_overrides(learn_preset(base.family, recipe.value), given, _accelerate_name(dtype))
+            with Bar() as bar, job.keeping(target if target.exists() else None):
+                bundle = run_learn(each, base, config, target, bar.learning, initial)
+            job.kept.append(target)
             results.append(_learn_summary(bundle))
-            if not as_json:
-                _print_learned(results[-1])
-        if as_json:
-            print(json.dumps(results[0] if len(results) == 1 else results))
+            job.text(_learned_text(results[-1]))
+        job.json(results[0] if instance is not None else {"bundles": results})
 
 
 @app.command()
@@ -123,12 +143,12 @@ def synthesize(
     output_path: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("output"),
     batch_size: Annotated[int, typer.Option(min=1, max=64)] = 1,
     steps: Annotated[int | None, typer.Option(min=1, max=1000)] = None,
-    guidance_scale: Annotated[float | None, typer.Option(min=1)] = None,
+    guidance_scale: Annotated[float | None, _number(1)] = None,
     negative_prompt: str = "",
-    scheduler: Annotated[str | None, typer.Option(help="ddim, dpm or unipc.")] = None,
+    scheduler: Annotated[Sampler | None, typer.Option()] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels; the model's own by default.")] = None,
     height: Annotated[int | None, typer.Option(min=1)] = None,
-    lora_scale: Annotated[float | None, typer.Option(min=0, max=4)] = None,
+    lora_scale: Annotated[float | None, _number(0, 4)] = None,
     guidance: Annotated[bool, typer.Option(help="Move the latents until the assets lie in their boxes.")] = True,
     refine: Annotated[bool, typer.Option(help="Tighten the boxes to the things' own shapes.")] = True,
     bounded: Annotated[bool, typer.Option(help="Mask attention to the boxes.")] = True,
@@ -139,33 +159,36 @@ def synthesize(
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Draw the learned assets, each in its box."""
-    with _errors():
+    given = dict(locals())
+    with running(as_json) as job:
         from .boxes import parse_layout
+        from .prompts import assets_in, check_characters, check_prompt
+
+        check_characters(negative_prompt, "The negative prompt")
+        check_writable(output_path)
+        if subject_token_indices:
+            say("note: --subject-token-indices is not needed; the assets' positions are found in the prompt")
+
         from .bundle import attach, find_bundle, load_bundle
         from .config import synthesis_preset
-        from .prompts import assets_in, check_prompt
         from .synthesize import save_synthesis
         from .synthesize import synthesize as run_synthesize
 
         bundle = load_bundle(find_bundle(model_id, output_dir))
         check_prompt(prompt, bundle.tokens)
         layout = parse_layout(boxes, assets_in(prompt)) if boxes is not None else None
-        if subject_token_indices:
-            _say("note: --subject-token-indices is not needed; the assets' positions are found in the prompt")
         chosen = _device(device)
-        base = load_base_model_of(bundle, model_path, chosen, _dtype(mixed_precision, chosen))
-        config = _synthesis_overrides(synthesis_preset(base.family), locals())
-        with attach(base, bundle, config.lora_scale), _Bar() as bar:
+        base = _load_base_of(bundle, model_path, chosen, _dtype(mixed_precision, chosen))
+        config = _synthesis_overrides(synthesis_preset(base.family), given)
+        with attach(base, bundle, config.lora_scale), Bar() as bar:
             result = run_synthesize(base, prompt, layout, bundle.tokens, config, seed, batch_size, bar.denoising)
         paths = save_synthesis(result, output_path, {"bundle": bundle.name, "base_model": base.name})
-        facts = {"images": [str(p) for p in paths], "contact_sheet": str(output_path / "contact.png"),
-                 "json": str(output_path / "synthesis.json"), "seconds": round(result.seconds, 2),
-                 "peak_gib": round(result.peak_gib, 3)}  # fmt: skip
-        if as_json:
-            print(json.dumps(facts))
-        else:
-            print(f"{len(paths)} picture{'s' if len(paths) > 1 else ''} in {output_path} ({facts['seconds']} s, peak {facts['peak_gib']} GiB)")
-            print(f"contact sheet: {facts['contact_sheet']}")
+        contact = output_path / "contact.png"
+        seconds, peak = round(result.seconds, 2), round(result.peak_gib, 3)
+        pictures = f"{len(paths)} picture{'s' if len(paths) > 1 else ''}"
+        job.text(f"{pictures} in {output_path} ({seconds} s, peak {peak} GiB)\ncontact sheet: {contact}")
+        job.json({"images": [str(p) for p in paths], "contact_sheet": str(contact), "json": str(output_path / "synthesis.json"),
+                  "seconds": seconds, "peak_gib": peak})  # fmt: skip
 
 
 @app.command()
@@ -178,42 +201,43 @@ def boxes(
     as_json: AsJson = False,
 ) -> None:
     """Draw boxes over a blank canvas or a picture, before anything runs."""
-    with _errors():
-        from .boxes import parse_boxes_alone, parse_layout
-        from .bundle import unwritable
-        from .instance import load_image
-        from .pictures import draw_boxes
-        from .prompts import assets_in
-
-        layout = parse_layout(boxes, assets_in(prompt)) if prompt else parse_boxes_alone(boxes)
+    with running(as_json) as job:
         from PIL import Image
 
+        from .boxes import parse_boxes_alone, parse_layout
+        from .files import replace_files
+        from .instance import load_image
+        from .pictures import draw_boxes
+        from .prompts import assets_in, check_characters
+
+        check_characters(prompt or "", "The prompt")
+        layout = parse_layout(boxes, assets_in(prompt)) if prompt else parse_boxes_alone(boxes)
         canvas = load_image(image) if image else Image.new("RGB", (size, size), (240, 240, 240))
-        try:
-            output_path.parent.mkdir(parents=True, exist_ok=True)
-            draw_boxes(canvas, layout).save(output_path, "PNG")
-        except OSError as error:
-            raise unwritable(output_path, error) from None
-        print(json.dumps({"image": str(output_path), "boxes": layout.to_json()}) if as_json else output_path)
+        if not output_path.name:
+            raise InputError(f"--output-path is '{output_path}', expected a file's name, such as output/boxes.png")
+        with replace_files(output_path.parent) as temporary:
+            draw_boxes(canvas, layout).save(temporary / output_path.name, "PNG")
+        job.text(str(output_path))
+        job.json({"image": str(output_path), "boxes": layout.to_json()})
 
 
 @app.command()
 def export(
     model_id: Annotated[str, typer.Argument(help="A bundle's name under --output-dir, or its folder.")],
     output_path: Annotated[Path, typer.Option(help="Folder to write.")],
-    model_path: Annotated[str | None, typer.Option(help="The base model; the bundle's own by default.")] = None,
     output_dir: OutputDir = Path("Model_ours"),
     as_json: AsJson = False,
 ) -> None:
     """Write a bundle so that diffusers' load_lora_weights and load_textual_inversion read it."""
-    with _errors():
+    with running(as_json) as job:
+        check_writable(output_path.parent)
+
         from .bundle import export_for_diffusers, find_bundle, load_bundle
 
-        bundle = load_bundle(find_bundle(model_id, output_dir))
-        base = load_base_model_of(bundle, model_path, "cpu", _dtype(Precision.no, "cpu"))
-        export_for_diffusers(base, bundle, output_path)
+        export_for_diffusers(load_bundle(find_bundle(model_id, output_dir)), output_path)
         files = sorted(p.name for p in output_path.iterdir())
-        print(json.dumps({"folder": str(output_path), "files": files}) if as_json else f"{output_path}: {', '.join(files)}")
+        job.text(f"{output_path}: {', '.join(files)}")
+        job.json({"folder": str(output_path), "files": files})
 
 
 @app.command()
@@ -224,16 +248,18 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Learn three look-alike cars from one picture, then put each in its box on two new backgrounds."""
-    with _errors():
+    with running(as_json) as job:
+        check_writable(output_path)
+
         from .demo import run_demo
 
-        with _Bar() as bar:
+        with Bar() as bar:
             result = run_demo(output_path, seed, _device(device), bar)
-        if as_json:
-            print(json.dumps(result))
-        else:
-            print(f"The three cars were learned in {result['learn_seconds']} s; each picture took {result['synthesize_seconds']} s.")
-            print(f"Look at {result['picture']}")
+        job.text(
+            f"The three cars were learned in {result['learn_seconds']} s; each picture took "
+            f"{result['synthesize_seconds']} s.\nLook at {result['picture']}"
+        )
+        job.json(result)
 
 
 def _version(value: bool) -> None:
@@ -243,26 +269,31 @@ def _version(value: bool) -> None:
 
 
 @app.callback()
-def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False) -> None:
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
     pass
 
 
 # --- parts --------------------------------------------------------------------------------------
 
 
-def load_base_model_of(bundle: Any, model_path: str | None, device: str, dtype: torch.dtype) -> BaseModel:
-    """The bundle's own base model, or the one asked for (refused later when it is another)."""
+def _load_base_of(bundle: Bundle, model_path: str | None, device: str, dtype: torch.dtype) -> BaseModel:
+    """The base model asked for (refused later when it is another than the bundle's), or the bundle's own."""
     from .base_model import load_base_model
 
-    recorded = bundle.base_name
-    return load_base_model(model_path or recorded, device, dtype)
+    if model_path:
+        return load_base_model(model_path, device, dtype)
+    own = bundle.base_source if os.path.isabs(bundle.base_source) else bundle.base_name
+    try:
+        return load_base_model(own, device, dtype)
+    except InputError as error:
+        raise InputError(f"the bundle '{bundle.name}' needs its own base model: {error}") from None
 
 
 def _instance_folders(instance: str | None, folder_path: Path) -> list[Path]:
     if instance is not None:
-        direct = Path(instance)
-        return [direct if direct.is_dir() and not (folder_path / instance).is_dir() else folder_path / instance]
-    if not folder_path.is_dir():
+        inside = folder_path / instance
+        return [Path(instance) if os.path.isdir(instance) and not os.path.isdir(inside) else inside]
+    if not os.path.isdir(folder_path):
         raise InputError(f"There is no folder {folder_path}; give the folder that holds the instances with --folder-path")
     found = sorted(p for p in folder_path.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not found:
@@ -271,17 +302,27 @@ def _instance_folders(instance: str | None, folder_path: Path) -> list[Path]:
 
 
 def _bundle_name(name: str) -> str:
-    if not name or name.startswith(".") or any(c in name for c in "/\\\0") or len(name) > 100:
-        raise InputError(f"'{name[:100]}' cannot name a bundle; use letters, digits, '-' and '_'")
+    if not name or name.startswith(".") or any(c in "/\\" or not c.isprintable() for c in name) or len(name.encode()) > 100:
+        raise InputError(f"{name[:100]!r} cannot name a bundle; give a --name of letters, digits, '-' and '_'")
     return name
+
+
+def _check_targets(targets: list[Path]) -> None:
+    """Raises InputError, before anything long starts, unless each bundle can be written and replaces nothing but a bundle."""
+    for target in targets:
+        check_writable(target.parent)
+        check_replaceable(target, lambda folder: os.path.isfile(folder / "bundle.json"))
 
 
 def _initializers(text: str | None, count: int) -> list[str | None] | None:
     if text is None:
         return None
+    from .prompts import check_characters
+
     words = [w.strip() or None for w in text.split(",")]
     if len(words) != count:
         raise InputError(f"--initializer-tokens has {len(words)} entries for {count} assets; give one per asset, comma-separated")
+    check_characters(text, "--initializer-tokens")
     return words
 
 
@@ -302,7 +343,7 @@ def _learn_overrides(config: LearnConfig, given: dict[str, Any], precision: str)
 
 def _synthesis_overrides(config: SynthesisConfig, given: dict[str, Any]) -> SynthesisConfig:
     names = ("steps", "guidance_scale", "negative_prompt", "scheduler", "width", "height", "lora_scale", "bounded")
-    config = _override(config, **{n: given[n] for n in names})
+    config = _override(config, **{n: given[n].value if isinstance(given[n], Enum) else given[n] for n in names})
     return replace(config, guidance=replace(config.guidance, enabled=given["guidance"]),
                    refinement=replace(config.refinement, enabled=given["refine"]))  # fmt: skip
 
@@ -317,9 +358,10 @@ def _device(name: str) -> str:
     if not name:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"the device '{name}' cannot be used here ({str(error).splitlines()[0]}); try --device cpu") from None
+        torch.zeros(1, device=name).tolist()  # "meta" makes tensors, but they have no values
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"the device '{name[:50]}' cannot be used here ({reason[:200]}); try --device cpu") from None
     return name
 
 
@@ -328,6 +370,8 @@ def _dtype(precision: Precision, device: str) -> torch.dtype:
     import torch
 
     names = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if precision is Precision.fp16 and not device.startswith("cuda"):
+        raise InputError(f"--mixed-precision fp16 needs a GPU, but the device is {device}; use no or bf16")
     if precision is not Precision.auto:
         return names[precision.value]
     if not device.startswith("cuda"):
@@ -339,77 +383,34 @@ def _accelerate_name(dtype: torch.dtype) -> str:
     return {"torch.float32": "no", "torch.float16": "fp16", "torch.bfloat16": "bf16"}[str(dtype)]
 
 
-def _learn_summary(bundle: Any) -> dict[str, Any]:
+def _learn_summary(bundle: Bundle) -> dict[str, Any]:
     facts = bundle.facts
     size = sum(p.stat().st_size for p in bundle.folder.rglob("*") if p.is_file())
-    return {"bundle": str(bundle.folder), "tokens": list(bundle.tokens), "seconds": facts["seconds"], "peak_gib": facts["peak_gib"],
-            "mib": round(size / 2**20, 2), "attention_inside_mask": facts["attention_inside_mask"],
+    measured = {name: facts[name] for name in ("seconds", "peak_gib", "attention_inside_mask")}
+    return {"bundle": str(bundle.folder), "tokens": list(bundle.tokens), **measured, "mib": round(size / 2**20, 2),
             "preview": str(bundle.folder / "preview.png"), "attention": str(bundle.folder / "attention.png")}  # fmt: skip
 
 
-def _print_learned(facts: dict[str, Any]) -> None:
-    print(f"learned {', '.join(facts['tokens'])} in {facts['seconds']} s, peak {facts['peak_gib']} GiB")
-    print(f"bundle: {facts['bundle']} ({facts['mib']} MiB)")
-    for token, share in facts["attention_inside_mask"].items():
-        print(f"  {token}: {100 * share:.0f} % of its attention is inside its mask")
-    print(f"look at {facts['preview']} and {facts['attention']}")
-
-
-class _Bar:
-    """Progress on standard error, with the loss's parts and the time left."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._label = ""
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def _show(self, label: str, done: int, total: int, losses: dict[str, float]) -> None:
-        from tqdm import tqdm
-
-        if self._bar is None or label != self._label or done <= self._bar.n:
-            self.__exit__()
-            self._bar, self._label = tqdm(total=total, desc=label, file=sys.stderr, mininterval=0.5), label
-        if losses:
-            self._bar.set_postfix({k: f"{v:.4f}" for k, v in losses.items()}, refresh=False)
-        self._bar.update(done - self._bar.n)
-
-    def learning(self, progress: Any) -> None:
-        label = {"prior": "drawing the prior", "embedding": "phase 1, tokens", "lora": "phase 2, LoRA"}[progress.phase]
-        self._show(label, progress.step, progress.total, progress.losses)
-
-    def denoising(self, done: int, total: int) -> None:
-        self._show("denoising", done, total, {})
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr)
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """Turns what went wrong into one message and an exit status."""
-    try:
-        yield
-    except InputError as error:
-        _say(f"error: {error}")
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        _say("interrupted: nothing half-written is left; bundles and pictures that were complete before are kept")
-        raise typer.Exit(130) from None
-    except MemoryError:
-        _say("error: out of memory; use a smaller --resolution or --batch-size")
-        raise typer.Exit(1) from None
+def _learned_text(facts: dict[str, Any]) -> str:
+    shares = facts["attention_inside_mask"].items()
+    return "\n".join([
+        f"learned {', '.join(facts['tokens'])} in {facts['seconds']} s, peak {facts['peak_gib']} GiB",
+        f"bundle: {facts['bundle']} ({facts['mib']} MiB)",
+        *(f"  {token}: {100 * share:.0f} % of its attention is inside its mask" for token, share in shares),
+        f"look at {facts['preview']} and {facts['attention']}",
+    ])  # fmt: skip
 
 
 def main() -> None:
+    """Runs the command line of this process."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "error")  # advice to programmers
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if sys.stderr.isatty() is False:
+    if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may hold bytes that are no text
+    signal.signal(signal.SIGTERM, terminate)
     app()

@@ -15,8 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .base_model import BaseModel, load_base_model
 from .boxes import Layout, parse_layout
-from .bundle import attach, unwritable
+from .bundle import attach
 from .config import learn_preset, synthesis_preset
+from .files import replace_files
 from .instance import Instance, load_instance
 from .learn import learn
 from .learn_report import sample_prompts
@@ -31,7 +32,8 @@ SIDE = 192  # pixels of each picture on the sheet
 
 def run_demo(output: Path, seed: int, device: str, bar: Any) -> dict[str, Any]:
     """Learns, draws, and writes `output/demo.png`. Raises InputError when `output` cannot be written."""
-    write_example("toy_car", output / "toy_car")
+    with replace_files(output / "toy_car") as temporary:
+        write_example("toy_car", temporary)
     instance = load_instance(output / "toy_car")
     base = load_base_model("toybox", device)
     config = replace(learn_preset(base.family), seed=seed)
@@ -51,12 +53,9 @@ def run_demo(output: Path, seed: int, device: str, bar: Any) -> dict[str, Any]:
         free = [synthesize(base, p, None, bundle.tokens, plain, seed).images[0] for p in prompts]
     without = _without_penalty(instance, base, config, output, prompts, layout, seed, bar)
     sheet = _sheet(instance, bundle.tokens, layout, prompts, alone, placed, free, without)
-    path = output / "demo.png"
-    try:
-        sheet.save(path, "PNG")
-    except OSError as error:
-        raise unwritable(path, error) from None
-    return {"picture": str(path), "bundle": str(bundle.folder), "learn_seconds": bundle.facts["seconds"],
+    with replace_files(output) as temporary:
+        sheet.save(temporary / "demo.png", "PNG")
+    return {"picture": str(output / "demo.png"), "bundle": str(bundle.folder), "learn_seconds": bundle.facts["seconds"],
             "synthesize_seconds": round(max(seconds), 1)}  # fmt: skip
 
 
@@ -64,16 +63,16 @@ def _without_penalty(instance: Instance, base: BaseModel, config: Any, output: P
                      seed: int, bar: Any) -> list[Image.Image]:  # fmt: skip
     """The same boxes with assets learned without any attention loss."""
     none = replace(config.embedding.attention, loss="none")
-    config = replace(config, embedding=replace(config.embedding, attention=none),
-                     lora=replace(config.lora, attention=replace(config.lora.attention, loss="none")))  # fmt: skip
+    lora = replace(config.lora, attention=replace(config.lora.attention, loss="none"))
+    config = replace(config, embedding=replace(config.embedding, attention=none), lora=lora)
     bundle = learn(instance, base, config, output / "demo_without_penalty", bar.learning)
     with attach(base, bundle):
         control = synthesis_preset(base.family)
         return [synthesize(base, p, layout, bundle.tokens, control, seed, 1).images[0] for p in prompts]
 
 
-def _sheet(instance: Instance, tokens: Sequence[str], layout: Layout, prompts: Sequence[str], alone: Sequence[Image.Image],
-           placed: Sequence[Image.Image], free: Sequence[Image.Image], without: Sequence[Image.Image]) -> Image.Image:  # fmt: skip
+def _sheet(instance: Instance, tokens: Sequence[str], layout: Layout, prompts: Sequence[str], alone: list[Image.Image],
+           placed: list[Image.Image], free: list[Image.Image], without: list[Image.Image]) -> Image.Image:  # fmt: skip
     """Row 1: the input, and each asset alone. Then a row per prompt: the boxes, the result, and the two comparisons."""
     source = enlarge(instance.image, SIDE)
     for index, mask in enumerate(instance.masks):

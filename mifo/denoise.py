@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel, UniPCMultistepScheduler
 
 from .errors import InputError
 
@@ -38,7 +38,8 @@ def initial_latents(shape: tuple[int, int, int], seed: int, count: int, device: 
 @torch.no_grad()
 def denoise(unet: UNet2DConditionModel, scheduler: Any, latents: torch.Tensor, states: torch.Tensor,
             negative_states: torch.Tensor, steps: int, guidance_scale: float, before_step: StepHook | None = None,
-            after_step: StepHook | None = None, on_progress: Callable[[int, int], None] | None = None) -> torch.Tensor:  # fmt: skip
+            after_step: StepHook | None = None,
+            on_progress: Callable[[int, int], None] | None = None) -> torch.Tensor:  # fmt: skip
     """Runs `latents` (B, C, h, w) from noise to a picture's latents.
 
     `states`, `negative_states`: (1 or B, L, D). The UNet's batch is [unconditional, conditional]; at guidance scale 1 it

@@ -23,7 +23,8 @@ def step_size(step: int, config: GuidanceConfig) -> float:
     return config.step_size_start + (config.step_size_end - config.step_size_start) * progress
 
 
-def attention_masses(probabilities: torch.Tensor, subjects: torch.Tensor, contexts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_masses(probabilities: torch.Tensor, subjects: torch.Tensor,
+                     contexts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Attention mass that each subject's context receives from inside its box, and from outside all boxes.
 
     probabilities (B, heads, h*w, keys); subjects (B or 1, N, h*w) bool; contexts (B or 1, N, keys) bool: the keys that
@@ -64,14 +65,14 @@ class LatentGuidance:
             latents = latents - step_size(step, self.config) * gradient * active[:, None, None, None]
         return latents.detach()
 
+    @torch.enable_grad()  # the denoising loop around it runs without
     def losses(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """(B,) guidance loss of each picture. Only the conditional half runs, and only up to the last supervised site."""
         self.control.guiding = True
         self.control.images = len(latents)
         self.control.want(self.sites, stop_when_complete=True)
         try:
-            with torch.enable_grad():
-                self.unet(latents.to(self.unet.dtype), timestep, self.states.expand(len(latents), -1, -1))
+            self.unet(latents.to(self.unet.dtype), timestep, self.states.expand(len(latents), -1, -1))
         except StopForward:
             pass
         finally:

@@ -331,7 +331,7 @@ def _read_lines(path: Path) -> list[str]:
         _refuse_file(path, error)
     if len(content) > MAX_WORDS_BYTES:
         raise InputError(f"{path} is larger than {MAX_WORDS_BYTES >> 10} KiB; write one short phrase for each mask.")
-    return [line.strip() for line in text.replace("\r\n", "\n").split("\n")] if text else []
+    return [line.strip() for line in text.split("\n")] if text else []
 
 
 def load_image(path: Path) -> Image.Image:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers.optimization import get_cosine_with_hard_restarts_schedule_with_warmup, get_constant_schedule_with_warmup
+from diffusers.optimization import get_constant_schedule_with_warmup, get_cosine_with_hard_restarts_schedule_with_warmup
 from peft import PeftModel
 
 from .attention.record import AttentionRecorder, record_attention, token_maps
@@ -73,13 +73,14 @@ def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path
     """
     started = time.monotonic()
     accelerator = Accelerator(cpu=base.device.type == "cpu", mixed_precision=config.mixed_precision)
-    data = InstanceData(fit_instance(instance, config.resolution or base.resolution), base)
-    prior = _draw_prior(base, config, folder.parent / ".prior", report)
+    _check_resolution(base, config.resolution)
     tokens = instance.tokens
     known = base.tokenizer.get_added_vocab()
     add_asset_tokens(base.tokenizer, [t for t in tokens if t not in known])
     ids = [base.tokenizer.get_added_vocab()[t] for t in tokens]
     _check_longest_prompt(base, tokens)
+    data = InstanceData(fit_instance(instance, config.resolution or base.resolution), base)
+    prior = _draw_prior(base, config, folder.parent / ".prior", report)
     words = initializer_words or [None] * instance.count
     rows = initial_rows(base.text_encoder.get_input_embeddings(), base.tokenizer, words)
     with use_assets(base.text_encoder, ids, rows) as embedding:
@@ -120,6 +121,11 @@ def _draw_prior(base: BaseModel, config: LearnConfig, cache: Path, report: Repor
         return None
     resolution = config.resolution or base.resolution
     return make_prior(base, config.prior, resolution, config.seed, cache, lambda k, n: report(Progress("prior", k, n)))
+
+
+def _check_resolution(base: BaseModel, resolution: int | None) -> None:
+    if resolution is not None:
+        base.check_side("the resolution", resolution)
 
 
 def _check_longest_prompt(base: BaseModel, tokens: Sequence[str]) -> None:

@@ -28,6 +28,7 @@ from .prompts import join_assets, tokenize_prompt
 
 PROBE_TIMESTEPS = (100, 250, 400)  # below 500, where the attention terms apply
 PREVIEW_STEPS = 20
+NEAREST = Image.Resampling.NEAREST
 
 
 def environment() -> dict[str, Any]:
@@ -84,10 +85,15 @@ def write_attention_sheet(path: Path, snapshots: Sequence[tuple[str, torch.Tenso
     for index, token in enumerate(tokens):
         cells.append(caption_below(_outlined(instance, [index]).resize((side, side)), token))
         for label, maps in snapshots:
-            heat = maps[index] / maps[index].max().clamp(min=1e-8)
-            pixels = Image.fromarray((heat.cpu().numpy() * 255).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
-            cells.append(caption_below(Image.merge("RGB", (pixels, pixels.point(lambda v: v * v // 255), pixels.point(lambda v: v // 3))), label))
+            cells.append(caption_below(_heat(maps[index], side), label))
     grid(cells, columns=1 + len(snapshots)).save(path)
+
+
+def _heat(attention: torch.Tensor, side: int) -> Image.Image:
+    """(h, w) map -> black over orange to yellow, scaled to its own maximum."""
+    values = (attention / attention.max().clamp(min=1e-8)).cpu().numpy() * 255
+    red = Image.fromarray(values.astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+    return Image.merge("RGB", (red, red.point(lambda v: v * v // 255), red.point(lambda v: v // 3)))
 
 
 def write_preview(path: Path, instance: Instance, base: BaseModel, tokens: Sequence[str], seed: int) -> None:
@@ -95,7 +101,7 @@ def write_preview(path: Path, instance: Instance, base: BaseModel, tokens: Seque
     side = 192
     cells = [caption_below(_outlined(instance, range(len(tokens))).resize((side, side)), instance.name)]
     images = sample_prompts(base, [f"a photo of {t}" for t in tokens], tokens, seed)
-    cells += [caption_below(image.resize((side, side), Image.Resampling.NEAREST), t) for image, t in zip(images, tokens, strict=True)]
+    cells += [caption_below(image.resize((side, side), NEAREST), t) for image, t in zip(images, tokens, strict=True)]
     grid(cells, columns=len(cells)).save(path)
 
 

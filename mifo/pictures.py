@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 from .boxes import Layout
+
+if TYPE_CHECKING:
+    import torch
 
 RGB = tuple[int, int, int]
 ASSET_COLORS: tuple[RGB, ...] = (

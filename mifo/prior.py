@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .base_model import BaseModel
 from .config import PriorConfig
 from .denoise import denoise, initial_latents, make_scheduler
-from .prompts import tokenize_prompt
+from .errors import InputError
+from .files import replace_files
+from .prompts import check_prompt, tokenize_prompt
 
 BATCH = 8  # pictures denoised together
 
@@ -39,21 +41,25 @@ class PriorData:
 
 def make_prior(base: BaseModel, config: PriorConfig, resolution: int, seed: int, cache_folder: Path | None = None,
                on_progress: Callable[[int, int], None] | None = None) -> PriorData:  # fmt: skip
-    """Draws `num_class_images` latents, or reads them from `cache_folder` when the same were drawn before."""
-    prompts = tuple(p.strip() for p in config.class_prompt.split("|") if p.strip())
+    """Draws `num_class_images` latents, or reads them from `cache_folder` when the same were drawn before.
+
+    Raises InputError for a class prompt that is empty or too long, and when the cache cannot be written.
+    """
+    prompts = class_prompts(config)
     key = json.dumps([base.fingerprint, asdict(config), resolution, seed, str(base.dtype), base.device.type], sort_keys=True)
     cached = cache_folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors" if cache_folder else None
-    if cached and cached.exists():
-        return PriorData(prompts, load_file(cached)["latents"].to(base.device))
     size = resolution // base.vae_factor
     shape = (int(base.unet.config["in_channels"]), size, size)
+    known = _read_cache(cached, (config.num_class_images, *shape))
+    if known is not None:
+        return PriorData(prompts, known.to(base.device))
+    ids = [tokenize_prompt(base.tokenizer, p, []).input_ids for p in prompts]
     scheduler = make_scheduler("ddim", base.scheduler)
     rows = []
     for first in range(0, config.num_class_images, BATCH):
         count = min(BATCH, config.num_class_images - first)
         with torch.no_grad():
-            ids = [tokenize_prompt(base.tokenizer, prompts[k % len(prompts)], []).input_ids for k in range(first, first + count)]
-            states = base.encode_prompt(torch.tensor(ids))
+            states = base.encode_prompt(torch.tensor([ids[k % len(ids)] for k in range(first, first + count)]))
             empty = base.encode_prompt(torch.tensor([tokenize_prompt(base.tokenizer, "", []).input_ids]))
         noise = initial_latents(shape, seed + first, count, base.device)
         rows.append(denoise(base.unet, scheduler, noise, states, empty, config.sampling_steps, config.guidance_scale))
@@ -61,8 +67,27 @@ def make_prior(base: BaseModel, config: PriorConfig, resolution: int, seed: int,
             on_progress(first + count, config.num_class_images)
     latents = torch.cat(rows)
     if cached:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cached.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"latents": latents.cpu()}, temporary)
-        os.replace(temporary, cached)
+        with replace_files(cached.parent) as temporary:
+            save_file({"latents": latents.cpu()}, temporary / cached.name)
     return PriorData(prompts, latents)
+
+
+def class_prompts(config: PriorConfig) -> tuple[str, ...]:
+    """The prompts that take turns. Raises InputError when there is none, or one names an asset."""
+    prompts = tuple(p.strip() for p in config.class_prompt.split("|") if p.strip())
+    if not prompts:
+        raise InputError(f"the class prompt {config.class_prompt!r} is empty; write one such as 'a photo of a car'")
+    for prompt in prompts:
+        check_prompt(prompt, ())
+    return prompts
+
+
+def _read_cache(path: Path | None, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """(N, C, h, w), or None when it was never written or is damaged, and has to be drawn again."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        latents = load_file(path)["latents"]
+    except (SafetensorError, OSError, KeyError):
+        return None
+    return latents if latents.shape == shape and bool(torch.isfinite(latents).all()) else None

@@ -6,7 +6,6 @@ Knows the base model with a bundle attached, prompts and layouts. Knows nothing 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -22,10 +21,9 @@ from .attention.bounded import BoundedAttention, bound_attention
 from .attention.sites import attention_sites
 from .base_model import BaseModel
 from .boxes import Layout
-from .bundle import unwritable
 from .config import SynthesisConfig, to_dict
 from .denoise import denoise, initial_latents, make_scheduler
-from .errors import InputError
+from .files import replace_files
 from .guidance import LatentGuidance, MaskRefinement
 from .memory import peak_gib
 from .pictures import caption_below, draw_boxes, enlarge, grid, to_images
@@ -119,15 +117,10 @@ class _Run:
 
 def latent_shape(base: BaseModel, config: SynthesisConfig) -> tuple[int, int]:
     """(h, w) of the latents. Raises InputError unless width and height are multiples that the UNet can halve and double."""
-    multiple = base.vae_factor * 2 ** (len(base.unet.config["block_out_channels"]) - 1)
     sides = []
     for name, value in (("height", config.height), ("width", config.width)):
         pixels = value if value is not None else base.resolution
-        if pixels < multiple or pixels % multiple:
-            nearest = max(multiple, round(pixels / multiple) * multiple)
-            raise InputError(f"--{name} is {pixels}; {base.name} needs a multiple of {multiple} pixels, such as {nearest}")
-        if pixels > 8 * base.resolution:
-            raise InputError(f"--{name} is {pixels}; {base.name} was trained at {base.resolution} pixels, give at most 8 times that")
+        base.check_side(f"--{name}", pixels)
         sides.append(pixels // base.vae_factor)
     return sides[0], sides[1]
 
@@ -145,34 +138,20 @@ def check_boxes(base: BaseModel, layout: Layout, latent_size: tuple[int, int]) -
 def save_synthesis(result: Synthesis, output: Path, facts: dict[str, Any] | None = None) -> list[Path]:
     """PNG per picture (the recipe in its metadata), `contact.png` with the boxes drawn, `synthesis.json`.
 
-    Files are written whole or not at all. Raises InputError when the folder cannot be written.
+    All are written, or none. Raises InputError when the folder cannot be written.
     """
     recipe = {**result.recipe(), **(facts or {})}
-    paths = []
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        for k, image in enumerate(result.images):
+    names = [f"{result.seed + k:06d}.png" for k in range(len(result.images))]
+    record = {**recipe, "images": names, "seconds": round(result.seconds, 2), "peak_gib": round(result.peak_gib, 3),
+              "guidance_history": result.guidance_history}  # fmt: skip
+    with replace_files(output) as temporary:
+        for k, (name, image) in enumerate(zip(names, result.images, strict=True)):
             info = PngInfo()
             info.add_text("mifo", json.dumps({**recipe, "seed": result.seed + k, "batch_size": 1}))
-            paths.append(output / f"{result.seed + k:06d}.png")
-            _write(paths[-1], lambda target, image=image, info=info: image.save(target, "PNG", pnginfo=info))
-        _write(output / "contact.png", lambda target: contact_sheet(result).save(target, "PNG"))
-        record = {**recipe, "images": [p.name for p in paths], "seconds": round(result.seconds, 2),
-                  "peak_gib": round(result.peak_gib, 3), "guidance_history": result.guidance_history}  # fmt: skip
-        _write(output / "synthesis.json", lambda target: target.write_text(json.dumps(record, indent=2) + "\n"))
-    except OSError as error:
-        raise unwritable(output, error) from None
-    return paths
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Atomic: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            image.save(temporary / name, "PNG", pnginfo=info)
+        contact_sheet(result).save(temporary / "contact.png", "PNG")
+        (temporary / "synthesis.json").write_text(json.dumps(record, indent=2) + "\n")
+    return [output / name for name in names]
 
 
 def contact_sheet(result: Synthesis) -> Image.Image:

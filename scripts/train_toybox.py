@@ -8,37 +8,40 @@ Stages, each with its own time budget (minutes of training, pauses not counted):
   scenes  the same weights on whole scenes, 16x16 latents (placement, several objects, backgrounds)
   export  EMA weights in fp16 to `--output`, a folder that StableDiffusionPipeline.from_pretrained reads
 
+On a CPU each core works on a part of the batch by itself (`--workers`): small tensors do not split well inside an operation.
 Resumable: run the same command again. A checkpoint is written every two minutes, atomically.
 `log.jsonl` in the work folder keeps the curves; `samples_*.png` what the model draws.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from tqdm import tqdm
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from mifo.toybox.architecture import VAE_FACTOR, build_text_encoder, build_tokenizer, build_unet, build_vae, scheduler_config
 from mifo.toybox.draw import BACKGROUNDS
-from mifo.toybox.world import IMAGE_SIZE, Scene, compose_caption, draw_scene, random_caption, random_scene, random_thing
+from mifo.toybox.world import IMAGE_SIZE, Scene, draw_scene, random_caption, random_scene, random_thing
 
 TRAIN_SEED = 1_000_000  # scene seeds below this are kept for examples, the judge's test and the benches
 CHECKPOINT_SECONDS = 120
+MAX_STEP_SECONDS = 10  # a machine that slept or was busy elsewhere does not use the budget up
 CAPTIONS_PER_IMAGE = 6
 HELD_OUT = 192  # last rows of each baked set, never trained on
 
@@ -68,15 +71,9 @@ def _closeup_job(seed: int) -> tuple[np.ndarray, list[str]]:
     return np.asarray(image), [random_caption(scene, rng) for _ in range(CAPTIONS_PER_IMAGE)]
 
 
-def _use_every_core() -> None:
-    """Workers inherit the core that OMP_PROC_BIND tied the parent to."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
-
-
 def draw_many(job: Callable, seeds: range, label: str, workers: int) -> tuple[np.ndarray, list[list[str]]]:
     """Draws in parallel: uint8 images (N, H, W, 3) and their captions."""
-    with ProcessPoolExecutor(workers, initializer=_use_every_core) as pool:
+    with ProcessPoolExecutor(workers) as pool:
         rows = list(tqdm(pool.map(job, seeds, chunksize=64), total=len(seeds), desc=label, mininterval=5))
     return np.stack([r[0] for r in rows]), [r[1] for r in rows]
 
@@ -125,9 +122,9 @@ class Stage:
         os.replace(temporary, self.path)
         self._saved = time.monotonic()
 
-    def run(self, state: dict, step: Callable[[], tuple[torch.Tensor, int]], optimizers: list[torch.optim.Optimizer],
+    def run(self, state: dict, step: Callable[[], tuple[float, int]], optimizers: list[torch.optim.Optimizer],
             after: Callable[[], None] | None = None, on_save: Callable[[], None] | None = None) -> None:  # fmt: skip
-        """Calls `step` (-> loss, samples seen) until the budget is spent."""
+        """Calls `step`, which leaves gradients and returns (loss, samples seen), until the budget is spent."""
         bar = tqdm(total=round(self.budget_s), initial=round(self.elapsed_s), desc=self.name, unit="s", mininterval=5)
         while self.elapsed_s < self.budget_s:
             start = time.monotonic()
@@ -135,15 +132,14 @@ class Stage:
                 for group in optimizer.param_groups:
                     group["lr"] = self.learning_rate() * group.get("lr_scale", 1.0)
             loss, count = step()
-            loss.backward()
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             if after:
                 after()
             self.step, self.samples = self.step + 1, self.samples + count
-            self._losses.append(float(loss.detach()))
-            self.elapsed_s += time.monotonic() - start
+            self._losses.append(loss)
+            self.elapsed_s += min(time.monotonic() - start, MAX_STEP_SECONDS)
             bar.n = round(self.elapsed_s)
             if self.step % 50 == 0:
                 self._log()
@@ -164,26 +160,63 @@ class Stage:
             log.write(json.dumps(row) + "\n")
 
 
+class Replicas:
+    """Copies of a model that share its weights: each thread takes a part of the batch, gradients are averaged.
+
+    The threads run torch's operations on one core each, without waiting for one another inside an operation.
+    """
+
+    def __init__(self, model: torch.nn.Module, count: int, pool: ThreadPoolExecutor):
+        self.model, self.pool = model, pool
+        self.copies = [model, *(copy.deepcopy(model) for _ in range(count - 1))]
+        for replica in self.copies[1:]:
+            for own, shared in zip(replica.parameters(), model.parameters(), strict=True):
+                own.data = shared.data
+
+    def backward(self, loss_of: Callable, batches: list) -> float:
+        """`loss_of(replica, batch)` for each batch, backward, mean gradients in the model. Returns the mean loss."""
+
+        def work(replica: torch.nn.Module, batch: Any) -> float:
+            loss = loss_of(replica, batch)
+            loss.backward()
+            return float(loss.detach())
+
+        losses = list(self.pool.map(work, self.copies, batches))
+        if len(self.copies) > 1:
+            for own, *others in zip(*(r.parameters() for r in self.copies), strict=True):
+                if own.grad is None:
+                    continue
+                for other in others:
+                    own.grad += other.grad
+                    other.grad = None
+                own.grad /= len(self.copies)
+        return sum(losses) / len(losses)
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized by Newton-Schulz (Jordan et al. 2024), scaled to AdamW's step size (Liu et al. 2025).
 
     For matrices and convolution kernels (flattened to matrices); in fp32 because CPUs without bf16 units are the target.
     """
 
-    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+    def __init__(self, params, lr: float, pool: ThreadPoolExecutor, momentum: float = 0.95, weight_decay: float = 0.01):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self._pool = pool
 
-    @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                buffer.lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(buffer, group["momentum"]).flatten(1)
-                update = orthogonalize(update) * 0.2 * max(update.shape) ** 0.5
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(p), alpha=-group["lr"])
+            with_gradient = [p for p in group["params"] if p.grad is not None]
+            list(self._pool.map(lambda p, group=group: self._update(p, group), with_gradient))
+
+    @torch.no_grad()
+    def _update(self, p: torch.Tensor, group: dict) -> None:
+        if "momentum" not in self.state[p]:
+            self.state[p]["momentum"] = torch.zeros_like(p)
+        buffer = self.state[p]["momentum"]
+        buffer.lerp_(p.grad, 1 - group["momentum"])
+        update = p.grad.lerp(buffer, group["momentum"]).flatten(1)
+        update = orthogonalize(update) * 0.2 * max(update.shape) ** 0.5
+        p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(p), alpha=-group["lr"])
 
 
 def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
@@ -196,7 +229,7 @@ def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
     return x.T if tall else x
 
 
-def build_optimizers(modules: list[torch.nn.Module], lr: float) -> list[torch.optim.Optimizer]:
+def build_optimizers(modules: list[torch.nn.Module], lr: float, pool: ThreadPoolExecutor) -> list[torch.optim.Optimizer]:
     """Muon for hidden matrices and kernels, AdamW for the rest (embeddings, norms, biases)."""
     matrices, rest = [], []
     for module in modules:
@@ -204,7 +237,7 @@ def build_optimizers(modules: list[torch.nn.Module], lr: float) -> list[torch.op
             is_matrix = p.ndim >= 2 and "embedding" not in name and "conv_in" not in name and "conv_out" not in name
             (matrices if is_matrix else rest).append(p)
     adam = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
-    return [Muon(matrices, lr=lr), adam]
+    return [Muon(matrices, lr, pool), adam]
 
 
 # --- VAE ----------------------------------------------------------------------------------------
@@ -213,7 +246,8 @@ def build_optimizers(modules: list[torch.nn.Module], lr: float) -> list[torch.op
 def train_vae(workdir: Path, minutes: float, images: int, workers: int, device: str) -> AutoencoderKL:
     vae = build_vae().to(device)
     stage = Stage("vae", workdir, minutes, peak_lr=2e-3)
-    optimizers = build_optimizers([vae], stage.peak_lr)
+    pool = ThreadPoolExecutor(workers)
+    optimizers = build_optimizers([vae], stage.peak_lr, pool)
     state = {"vae": vae, **{f"optimizer{i}": o for i, o in enumerate(optimizers)}}
     stage.resume(state)
     if stage.progress >= 1:
@@ -222,14 +256,23 @@ def train_vae(workdir: Path, minutes: float, images: int, workers: int, device: 
     held_out = to_tensor(np.stack([_scene_job(i)[0] for i in range(64)])).to(device)
     crop, batch = IMAGE_SIZE // 2, 16
 
-    def step() -> tuple[torch.Tensor, int]:
-        picks = torch.randint(len(scenes), (batch,)).tolist()
-        corners = torch.randint(0, IMAGE_SIZE - crop + 1, (batch, 2)).tolist()
+    replicas = Replicas(vae, workers, pool)
+
+    def draw_crops() -> tuple[torch.Tensor, torch.Generator]:
+        count = batch // workers
+        picks = torch.randint(len(scenes), (count,)).tolist()
+        corners = torch.randint(0, IMAGE_SIZE - crop + 1, (count, 2)).tolist()
         x = to_tensor(np.stack([scenes[i, y : y + crop, x : x + crop] for i, (y, x) in zip(picks, corners, strict=True)]))
-        x = x.to(device)
-        posterior = vae.encode(x).latent_dist
-        decoded = vae.decode(posterior.sample()).sample
-        return reconstruction_loss(decoded, x) + 2e-5 * posterior.kl().mean() / (crop / VAE_FACTOR) ** 2, batch
+        return x.to(device), torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+
+    def loss_of(model: AutoencoderKL, crops: tuple[torch.Tensor, torch.Generator]) -> torch.Tensor:
+        x, generator = crops
+        posterior = model.encode(x).latent_dist
+        decoded = model.decode(posterior.sample(generator)).sample
+        return reconstruction_loss(decoded, x) + 2e-5 * posterior.kl().mean() / (crop / VAE_FACTOR) ** 2
+
+    def step() -> tuple[float, int]:
+        return replicas.backward(loss_of, [draw_crops() for _ in range(workers)]), batch
 
     def report() -> None:
         with torch.no_grad():
@@ -332,14 +375,16 @@ def fixed_batch(data: dict[str, torch.Tensor], device: str) -> list[torch.Tensor
 
 
 def train_denoiser(name: str, workdir: Path, minutes: float, peak_lr: float, sources: list[tuple[dict, int, float]],
-                   vae: AutoencoderKL, tokenizer: CLIPTokenizer, start_from: Path | None, device: str) -> None:  # fmt: skip
+                   vae: AutoencoderKL, tokenizer: CLIPTokenizer, start_from: Path | None, device: str,
+                   workers: int) -> None:  # fmt: skip
     """`sources`: (baked data, batch size, share of the steps). Starts from another stage's weights when given."""
     model = Denoiser(tokenizer).to(device)
     if start_from:
         model.load_state_dict(torch.load(start_from, map_location="cpu", weights_only=False)["state"]["model"])
     ema = EMAModel(model.parameters(), decay=0.997, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     stage = Stage(name, workdir, minutes, peak_lr)
-    optimizers = build_optimizers([model.text_encoder, model.unet], peak_lr)
+    pool = ThreadPoolExecutor(workers)
+    optimizers = build_optimizers([model.text_encoder, model.unet], peak_lr, pool)
     state = {"model": model, "ema": ema, **{f"optimizer{i}": o for i, o in enumerate(optimizers)}}
     stage.resume(state)
     ema.to(device)
@@ -347,10 +392,15 @@ def train_denoiser(name: str, workdir: Path, minutes: float, peak_lr: float, sou
     shares = torch.tensor([share for _, _, share in sources])
     saves = 0
 
-    def step() -> tuple[torch.Tensor, int]:
-        data, batch, _ = sources[int(torch.multinomial(shares, 1))]
+    replicas = Replicas(model, workers, pool)
+
+    def loss_of(replica: Denoiser, batch: list[torch.Tensor]) -> torch.Tensor:
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            return model.loss(*draw_batch(data, batch, device)), batch
+            return replica.loss(*batch)
+
+    def step() -> tuple[float, int]:
+        data, batch, _ = sources[int(torch.multinomial(shares, 1))]
+        return replicas.backward(loss_of, [draw_batch(data, batch // workers, device) for _ in range(workers)]), batch
 
     def report() -> None:
         nonlocal saves
@@ -404,18 +454,21 @@ def main(
     """Trains the toybox base model. Run it again to go on where it stopped."""
     torch.manual_seed(seed)
     workdir.mkdir(parents=True, exist_ok=True)
-    vae = train_vae(workdir, minutes_vae, min(scenes, 6000), workers, device)
+    threads = workers if device == "cpu" else 1
+    torch.set_num_threads(1 if threads > 1 else torch.get_num_threads())
+    vae = train_vae(workdir, minutes_vae, min(scenes, 6000), threads, device)
     normalize_latents(vae, to_tensor(np.stack([_scene_job(TRAIN_SEED + i)[0] for i in range(256)])).to(device))
     tokenizer = build_tokenizer(workdir / "tokenizer")
     seeds = range(TRAIN_SEED, TRAIN_SEED + closeups)
     crops = bake(vae, _closeup_job, seeds, workdir / "closeups.latents", tokenizer, workers, device)
     if minutes_crops:
-        train_denoiser("crops", workdir, minutes_crops, learning_rate, [(crops, batch_crops, 1.0)], vae, tokenizer, None, device)
+        train_denoiser("crops", workdir, minutes_crops, learning_rate, [(crops, batch_crops, 1.0)], vae, tokenizer, None, device,
+                       threads)  # fmt: skip
     seeds = range(TRAIN_SEED, TRAIN_SEED + scenes)
     wholes = bake(vae, _scene_job, seeds, workdir / "scenes.latents", tokenizer, workers, device)
     sources = [(crops, batch_crops, crop_share), (wholes, batch_scenes, 1 - crop_share)]
     train_denoiser("scenes", workdir, minutes_scenes, 0.7 * learning_rate, sources, vae, tokenizer,
-                   workdir / "crops.pt" if minutes_crops else None, device)  # fmt: skip
+                   workdir / "crops.pt" if minutes_crops else None, device, threads)  # fmt: skip
     export(workdir, "scenes", vae, tokenizer, output)
 
 

@@ -94,6 +94,14 @@ def test_a_box_too_thin_for_a_map_is_refused() -> None:
     thin.check_visible(height=64, width=64)
     with pytest.raises(InputError, match=r"no pixel of a 16x8 map; make it at least 0.0625 wide and 0.125 high"):
         thin.check_visible(height=8, width=16)
+    with pytest.raises(InputError, match="no pixel of a 64x8 map"):
+        Box(0.0, 0.50, 1.0, 0.52).check_visible(height=8, width=64)
+
+
+def test_iou_of_boxes_whose_areas_vanish() -> None:
+    hair = Box(0, 0, 1e-200, 1e-200)
+    assert hair.iou(hair) == 1
+    assert hair.iou(Box(0, 0, 1e-200, 2e-200)) == 0
 
 
 @given(boxes, st.integers(1, 64), st.integers(1, 64))

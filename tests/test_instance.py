@@ -201,6 +201,7 @@ MASK_KINDS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "white in alpha": lambda mask: painted_into_alpha(mask, "white"),
     "black in alpha": lambda mask: painted_into_alpha(mask, "black"),
     "white on transparent": lambda mask: Image.merge("RGBA", (mask, mask, mask, mask)),
+    "painted on a larger opaque patch": lambda mask: Image.merge("LA", (mask, square((2, 2), side=30))),
     "grey and alpha": lambda mask: Image.merge("LA", (mask, Image.new("L", mask.size, 255))),
     "photo cut out by alpha": lambda mask: Image.merge("LA", (Image.effect_noise(mask.size, 9).point(BRIGHTER), mask)),
 }  # fmt: skip
@@ -269,6 +270,7 @@ MISTAKES: dict[str, tuple[dict[str, bytes | None], str]] = {
     "an empty mask": ({"mask1.png": encoded(Image.new("L", SIZE))}, "mask1.png is empty: its brightest pixel is 0 of"),
     "zeros and ones": ({"mask1.png": encoded(ONE)}, "mask1.png is empty: its brightest pixel is 1 of 255; paint"),
     "a full mask": ({"mask1.png": encoded(WHITE)}, "mask1.png covers the whole image"),
+    "an empty RGBA mask": ({"mask1.png": encoded(Image.new("RGBA", SIZE, "black"))}, "mask1.png is empty"),
     "a fully transparent mask": ({"mask1.png": encoded(Image.new("RGBA", SIZE))}, "mask1.png is empty"),
     "an empty file": ({"img.png": b""}, "img.png is not an image"),
     "no image at all": ({"img.png": b"<html>404</html>"}, "img.png is not an image that can be read"),

@@ -217,7 +217,7 @@ def test_a_wrong_prompt_is_explained(prompt: str, message: str) -> None:
         "a toy, with no asset",
         "<asset0> on <asset1>, and <asset0> again!",
         "<Asset1>'s café\nat night",
-        "his assets: 3 < 4 > 2, the facet0",
+        "his assets: 3 < 4 > 2, the subasset0",
     ],
 )
 def test_a_right_prompt_passes(prompt: str) -> None:

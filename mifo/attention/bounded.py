@@ -43,12 +43,15 @@ class BoundedAttention:
     # --- subjects' pixels ---
 
     def subject_masks(self, size: tuple[int, int]) -> torch.Tensor:
-        """Pixels of each subject at a map size: (images or 1, subjects, h*w) bool; from boxes, or refined."""
+        """Pixels of each subject at a map size: (images or 1, subjects, h*w) bool; from boxes, or refined.
+
+        A refined mask that vanishes at a small size gives way to its box there.
+        """
+        boxes = torch.stack([torch.from_numpy(box.rasterize(*size)) for _, box in self.layout])[None].flatten(2).to(self.device)
         if self._refined is None:
-            boxes = [torch.from_numpy(box.rasterize(*size)) for _, box in self.layout]
-            return torch.stack(boxes)[None].flatten(2).to(self.device)
-        resized = F.interpolate(self._refined.float(), size, mode="bilinear", antialias=True) >= 0.5
-        return resized.flatten(2)
+            return boxes
+        resized = (F.interpolate(self._refined.float(), size, mode="bilinear", antialias=True) >= 0.5).flatten(2)
+        return torch.where(resized.any(2, keepdim=True), resized, boxes)
 
     def refine(self, masks: torch.Tensor) -> None:
         """From now on (images, subjects, h, w) bool masks stand for the boxes."""

@@ -108,8 +108,11 @@ class Processor:
 
 def attention_probabilities(query: torch.Tensor, key: torch.Tensor, scale: float,
                             visible: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
-    """The map itself, (B, heads, H*W, L), softmax in fp32. `visible` is a boolean mask that broadcasts to it."""
-    scores = (query @ key.transpose(-1, -2)).float() * scale
+    """The map itself, (B, heads, H*W, L), softmax in fp32. `visible` is a boolean mask that broadcasts to it.
+
+    Queries are scaled before they meet keys: Stable Diffusion 2's raw scores do not fit into fp16.
+    """
+    scores = ((query * scale) @ key.transpose(-1, -2)).float()
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
     return scores.softmax(-1)

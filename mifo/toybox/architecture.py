@@ -6,6 +6,7 @@ Knows configurations only; the weights come from scripts/train_toybox.py.
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def scheduler_config() -> dict[str, Any]:
     """v-prediction down to pure noise (zero terminal SNR, Lin et al. 2023): flat backgrounds come out flat."""
     return {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
             "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing",
-            "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 0}  # fmt: skip
+            "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 1}  # fmt: skip
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -80,7 +81,7 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
 def _segment(word: str, merges: list[tuple[str, str]]) -> list[str]:
     """Byte-pair encoding of one lower-case word: the earliest-learned merge first."""
     pieces = [*word[:-1], word[-1] + "</w>"]
-    while candidates := [(merges.index(pair), i) for i, pair in enumerate(zip(pieces, pieces[1:], strict=False)) if pair in merges]:
+    while candidates := [(merges.index(p), i) for i, p in enumerate(pairwise(pieces)) if p in merges]:
         _, i = min(candidates)
         pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
     return pieces

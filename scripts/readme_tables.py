@@ -1,0 +1,111 @@
+"""Fills the README's tables from scripts/results/*.json.
+
+    python scripts/readme_tables.py            rewrites README.md
+    python scripts/readme_tables.py --check    fails when a table is not what the results say
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "scripts" / "results"
+
+
+def load(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def percent(entry: dict[str, Any]) -> str:
+    """'91.7 % (88-95)'"""
+    if entry["percent"] is None:
+        return "-"
+    low, high = entry["interval_95"]
+    return f"{entry['percent']:.0f} % ({low:.0f}-{high:.0f})"
+
+
+def source(name: str, result: dict[str, Any]) -> str:
+    return f"[{name}.json](scripts/results/{name}.json): `{result['command']}`, {result['device']}."
+
+
+def main_job_table() -> str:
+    result = load("main_job")
+    if result is None:
+        return "Not measured yet."
+    ours, theirs = result["mifo"], result["break-a-scene"]
+    columns = [("mifo", ours, "in_boxes"), ("mifo without box control", ours, "without_box_control"),
+               ("Break-A-Scene's recipe, with our boxes", theirs, "in_boxes"),
+               ("Break-A-Scene's recipe, as published (no boxes)", theirs, "without_box_control")]  # fmt: skip
+    lines = [
+        "Three look-alike cars (`example/toy_car`), toybox on a CPU, by the judge; intervals are 95 % bootstrap.",
+        "",
+        "| | " + " | ".join(c[0] for c in columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    rows = [
+        ("learn, seconds", lambda e, b: f"{e['learn_seconds']:.0f}"),
+        ("bundle, MiB", lambda e, b: f"{e['bundle_mib']:.1f}"),
+        ("synthesize, seconds an image (median)", lambda e, b: f"{b['seconds_per_image']['median']:.1f}"),
+        ("alone: class, both colours and pattern right", lambda e, b: percent(e["alone"]["right"])),
+        ("alone: never confused with another", lambda e, b: percent(e["alone"]["not_confused"])),
+        ("alone: background as asked", lambda e, b: percent(e["alone"]["background"])),
+        ("in boxes: right instance in its box", lambda e, b: percent(b["right_instance"])),
+        ("in boxes: another instance in the box", lambda e, b: percent(b["wrong_instance"])),
+        ("in boxes: mean IoU with the box", lambda e, b: f"{b['mean_iou']:.2f}"),
+        ("in boxes: three things, no more, no fewer", lambda e, b: percent(b["count"])),
+    ]
+    for label, value in rows:
+        lines.append(f"| {label} | " + " | ".join(value(e, e[k]) for _, e, k in columns) + " |")
+    return "\n".join([*lines, "", source("main_job", result)])
+
+
+def base_model_table() -> str:
+    result = load("base_model")
+    if result is None:
+        return "Not measured yet."
+    single, patterned, two = (result[k] for k in ("single_plain_or_patterned", "single_patterned", "two_objects"))
+    lines = [
+        f"The embedded base model, {result['images_per_series']} pictures a series, by the judge.",
+        "",
+        "| | measured | aimed at |",
+        "|---|---|---|",
+        f"| one thing: class and colour right | {percent(single['class_and_color'])} | 92 % |",
+        f"| one thing: background right | {percent(single['background'])} | 97 % |",
+        f"| one patterned thing: pattern right | {percent(patterned['pattern'])} | 80 % |",
+        f"| two things: both right in class and colour | {percent(two['class_and_color'])} | 75 % |",
+    ]
+    return "\n".join([*lines, "", source("base_model", result)])
+
+
+TABLES = {"main_job": main_job_table, "base_model": base_model_table}
+
+
+def filled(text: str) -> str:
+    """The README with every table made afresh."""
+    for name, make in TABLES.items():
+        pattern = re.compile(rf"(<!-- table:{name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text = pattern.sub(lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text)
+    return text
+
+
+def main(check: bool = False) -> None:
+    """Rewrites the tables, or checks them."""
+    path = ROOT / "README.md"
+    text = path.read_text()
+    if check:
+        if filled(text) != text:
+            print("README.md's tables are not what scripts/results says; run python scripts/readme_tables.py", file=sys.stderr)
+            raise typer.Exit(1)
+        return
+    path.write_text(filled(text))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,56 @@
+"""Writes a measurement: the numbers with all that is needed to make them again."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+FOLDER = Path(__file__).parent / "results"
+
+
+def write_result(name: str, numbers: dict[str, Any], device: str = "cpu") -> Path:
+    """`scripts/results/<name>.json`: command, versions, commit, device, and the numbers."""
+    packages = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "numpy")
+    record = {
+        "command": " ".join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "mifo") else ""),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}},
+        **numbers,
+    }
+    FOLDER.mkdir(exist_ok=True)
+    path = FOLDER / f"{name}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    return path
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    return done.stdout.strip()
+
+
+def share(hits: list[bool]) -> dict[str, Any]:
+    """Mean of yes/no outcomes in percent, with a 95 % bootstrap interval over them."""
+    if not hits:
+        return {"percent": None, "of": 0}
+    values = np.array(hits, dtype=float)
+    draws = np.random.default_rng(0).integers(0, len(values), (2000, len(values)))
+    low, high = np.percentile(values[draws].mean(1), [2.5, 97.5])
+    percent = round(100 * float(values.mean()), 1)
+    return {"percent": percent, "interval_95": [round(100 * low, 1), round(100 * high, 1)], "of": len(hits)}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and range of repeated measurements."""
+    low, middle, high = (round(float(np.percentile(values, q)), 3) for q in (0, 50, 100))
+    return {"median": middle, "min": low, "max": high, "repeats": len(values)}

@@ -1,0 +1,118 @@
+"""A random model in the toybox's shape, instances to learn on it, and a bundle learned in seconds, for the tests of files
+and commands. What the pictures show does not matter there."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from typer.testing import CliRunner, Result
+
+from mifo.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+FAST = ["--phase1-train-steps", "2", "--phase2-train-steps", "2", "--num-class-images", "1", "--lora-rank", "2"]
+
+
+@functools.cache
+def _scratch() -> Path:
+    """One folder for all test files of a run; it vanishes with the process."""
+    holder = tempfile.TemporaryDirectory(prefix="mifo-tests-")
+    _holders.append(holder)
+    return Path(holder.name)
+
+
+_holders: list[tempfile.TemporaryDirectory] = []
+
+
+@functools.cache
+def tiny_base_folder(seed: int = 0) -> Path:
+    """A Stable Diffusion folder of random weights, as diffusers itself writes it."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    from mifo.toybox.architecture import build_text_encoder, build_tokenizer, build_unet, build_vae, scheduler_config
+
+    torch.manual_seed(seed)
+    folder = _scratch() / f"base{seed}"
+    tokenizer = build_tokenizer(_scratch() / f"tokenizer{seed}")
+    StableDiffusionPipeline(
+        vae=build_vae(), text_encoder=build_text_encoder(tokenizer), tokenizer=tokenizer, unet=build_unet(),
+        scheduler=DDIMScheduler.from_config(scheduler_config()), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def write_instance(folder: Path, assets: int = 2, size: tuple[int, int] = (96, 64)) -> Path:
+    """`assets` coloured squares in a row on grey, and their masks."""
+    folder.mkdir(parents=True)
+    image = Image.new("RGB", size, "grey")
+    for index in range(assets):
+        left = index * size[0] // assets
+        box = (left + 2, size[1] // 4, left + size[0] // assets - 3, 3 * size[1] // 4)
+        ImageDraw.Draw(image).rectangle(box, fill=(200 - 30 * index % 200, 60 * index % 255, 90))
+        mask = Image.new("L", size)
+        ImageDraw.Draw(mask).rectangle(box, fill=255)
+        mask.save(folder / f"mask{index}.png")
+    image.save(folder / "img.png")
+    return folder
+
+
+def load_base() -> Any:
+    """A fresh copy of the tiny model, which a test may spoil."""
+    from mifo.base_model import load_base_model
+
+    return load_base_model(str(tiny_base_folder()))
+
+
+@functools.cache
+def tiny_bundle_folder() -> Path:
+    """A bundle of two assets learned on the tiny model. Never write into it: `copy_bundle` gives one to spoil."""
+    from mifo.config import learn_preset
+    from mifo.instance import load_instance
+    from mifo.learn import learn
+
+    config = learn_preset("stable-diffusion")
+    config = replace(
+        config,
+        embedding=replace(config.embedding, train_steps=2),
+        lora=replace(config.lora, train_steps=2, learning_rate=1e-2),  # so large that the adapters do something
+        prior=replace(config.prior, num_class_images=1, sampling_steps=2),
+    )
+    instance = load_instance(write_instance(_scratch() / "two_cups"))
+    return learn(instance, load_base(), config, _scratch() / "bundles" / "two_cups").folder
+
+
+def copy_bundle(parent: Path, name: str = "two_cups") -> Path:
+    return Path(shutil.copytree(tiny_bundle_folder(), parent / name))
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def mifo(*arguments: object, exit_code: int = 0) -> Result:
+    """The command line in this process."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == exit_code, result.output
+    return result
+
+
+def learn_arguments(instance: Path, output: Path, *more: object) -> Sequence[object]:
+    """A short `learn` of an instance folder on the tiny model."""
+    return ["learn", instance, "--model-path", tiny_base_folder(), "--output-dir", output, *FAST, *more]
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    """Every path below `folder` (hidden ones too) with its content; None for folders."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
