@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,7 +126,7 @@ def resolve(name: str) -> tuple[Path, str, str | None]:
     if name == "toybox":
         return TOYBOX_FOLDER, "toybox", None
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and os.path.isdir(folder):
         return folder, str(folder.resolve()), None
     candidates = HUB_MODELS.get(name) or ((name, "main"),)
     if name not in HUB_MODELS and (name.count("/") != 1 or folder.is_absolute() or name.startswith(".")):
@@ -174,7 +174,7 @@ def _check_layout(folder: Path, name: str) -> None:
 
 
 def fingerprint(folder: Path) -> str:
-    """Hex digest of the configurations, the weight files' headers, and 16 spread samples of each: fast at any size."""
+    """Hex digest of the configurations and the weights; of files above 64 MiB, of spread samples: fast at any size."""
     digest = hashlib.sha256()
     for part in ("text_encoder", "unet", "vae", "scheduler"):
         for path in sorted((folder / part).iterdir()):
@@ -187,11 +187,13 @@ def fingerprint(folder: Path) -> str:
 
 
 def _sample_weights(path: Path) -> bytes:
-    size = path.stat().st_size
+    """A small file whole; of a large one its start, with the header, and 64 spread pieces, the last at the end."""
+    size, piece, pieces = path.stat().st_size, 1 << 16, 64
+    if size <= 1 << 26:
+        return path.read_bytes()
     with path.open("rb") as file:
-        (header_bytes,) = struct.unpack("<Q", file.read(8))
-        parts = [struct.pack("<Q", size), file.read(min(header_bytes, 1 << 20))]
-        for k in range(16):
-            file.seek(8 + header_bytes + (size - 8 - header_bytes) * k // 16)
-            parts.append(file.read(1 << 16))
+        parts = [str(size).encode(), file.read(1 << 20)]
+        for k in range(pieces):
+            file.seek((size - piece) * k // (pieces - 1))
+            parts.append(file.read(piece))
     return b"".join(parts)

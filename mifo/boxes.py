@@ -251,6 +251,8 @@ def parse_boxes_alone(source: str | Path) -> Layout:
         _refuse("The boxes are empty; give at least one [x0, y0, x1, y1].")
     if isinstance(data, dict):
         tokens = [f"<asset{str(key).strip('<>').removeprefix('asset')}>" for key in data]
+        if twice := sorted({token for token in tokens if tokens.count(token) > 1}):
+            _refuse(f"The boxes give {', '.join(twice)[:100]} twice; give each asset one box.")
     elif isinstance(data, list):
         tokens = [f"<asset{index}>" for index in range(len(data))]
     else:

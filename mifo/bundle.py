@@ -65,12 +65,18 @@ class Bundle:
 # --- adapters -----------------------------------------------------------------------------------
 
 
-def add_adapters(base: BaseModel, rank: int, text_encoder: bool) -> dict[str, PeftModel]:
-    """Fresh LoRA in every attention projection, fp32 whatever the base's dtype; the base's modules are changed in place."""
-    adapters = {"unet_lora": get_peft_model(base.unet, LoraConfig(r=rank, lora_alpha=rank, target_modules=UNET_TARGETS))}
-    if text_encoder:
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TEXT_TARGETS)
-        adapters["text_lora"] = get_peft_model(base.text_encoder, config)
+def add_adapters(base: BaseModel, rank: int, text_encoder: bool, seed: int = 0) -> dict[str, PeftModel]:
+    """Fresh LoRA in every attention projection, fp32 whatever the base's dtype; the base's modules are changed in place.
+
+    Starts from `seed` alone; PyTorch's own random state stays as it was.
+    """
+    unet: Any = base.unet
+    with torch.random.fork_rng([base.device] if base.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        adapters = {"unet_lora": get_peft_model(unet, LoraConfig(r=rank, lora_alpha=rank, target_modules=UNET_TARGETS))}
+        if text_encoder:
+            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TEXT_TARGETS)
+            adapters["text_lora"] = get_peft_model(base.text_encoder, config)
     return adapters
 
 
@@ -163,6 +169,7 @@ def save_bundle(folder: Path, base: BaseModel, tokens: tuple[str, ...], words: t
         "base": {"name": base.name, "source": base.source, "revision": base.revision, "fingerprint": base.fingerprint},
         "tokens": list(tokens),
         "words": list(words) if words else None,
+        "adapters": sorted(adapters),
         "config": to_dict(config),
         **facts,
     }

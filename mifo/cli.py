@@ -125,7 +125,7 @@ def learn(
                 say(f"note: {warning}")
             base = load_base_model(model_path, chosen, dtype)
             config = _learn_overrides(learn_preset(base.family, recipe.value), given, _accelerate_name(dtype))
-            with Bar() as bar, job.keeping(target if target.exists() else None):
+            with Bar() as bar, job.keeping(target if os.path.lexists(target) else None):
                 bundle = run_learn(each, base, config, target, bar.learning, initial)
             job.kept.append(target)
             results.append(_learn_summary(bundle))

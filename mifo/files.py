@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import InputError
@@ -90,9 +90,11 @@ def replace_files(folder: Path) -> Iterator[Path]:
 def check_writable(folder: Path) -> None:
     """Raises InputError unless files can be made in `folder`, or a folder where it will stand. Leaves nothing behind."""
     there = Path(os.path.realpath(folder))
-    while not os.path.lexists(there):
-        there = there.parent
     try:
+        with suppress(FileNotFoundError):
+            os.lstat(there)  # finds names that are too long, and files used as folders
+        while not os.path.lexists(there):
+            there = there.parent
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise unwritable(folder, error) from None
@@ -129,7 +131,7 @@ def unwritable(path: Path, error: Exception) -> InputError:
     if _number(error) in (errno.ENOTDIR, errno.EEXIST):
         return InputError(f"{path} cannot be written: a file stands where a folder is needed; choose another output folder")
     reason = getattr(error, "strerror", None) or str(error)
-    return InputError(f"{path} cannot be written ({reason}); choose another output folder or change its permissions")
+    return InputError(f"{str(path)[:200]} cannot be written ({reason}); choose another output folder or change its permissions")
 
 
 def _number(error: BaseException) -> int | None:

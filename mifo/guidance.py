@@ -49,6 +49,7 @@ class LatentGuidance:
         self.sites = choose_sites(self.unet, self.config.blocks, self.config.map_sizes, ("cross", "self"))
         self.history: list[tuple[int, int, float]] = []  # (step, iteration, mean normalized loss)
 
+    @torch.enable_grad()  # the denoising loop around it runs without
     def guide(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """(B, C, h, w) -> (B, C, h, w). Each picture stops by itself, so a batch equals its pictures one by one."""
         if not self.config.enabled or step >= self.config.steps:
@@ -65,7 +66,6 @@ class LatentGuidance:
             latents = latents - step_size(step, self.config) * gradient * active[:, None, None, None]
         return latents.detach()
 
-    @torch.enable_grad()  # the denoising loop around it runs without
     def losses(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """(B,) guidance loss of each picture. Only the conditional half runs, and only up to the last supervised site."""
         self.control.guiding = True

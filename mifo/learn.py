@@ -86,7 +86,7 @@ def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path
     with use_assets(base.text_encoder, ids, rows) as embedding:
         learner = Learner(base, data, config, embedding, accelerator, prior)
         learner.train_rows(report)
-        with lend_adapters(base, config.lora) as adapters:
+        with lend_adapters(base, config.lora, config.seed) as adapters:
             learner.train_adapters(adapters, report)
             shares = attention_shares(base, data, tokens, config.lora.attention)
             facts = {
@@ -94,7 +94,6 @@ def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path
                 "peak_gib": round(peak_gib(base.device), 3),
                 "attention_inside_mask": {t: round(s, 4) for t, s in zip(tokens, shares, strict=True)},
                 "losses": learner.curve,
-                "adapters": sorted(adapters),
                 **environment(),
             }
 
@@ -106,9 +105,9 @@ def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path
 
 
 @contextmanager
-def lend_adapters(base: BaseModel, phase: LoraPhase) -> Iterator[dict[str, PeftModel]]:
+def lend_adapters(base: BaseModel, phase: LoraPhase, seed: int) -> Iterator[dict[str, PeftModel]]:
     """LoRA in the base model's modules for as long as the block lasts; none when phase 2 is switched off."""
-    adapters = add_adapters(base, phase.rank, phase.text_encoder) if phase.train_steps else {}
+    adapters = add_adapters(base, phase.rank, phase.text_encoder, seed) if phase.train_steps else {}
     try:
         yield adapters
     finally:
@@ -132,7 +131,8 @@ def _check_longest_prompt(base: BaseModel, tokens: Sequence[str]) -> None:
     try:
         tokenize_prompt(base.tokenizer, join_assets(list(tokens)), tokens)
     except InputError as error:
-        raise InputError(f"{len(tokens)} assets are more than one prompt can hold: {error}; use fewer masks") from None
+        length = str(error).split(". ")[0]
+        raise InputError(f"{len(tokens)} assets are more than one prompt can hold; use fewer masks. {length}.") from None
 
 
 class Learner:

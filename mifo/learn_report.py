@@ -22,8 +22,8 @@ from .base_model import BaseModel
 from .config import AttentionTerms, synthesis_preset
 from .dataset import InstanceData
 from .denoise import denoise, initial_latents, make_scheduler
-from .instance import Instance
-from .pictures import ASSET_COLORS, caption_below, grid, outline, to_images
+from .instance import Instance, fit
+from .pictures import ASSET_COLORS, PAPER, caption_below, grid, outline, to_images
 from .prompts import join_assets, tokenize_prompt
 
 PROBE_TIMESTEPS = (100, 250, 400)  # below 500, where the attention terms apply
@@ -83,7 +83,7 @@ def write_attention_sheet(path: Path, snapshots: Sequence[tuple[str, torch.Tenso
     side = 128
     cells = []
     for index, token in enumerate(tokens):
-        cells.append(caption_below(_outlined(instance, [index]).resize((side, side)), token))
+        cells.append(caption_below(_outlined(instance, [index], side), token))
         for label, maps in snapshots:
             cells.append(caption_below(_heat(maps[index], side), label))
     grid(cells, columns=1 + len(snapshots)).save(path)
@@ -99,7 +99,7 @@ def _heat(attention: torch.Tensor, side: int) -> Image.Image:
 def write_preview(path: Path, instance: Instance, base: BaseModel, tokens: Sequence[str], seed: int) -> None:
     """The picture with its masks outlined, and one sample per asset."""
     side = 192
-    cells = [caption_below(_outlined(instance, range(len(tokens))).resize((side, side)), instance.name)]
+    cells = [caption_below(_outlined(instance, range(len(tokens)), side), instance.name)]
     images = sample_prompts(base, [f"a photo of {t}" for t in tokens], tokens, seed)
     cells += [caption_below(image.resize((side, side), NEAREST), t) for image, t in zip(images, tokens, strict=True)]
     grid(cells, columns=len(cells)).save(path)
@@ -119,8 +119,10 @@ def sample_prompts(base: BaseModel, prompts: Sequence[str], tokens: Sequence[str
         return to_images(base.decode(latents))
 
 
-def _outlined(instance: Instance, indices: Sequence[int] | range) -> Image.Image:
-    image = instance.image.copy()
+def _outlined(instance: Instance, indices: Sequence[int] | range, side: int) -> Image.Image:
+    """The picture at `side` x `side` pixels with the masks' edges; shrunk first, because a photo's edges take minutes."""
+    image = fit(instance.image, side, PAPER, Image.Resampling.LANCZOS)
     for index in indices:
-        image = outline(image, instance.masks[index], ASSET_COLORS[index % len(ASSET_COLORS)])
+        mask = fit(instance.masks[index], side, 0, Image.Resampling.NEAREST)
+        image = outline(image, mask, ASSET_COLORS[index % len(ASSET_COLORS)])
     return image

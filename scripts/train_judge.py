@@ -6,7 +6,7 @@
   train     with blur, noise, colour, flip, shift and zoom, since it will judge decoded and generated pictures
   examine   on held-out scenes; weights (fp16) to `--output`, figures to `--report`
 
-`--vae` puts a random half of the training scenes through an AutoencoderKL first.
+`--vae` puts a random half of the training scenes through an AutoencoderKL first. `--exam-vae` examines on its pictures.
 Resumable: run the same command again. A checkpoint is written every minute, atomically.
 """
 
@@ -55,6 +55,7 @@ TEST_SEED = 900_000
 RARE_TEST_SEED = 950_000
 TEST_SCENES = 1_000
 RARE_TEST_SCENES = 300
+RECONSTRUCTED_TEST_SCENES = 300  # the first of the ordinary ones
 
 MAX_THINGS = 4
 RARE_SHARE = 0.2
@@ -88,10 +89,10 @@ def resized(thing: Thing, factor: float) -> Thing:
     return placed(thing, center, max(w, h))
 
 
-def training_scene(seed: int, rare_share: float = RARE_SHARE) -> Scene:
-    """1-4 things, all counts alike; some of rare classes, some of odd sizes, some just touching."""
+def crowded_scene(seed: int, rare_share: float = RARE_SHARE, odd_share: float = ODD_SIZE_SHARE) -> Scene:
+    """1-4 things, all counts alike, some just touching; `rare_share` counts things, `odd_share` scenes."""
     rng = np.random.default_rng(seed)
-    count, odd = int(rng.integers(1, MAX_THINGS + 1)), rng.random() < ODD_SIZE_SHARE
+    count, odd = int(rng.integers(1, MAX_THINGS + 1)), rng.random() < odd_share
     things: list[Thing] = []
     for _ in range(50 * count):
         if len(things) == count:
@@ -103,18 +104,6 @@ def training_scene(seed: int, rare_share: float = RARE_SHARE) -> Scene:
         if not things or box_ious([thing.box], [t.box for t in things]).max() < TOUCHING_IOU:
             things.append(thing)
     return Scene(tuple(things), str(rng.choice(BACKGROUNDS)), seed)
-
-
-def rare_test_scene(seed: int) -> Scene:
-    """A held-out scene of the world's own sizes in which every thing is of a rare class."""
-    scene = random_scene(seed)
-    rng = np.random.default_rng([seed, 1])
-    things = []
-    for thing in scene.things:
-        x0, y0, x1, y1 = thing.box
-        rare = replace(thing, class_name=str(rng.choice(list(RARE_CLASSES))))
-        things.append(placed(rare, ((x0 + x1) / 2, (y0 + y1) / 2), min(x1 - x0, y1 - y0)))
-    return Scene(tuple(things), scene.background, scene.seed)
 
 
 def label(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
@@ -130,7 +119,7 @@ def label(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
 def draw_training_set(path: Path, count: int, vae: Path | None) -> dict[str, np.ndarray]:
     """Draws once and caches: images (N, 64, 64, 3) uint8, boxes, labels, backgrounds (N,)."""
     if not path.exists():
-        scenes = [training_scene(seed) for seed in range(TRAIN_SEED, TRAIN_SEED + count)]
+        scenes = [crowded_scene(seed) for seed in range(TRAIN_SEED, TRAIN_SEED + count)]
         images = np.stack([np.asarray(draw_scene(s).image) for s in tqdm(scenes, desc="drawing", mininterval=5)])
         boxes, labels = (np.stack(part) for part in zip(*map(label, scenes), strict=True))
         if vae:
@@ -420,9 +409,10 @@ def degrade(images: np.ndarray) -> np.ndarray:
 
 
 def examine(judge: Judge, vae: Path | None) -> dict[str, dict]:
-    """Every figure, on scenes the judge never saw."""
+    """Every figure, on scenes the judge never saw; with `vae` also on its reconstructions of some."""
     ordinary = [random_scene(seed) for seed in range(TEST_SEED, TEST_SEED + TEST_SCENES)]
-    rare = [rare_test_scene(seed) for seed in range(RARE_TEST_SEED, RARE_TEST_SEED + RARE_TEST_SCENES)]
+    rare_seeds = range(RARE_TEST_SEED, RARE_TEST_SEED + RARE_TEST_SCENES)
+    rare = [crowded_scene(seed, rare_share=1.0, odd_share=0.0) for seed in rare_seeds]
     images = np.stack([np.asarray(draw_scene(s).image) for s in tqdm(ordinary, desc="examining", mininterval=5)])
 
     def look(pictures: np.ndarray) -> list[Verdict]:
@@ -441,7 +431,9 @@ def examine(judge: Judge, vae: Path | None) -> dict[str, dict]:
         "checkered_swap_rate": swap_rates(ordinary, plainly),
     }
     if vae:
-        report["reconstructed"] = figures(ordinary, look(reconstruct(images, vae)))
+        some = slice(RECONSTRUCTED_TEST_SCENES)
+        report["reconstructed"] = figures(ordinary[some], look(reconstruct(images[some], vae)))
+        report["reconstructed_before"] = figures(ordinary[some], plainly[some])
     return report
 
 
@@ -465,6 +457,7 @@ def main(
     minutes: Annotated[float, typer.Option(help="Training time: processor time of all threads.")] = 15,
     scenes: Annotated[int, typer.Option(help="Training scenes drawn.")] = 15_000,
     vae: Annotated[Path | None, typer.Option(help="An AutoencoderKL folder; half the scenes go through it.")] = None,
+    exam_vae: Annotated[Path | None, typer.Option(help="Examine on reconstructions of this AutoencoderKL too.")] = None,
     batch_size: int = 32, peak_lr: float = 2.5e-3, threads: int = 2, seed: int = 0,
 ) -> None:  # fmt: skip
     """Trains and examines the judge. Run it again to go on where it stopped."""
@@ -475,9 +468,9 @@ def main(
     judge, clock = train(data, workdir / "judge.pt", minutes, batch_size, peak_lr)
     export(judge, output)
     trained = {"scenes": scenes, "vae": vae is not None, "steps": clock.steps, "batch_size": batch_size,
-               "seconds": round(clock.wall_s), "cpu_seconds": round(clock.cpu_s)}  # fmt: skip
+               "wall_seconds": round(clock.wall_s), "cpu_seconds": round(clock.cpu_s)}  # fmt: skip
     entries = {"training": trained, "parameters": sum(p.numel() for p in judge.parameters()),
-               "weights_mib": round(output.stat().st_size / 2**20, 3), **examine(load_judge(output), vae)}  # fmt: skip
+               "weights_mib": round(output.stat().st_size / 2**20, 3), **examine(load_judge(output), exam_vae)}  # fmt: skip
     write_report(report, entries)
     print(json.dumps(entries["held_out"], indent=2))
 

@@ -15,33 +15,28 @@ Resumable: run the same command again. A checkpoint is written every two minutes
 
 from __future__ import annotations
 
-import copy
-import json
 import math
 import os
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
-from PIL import Image
 from tqdm import tqdm
-from transformers import CLIPTokenizer
+from training_loop import Replicas, Stage, build_optimizers, save_sheet
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from mifo.toybox.architecture import VAE_FACTOR, build_text_encoder, build_tokenizer, build_unet, build_vae, scheduler_config
 from mifo.toybox.draw import BACKGROUNDS
 from mifo.toybox.world import IMAGE_SIZE, Scene, draw_scene, random_caption, random_scene, random_thing
 
 TRAIN_SEED = 1_000_000  # scene seeds below this are kept for examples, the judge's test and the benches
-CHECKPOINT_SECONDS = 120
-MAX_STEP_SECONDS = 10  # a machine that slept or was busy elsewhere does not use the budget up
 CAPTIONS_PER_IMAGE = 6
 HELD_OUT = 192  # last rows of each baked set, never trained on
 
@@ -83,163 +78,6 @@ def to_tensor(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-# --- running ------------------------------------------------------------------------------------
-
-
-class Stage:
-    """One training stage's clock, checkpoint, learning rate and log."""
-
-    def __init__(self, name: str, workdir: Path, minutes: float, peak_lr: float):
-        self.name, self.workdir, self.budget_s, self.peak_lr = name, workdir, minutes * 60, peak_lr
-        self.path = workdir / f"{name}.pt"
-        self.elapsed_s, self.step, self.samples = 0.0, 0, 0
-        self._saved = time.monotonic()
-        self._losses: list[float] = []
-
-    @property
-    def progress(self) -> float:
-        return min(1.0, self.elapsed_s / self.budget_s) if self.budget_s else 1.0
-
-    def learning_rate(self) -> float:
-        """Linear warm-up over 100 steps, then a cosine over the time budget down to 2 %."""
-        return self.peak_lr * min(1, (self.step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.progress)))
-
-    def resume(self, state: dict[str, torch.nn.Module | torch.optim.Optimizer | EMAModel]) -> bool:
-        if not self.path.exists():
-            return False
-        saved = torch.load(self.path, map_location="cpu", weights_only=False)
-        self.elapsed_s, self.step, self.samples = saved["elapsed_s"], saved["step"], saved["samples"]
-        for name, part in state.items():
-            part.load_state_dict(saved["state"][name])
-        torch.set_rng_state(saved["rng"])
-        return True
-
-    def save(self, state: dict) -> None:
-        saved = {"elapsed_s": self.elapsed_s, "step": self.step, "samples": self.samples, "rng": torch.get_rng_state(),
-                 "state": {name: part.state_dict() for name, part in state.items()}}  # fmt: skip
-        temporary = self.path.with_suffix(".tmp")
-        torch.save(saved, temporary)
-        os.replace(temporary, self.path)
-        self._saved = time.monotonic()
-
-    def run(self, state: dict, step: Callable[[], tuple[float, int]], optimizers: list[torch.optim.Optimizer],
-            after: Callable[[], None] | None = None, on_save: Callable[[], None] | None = None) -> None:  # fmt: skip
-        """Calls `step`, which leaves gradients and returns (loss, samples seen), until the budget is spent."""
-        bar = tqdm(total=round(self.budget_s), initial=round(self.elapsed_s), desc=self.name, unit="s", mininterval=5)
-        while self.elapsed_s < self.budget_s:
-            start = time.monotonic()
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = self.learning_rate() * group.get("lr_scale", 1.0)
-            loss, count = step()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            if after:
-                after()
-            self.step, self.samples = self.step + 1, self.samples + count
-            self._losses.append(loss)
-            self.elapsed_s += min(time.monotonic() - start, MAX_STEP_SECONDS)
-            bar.n = round(self.elapsed_s)
-            if self.step % 50 == 0:
-                self._log()
-                bar.set_postfix(step=self.step, loss=f"{np.mean(self._losses[-50:]):.4f}")
-            if time.monotonic() - self._saved > CHECKPOINT_SECONDS:
-                self.save(state)
-                if on_save:
-                    on_save()
-        self.save(state)
-        if on_save:
-            on_save()
-        bar.close()
-
-    def _log(self, **extra: float) -> None:
-        row = {"stage": self.name, "step": self.step, "samples": self.samples, "elapsed_s": round(self.elapsed_s, 1),
-               "loss": round(float(np.mean(self._losses[-50:])), 5), **extra}  # fmt: skip
-        with (self.workdir / "log.jsonl").open("a") as log:
-            log.write(json.dumps(row) + "\n")
-
-
-class Replicas:
-    """Copies of a model that share its weights: each thread takes a part of the batch, gradients are averaged.
-
-    The threads run torch's operations on one core each, without waiting for one another inside an operation.
-    """
-
-    def __init__(self, model: torch.nn.Module, count: int, pool: ThreadPoolExecutor):
-        self.model, self.pool = model, pool
-        self.copies = [model, *(copy.deepcopy(model) for _ in range(count - 1))]
-        for replica in self.copies[1:]:
-            for own, shared in zip(replica.parameters(), model.parameters(), strict=True):
-                own.data = shared.data
-
-    def backward(self, loss_of: Callable, batches: list) -> float:
-        """`loss_of(replica, batch)` for each batch, backward, mean gradients in the model. Returns the mean loss."""
-
-        def work(replica: torch.nn.Module, batch: Any) -> float:
-            loss = loss_of(replica, batch)
-            loss.backward()
-            return float(loss.detach())
-
-        losses = list(self.pool.map(work, self.copies, batches))
-        if len(self.copies) > 1:
-            for own, *others in zip(*(r.parameters() for r in self.copies), strict=True):
-                if own.grad is None:
-                    continue
-                for other in others:
-                    own.grad += other.grad
-                    other.grad = None
-                own.grad /= len(self.copies)
-        return sum(losses) / len(losses)
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized by Newton-Schulz (Jordan et al. 2024), scaled to AdamW's step size (Liu et al. 2025).
-
-    For matrices and convolution kernels (flattened to matrices); in fp32 because CPUs without bf16 units are the target.
-    """
-
-    def __init__(self, params, lr: float, pool: ThreadPoolExecutor, momentum: float = 0.95, weight_decay: float = 0.01):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self._pool = pool
-
-    def step(self, closure=None):
-        for group in self.param_groups:
-            with_gradient = [p for p in group["params"] if p.grad is not None]
-            list(self._pool.map(lambda p, group=group: self._update(p, group), with_gradient))
-
-    @torch.no_grad()
-    def _update(self, p: torch.Tensor, group: dict) -> None:
-        if "momentum" not in self.state[p]:
-            self.state[p]["momentum"] = torch.zeros_like(p)
-        buffer = self.state[p]["momentum"]
-        buffer.lerp_(p.grad, 1 - group["momentum"])
-        update = p.grad.lerp(buffer, group["momentum"]).flatten(1)
-        update = orthogonalize(update) * 0.2 * max(update.shape) ** 0.5
-        p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(p), alpha=-group["lr"])
-
-
-def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
-    """Nearest semi-orthogonal matrix, roughly: five quintic Newton-Schulz steps."""
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if tall else matrix) / (matrix.norm() + 1e-7)
-    for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if tall else x
-
-
-def build_optimizers(modules: list[torch.nn.Module], lr: float, pool: ThreadPoolExecutor) -> list[torch.optim.Optimizer]:
-    """Muon for hidden matrices and kernels, AdamW for the rest (embeddings, norms, biases)."""
-    matrices, rest = [], []
-    for module in modules:
-        for name, p in module.named_parameters():
-            is_matrix = p.ndim >= 2 and "embedding" not in name and "conv_in" not in name and "conv_out" not in name
-            (matrices if is_matrix else rest).append(p)
-    adam = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
-    return [Muon(matrices, lr, pool), adam]
-
-
 # --- VAE ----------------------------------------------------------------------------------------
 
 
@@ -278,7 +116,7 @@ def train_vae(workdir: Path, minutes: float, images: int, workers: int, device: 
         with torch.no_grad():
             decoded = vae.decode(vae.encode(held_out).latent_dist.mode()).sample
         psnr = -10 * math.log10(((decoded - held_out) / 2).clamp(-1, 1).pow(2).mean().item())
-        stage._log(psnr_db=round(psnr, 2))
+        stage.log(psnr_db=round(psnr, 2))
         save_sheet(workdir / "samples_vae.png", torch.cat([held_out[:16], decoded[:16]]), 8)
 
     stage.run(state, step, optimizers, on_save=report)
@@ -291,16 +129,6 @@ def reconstruction_loss(decoded: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     for dim in (2, 3):
         loss = loss + 0.5 * (decoded.diff(dim=dim) - x.diff(dim=dim)).abs().mean()
     return loss
-
-
-def save_sheet(path: Path, images: torch.Tensor, columns: int) -> None:
-    """(N, 3, H, W) in [-1, 1] -> a PNG grid, doubled in size."""
-    pixels = ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    n, h, w, _ = pixels.shape
-    sheet = Image.new("RGB", (columns * (w + 2), math.ceil(n / columns) * (h + 2)))
-    for i, image in enumerate(pixels):
-        sheet.paste(Image.fromarray(image), ((i % columns) * (w + 2), (i // columns) * (h + 2)))
-    sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(path)
 
 
 # --- UNet and text encoder ----------------------------------------------------------------------
@@ -349,6 +177,15 @@ class Denoiser(torch.nn.Module):
         self.text_encoder, self.unet = build_text_encoder(tokenizer), build_unet()
         self.scheduler = DDIMScheduler(**scheduler_config())
 
+    def load(self, source: Path) -> None:
+        """Weights from another stage's checkpoint, or from a finished model's folder."""
+        if source.is_dir():
+            text_encoder = CLIPTextModel.from_pretrained(source / "text_encoder", dtype=torch.float32)
+            self.text_encoder.load_state_dict(text_encoder.state_dict())
+            self.unet.load_state_dict(UNet2DConditionModel.from_pretrained(source / "unet").float().state_dict())
+        else:
+            self.load_state_dict(torch.load(source, map_location="cpu", weights_only=False)["state"]["model"])
+
     def loss(self, latents: torch.Tensor, tokens: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         states = self.text_encoder(tokens)[0]  # (B, L, D)
         target = self.scheduler.get_velocity(latents, noise, timesteps)
@@ -380,7 +217,7 @@ def train_denoiser(name: str, workdir: Path, minutes: float, peak_lr: float, sou
     """`sources`: (baked data, batch size, share of the steps). Starts from another stage's weights when given."""
     model = Denoiser(tokenizer).to(device)
     if start_from:
-        model.load_state_dict(torch.load(start_from, map_location="cpu", weights_only=False)["state"]["model"])
+        model.load(start_from)
     ema = EMAModel(model.parameters(), decay=0.997, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     stage = Stage(name, workdir, minutes, peak_lr)
     pool = ThreadPoolExecutor(workers)
@@ -407,7 +244,7 @@ def train_denoiser(name: str, workdir: Path, minutes: float, peak_lr: float, sou
         ema.store(model.parameters())
         ema.copy_to(model.parameters())
         with torch.no_grad():
-            stage._log(held_out_loss=round(float(model.loss(*held_out)), 5))
+            stage.log(held_out_loss=round(float(model.loss(*held_out)), 5))
         if saves % 4 == 0 or stage.progress >= 1:
             save_sheet(workdir / f"samples_{name}.png", sample_sheet(model, vae, tokenizer, device), 8)
         saves += 1
@@ -449,6 +286,7 @@ def main(
     closeups: int = 40_000,
     batch_crops: int = 48, batch_scenes: int = 24,
     crop_share: Annotated[float, typer.Option(help="Share of close-up steps in the scenes stage.")] = 0.3,
+    start_from: Annotated[Path | None, typer.Option(help="A finished model's folder to train on: its VAE stays.")] = None,
     workers: int = 2, device: str = "cpu", seed: int = 0,
 ) -> None:  # fmt: skip
     """Trains the toybox base model. Run it again to go on where it stopped."""
@@ -456,19 +294,22 @@ def main(
     workdir.mkdir(parents=True, exist_ok=True)
     threads = workers if device == "cpu" else 1
     torch.set_num_threads(1 if threads > 1 else torch.get_num_threads())
-    vae = train_vae(workdir, minutes_vae, min(scenes, 6000), threads, device)
-    normalize_latents(vae, to_tensor(np.stack([_scene_job(TRAIN_SEED + i)[0] for i in range(256)])).to(device))
+    if start_from:
+        vae = AutoencoderKL.from_pretrained(start_from / "vae").float().to(device).eval()
+    else:
+        vae = train_vae(workdir, minutes_vae, min(scenes, 6000), threads, device)
+        normalize_latents(vae, to_tensor(np.stack([_scene_job(TRAIN_SEED + i)[0] for i in range(256)])).to(device))
     tokenizer = build_tokenizer(workdir / "tokenizer")
     seeds = range(TRAIN_SEED, TRAIN_SEED + closeups)
     crops = bake(vae, _closeup_job, seeds, workdir / "closeups.latents", tokenizer, workers, device)
     if minutes_crops:
-        train_denoiser("crops", workdir, minutes_crops, learning_rate, [(crops, batch_crops, 1.0)], vae, tokenizer, None, device,
-                       threads)  # fmt: skip
+        train_denoiser("crops", workdir, minutes_crops, learning_rate, [(crops, batch_crops, 1.0)], vae, tokenizer, start_from,
+                       device, threads)  # fmt: skip
     seeds = range(TRAIN_SEED, TRAIN_SEED + scenes)
     wholes = bake(vae, _scene_job, seeds, workdir / "scenes.latents", tokenizer, workers, device)
     sources = [(crops, batch_crops, crop_share), (wholes, batch_scenes, 1 - crop_share)]
     train_denoiser("scenes", workdir, minutes_scenes, 0.7 * learning_rate, sources, vae, tokenizer,
-                   workdir / "crops.pt" if minutes_crops else None, device, threads)  # fmt: skip
+                   workdir / "crops.pt" if minutes_crops else start_from, device, threads)  # fmt: skip
     export(workdir, "scenes", vae, tokenizer, output)
 
 

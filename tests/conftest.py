@@ -20,7 +20,7 @@ def _sharpen(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """Makes a random UNet's attention maps uneven; they would all be flat otherwise, and steer nothing."""
     for name, weight in unet.named_parameters():
         if ".to_q." in name or ".to_k." in name:
-            weight.data.mul_(4)
+            weight.data.mul_(3)
     return unet
 
 

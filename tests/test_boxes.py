@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mifo.boxes import Box, Layout, parse_layout
@@ -104,6 +104,7 @@ def test_iou_of_boxes_whose_areas_vanish() -> None:
     assert hair.iou(Box(0, 0, 1e-200, 2e-200)) == 0
 
 
+@settings(deadline=None)
 @given(boxes, st.integers(1, 64), st.integers(1, 64))
 def test_the_raster_has_the_area_of_the_box(box: Box, height: int, width: int) -> None:
     mask = box.rasterize(height, width)
@@ -112,6 +113,7 @@ def test_the_raster_has_the_area_of_the_box(box: Box, height: int, width: int) -
     assert abs(mask.mean() - box.area) <= one_pixel_each_way + 1e-9
 
 
+@settings(deadline=None)
 @given(boxes, boxes)
 def test_iou_is_symmetric_and_bounded(one: Box, other: Box) -> None:
     assert one.iou(other) == other.iou(one)
@@ -119,6 +121,7 @@ def test_iou_is_symmetric_and_bounded(one: Box, other: Box) -> None:
     assert one.iou(one) == pytest.approx(1)
 
 
+@settings(deadline=None)
 @given(boxes, boxes)
 def test_a_layout_survives_json(one: Box, other: Box) -> None:
     layout = Layout(tuple(TOKENS), (one, other))

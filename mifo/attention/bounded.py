@@ -87,7 +87,7 @@ class BoundedAttention:
             for position in self.prompt.asset_positions[token]:
                 mask[..., position] = shown
         if not self.guiding:
-            mask[..., self.prompt.end_position :] = ~background[..., None]
+            mask[..., self.prompt.end_position] = ~background
         mask = mask[:, None].expand(self.images, -1, -1, -1)  # (images, 1, h*w, L)
         if self.guiding or self.halves == 1:
             return mask

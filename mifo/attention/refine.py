@@ -5,6 +5,8 @@ Knows maps and masks. Knows nothing of models or steps.
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import torch
 from scipy.cluster.vq import kmeans2
@@ -13,8 +15,10 @@ from scipy.cluster.vq import kmeans2
 def cluster_pixels(self_attention: torch.Tensor, clusters: int, seed: int = 0) -> torch.Tensor:
     """(h*w, h*w) mean self-attention map -> (h*w,) cluster index. Pixels that look at the same places belong together."""
     rows = self_attention.detach().float().cpu().numpy().astype(np.float64)
-    clusters = min(clusters, len(rows))
-    _, labels = kmeans2(rows, clusters, minit="++", iter=20, rng=np.random.default_rng(seed))
+    clusters = min(clusters, len(np.unique(rows, axis=0)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "One of the clusters is empty", UserWarning)  # one fewer, then
+        _, labels = kmeans2(rows, clusters, minit="++", iter=20, rng=np.random.default_rng(seed))
     return torch.from_numpy(labels).long()
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -164,19 +165,24 @@ def read_findings(maps: Maps) -> list[tuple[Finding, ...]]:
     """Peaks of the heat map (each the highest of its 3x3 cells), one finding per thing, surest first."""
     scores = maps.heat.sigmoid()  # (B, G, G)
     peaks = (scores == F.max_pool2d(scores[:, None], 3, 1, 1)[:, 0]) & (scores > MIN_SCORE)
-    boxes = decode_boxes(maps.sides).clamp(0, 1).cpu()
-    choices = {name: logits.argmax(1).cpu() for name, logits in maps.words.items()}  # (B, G, G) each
-    verdicts = []
-    for b in range(len(scores)):
-        findings = []
-        for row, column in peaks[b].nonzero().tolist():
-            word = {name: VOCABULARY[name][int(choice[b, row, column])] for name, choice in choices.items()}
-            second = None if word["pattern"] == "plain" else word["second"]
-            x0, y0, x1, y1 = boxes[b, :, row, column].tolist()
-            findings.append(Finding(word["class_name"], word["main"], second, word["pattern"], (x0, y0, x1, y1),
-                                    float(scores[b, row, column])))  # fmt: skip
-        verdicts.append(without_repeats(findings))
-    return verdicts
+    boxes = decode_boxes(maps.sides).clamp(0, 1)
+    found: list[list[Finding]] = [[] for _ in scores]
+    for b, row, column in peaks.nonzero().tolist():
+        words = _read_words({name: logits[b, :, row, column] for name, logits in maps.words.items()})
+        x0, y0, x1, y1 = boxes[b, :, row, column].tolist()
+        found[b].append(Finding(**words, box=(x0, y0, x1, y1), score=float(scores[b, row, column])))
+    return [without_repeats(findings) for findings in found]
+
+
+def _read_words(logits: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """One cell's likeliest words. A patterned thing's two colours are read as one pair, since they always differ."""
+    best = {name: int(values.argmax()) for name, values in logits.items()}
+    plain = VOCABULARY["pattern"][best["pattern"]] == "plain"
+    if not plain:
+        pairs = logits["main"].log_softmax(0)[:, None] + logits["second"].log_softmax(0)  # (main, second)
+        best["main"], best["second"] = divmod(int(pairs.fill_diagonal_(-torch.inf).argmax()), len(pairs))
+    words: dict[str, Any] = {name: VOCABULARY[name][choice] for name, choice in best.items()}
+    return {**words, "second": None} if plain else words
 
 
 def without_repeats(findings: Sequence[Finding]) -> tuple[Finding, ...]:
