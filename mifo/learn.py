@@ -223,9 +223,9 @@ class Learner:
         target = diffusion_target(self.base.scheduler, latents, noise, timesteps)
         own = slice(len(latents) - phase.draws, None)  # the instance's rows stand last
         diffusion = masked_diffusion_loss(prediction[own], target[own], batch.union_mask, config.masked_loss_by_area)
-        attention = attention_terms(
-            maps, sites, phase.attention, batch, tokenized[-1].asset_positions, timesteps, own.start, step, latents.shape[-2:]
-        )
+        latent_size = (latents.shape[-2], latents.shape[-1])
+        positions = tokenized[-1].asset_positions
+        attention = attention_terms(maps, sites, phase.attention, batch, positions, timesteps, own.start, step, latent_size)
         zero = torch.zeros((), device=latents.device)
         prior_loss = zero if prior is None else config.prior.weight * F.mse_loss(prediction[:1].float(), target[:1])
         return StepLosses(diffusion, attention, prior_loss)
@@ -300,7 +300,7 @@ def _one_term(attention: torch.Tensor, mask: torch.Tensor, terms: AttentionTerms
 
 def make_optimizer(groups: list[dict[str, Any]], config: LearnConfig, use_8bit: bool) -> torch.optim.Optimizer:
     """8-bit AdamW by bitsandbytes where it runs; torch's AdamW otherwise."""
-    options = {"betas": config.adam_betas, "weight_decay": config.weight_decay}
+    options: dict[str, Any] = {"betas": config.adam_betas, "weight_decay": config.weight_decay}
     if use_8bit:
         try:
             from bitsandbytes.optim import AdamW8bit

@@ -469,8 +469,9 @@ def main(
     export(judge, output)
     trained = {"scenes": scenes, "vae": vae is not None, "steps": clock.steps, "batch_size": batch_size,
                "wall_seconds": round(clock.wall_s), "cpu_seconds": round(clock.cpu_s)}  # fmt: skip
-    entries = {"training": trained, "parameters": sum(p.numel() for p in judge.parameters()),
-               "weights_mib": round(output.stat().st_size / 2**20, 3), **examine(load_judge(output), exam_vae)}  # fmt: skip
+    size = {"parameters": sum(p.numel() for p in judge.parameters()),
+            "weights_mib": round(output.stat().st_size / 2**20, 3)}  # fmt: skip
+    entries = {"training": trained, **size, **examine(load_judge(output), exam_vae)}
     write_report(report, entries)
     print(json.dumps(entries["held_out"], indent=2))
 

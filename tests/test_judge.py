@@ -32,6 +32,11 @@ def share(pairs: list[tuple[Thing, Finding]], right: Callable[[Thing, Finding], 
     return sum(right(t, f) for t, f in pairs) / len(pairs)
 
 
+def swapped(thing: Thing, found: Finding) -> bool:
+    """A checkered thing's colours in the other order: on a star or a mushroom nothing tells which is the main one."""
+    return thing.pattern == "checkered" and (found.main, found.second) == (thing.second, thing.main)
+
+
 def thing(box: Box) -> Thing:
     return Thing("car", "red", "white", "plain", box)
 
@@ -50,13 +55,15 @@ def test_names_what_is_drawn(scenes: list[Scene], verdicts: list[Verdict]) -> No
         "precision": len(matched) / sum(len(v.findings) for v in verdicts),
         "class_name": share(matched, lambda t, f: t.class_name == f.class_name),
         "main": share(matched, lambda t, f: t.main == f.main),
-        "second": share(patterned, lambda t, f: t.second == f.second),
+        "main_swap_forgiven": share(matched, lambda t, f: t.main == f.main or swapped(t, f)),
+        "second_swap_forgiven": share(patterned, lambda t, f: t.second == f.second or swapped(t, f)),
         "pattern": share(matched, lambda t, f: t.pattern == f.pattern),
         "background": sum(s.background == v.background for s, v in zip(scenes, verdicts, strict=True)) / len(scenes),
     }
-    bars = {"recall": 0.98, "precision": 0.98, "class_name": 0.98, "main": 0.94, "second": 0.92, "pattern": 0.97,
-            "background": 0.99}  # fmt: skip
+    bars = {"recall": 0.99, "precision": 0.99, "class_name": 0.99, "main": 0.90, "main_swap_forgiven": 0.98,
+            "second_swap_forgiven": 0.97, "pattern": 0.97, "background": 0.99}  # fmt: skip
     missed = {name: (measured[name], bar) for name, bar in bars.items() if measured[name] < bar}
+    print(measured)
     assert not missed, f"below the bar (measured, bar): {missed}; everything: {measured}"
 
 

@@ -109,7 +109,7 @@ def _pattern_tile(size: tuple[int, int], main: RGB, second: RGB, pattern: str, u
         dx = (xs - w / 2 + row * step / 2) % step - step / 2
         dy = (ys - h / 2) % (0.86 * step) - 0.43 * step
         use_second = dx**2 + dy**2 < (0.31 * step) ** 2
-    tile = np.where(use_second[..., None], np.uint8(second), np.uint8(main)).astype(np.uint8)
+    tile = np.where(use_second[..., None], np.array(second), np.array(main)).astype(np.uint8)
     return Image.fromarray(tile)
 
 
@@ -329,7 +329,8 @@ def _wooden_floor(s: int, rng: np.random.Generator) -> Image.Image:
 
 def _plain(s: int, rng: np.random.Generator) -> Image.Image:
     tone = rng.uniform(-6, 6)
-    return _stack(_gradient(s, *(tuple(int(c + tone) for c in rgb) for rgb in ((222, 226, 216), (204, 208, 198)))))
+    t = int(tone)
+    return _stack(_gradient(s, (222 + t, 226 + t, 216 + t), (204 + t, 208 + t, 198 + t)))
 
 
 _BACKGROUND_PAINTERS: dict[str, Callable[[int, np.random.Generator], Image.Image]] = {
