@@ -21,7 +21,7 @@ def write_result(name: str, numbers: dict[str, Any], device: str = "cpu") -> Pat
     """`scripts/results/<name>.json`: command, versions, commit, device, and the numbers."""
     packages = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "numpy")
     record = {
-        "command": " ".join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join(["python", f"scripts/{Path(sys.argv[0]).name}", *_options()]),
         "date": time.strftime("%Y-%m-%d"),
         "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "mifo") else ""),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads",
@@ -32,6 +32,15 @@ def write_result(name: str, numbers: dict[str, Any], device: str = "cpu") -> Pat
     path = FOLDER / f"{name}.json"
     path.write_text(json.dumps(record, indent=2) + "\n")
     return path
+
+
+def _options() -> list[str]:
+    """The command's options, without where its pictures went: that changes no number."""
+    words = sys.argv[1:]
+    if "--sheet" in words:
+        at = words.index("--sheet")
+        del words[at : at + 2]
+    return words
 
 
 def _git(*words: str) -> str:

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from tqdm import tqdm
 
@@ -298,10 +298,11 @@ def build_optimizer(judge: nn.Module, lr: float) -> torch.optim.Optimizer:
 def train(data: dict[str, np.ndarray], path: Path, minutes: float, batch_size: int,
           peak_lr: float) -> tuple[Judge, Clock]:  # fmt: skip
     """Trains until `minutes` of processor time are spent, going on from the checkpoint at `path` when there is one."""
-    judge = Judge().to(memory_format=torch.channels_last)
+    judge = Judge().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = build_optimizer(judge, peak_lr)
     clock = load_checkpoint(path, judge, optimizer)
-    budget_s, saved_at, smooth = minutes * 60, time.monotonic(), {}
+    budget_s, saved_at = minutes * 60, time.monotonic()
+    smooth: dict[str, float] = {}
     bar = tqdm(total=round(budget_s), initial=round(clock.cpu_s), desc="judge", unit="s", mininterval=5)
     judge.train()
     while clock.cpu_s < budget_s:
@@ -336,7 +337,7 @@ def export(judge: Judge, output: Path) -> None:
     """fp16 on disk."""
     state = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in judge.state_dict().items()}
     temporary = output.with_suffix(".tmp")
-    save_file(state, temporary)
+    temporary.write_bytes(save(state))
     os.replace(temporary, output)
 
 
@@ -423,7 +424,7 @@ def examine(judge: Judge, vae: Path | None) -> dict[str, dict]:
     for count in range(1, MAX_THINGS + 1):
         picks = [i for i, s in enumerate(ordinary) if len(s.things) == count]
         by_count[str(count)] = figures([ordinary[i] for i in picks], [plainly[i] for i in picks])
-    report = {
+    report: dict[str, dict] = {
         "held_out": figures(ordinary, plainly),
         "by_number_of_things": by_count,
         "rare_classes": figures(rare, look(np.stack([np.asarray(draw_scene(s).image) for s in rare]))),
