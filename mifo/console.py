@@ -100,6 +100,7 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
+            self._bar = None
 
     def _show(self, label: str, done: int, total: int, losses: dict[str, float]) -> None:
         from tqdm import tqdm
@@ -110,6 +111,8 @@ class Bar:
         if losses:
             self._bar.set_postfix({k: f"{v:.4f}" for k, v in losses.items()}, refresh=False)
         self._bar.update(done - self._bar.n)
+        if done >= total:
+            self.__exit__()  # what follows is not the last step's time
 
     def learning(self, progress: Any) -> None:
         label = {"prior": "drawing the prior", "embedding": "phase 1, tokens", "lora": "phase 2, LoRA"}[progress.phase]
