@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,14 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _tiny import FAST, ROOT, copy_bundle, learn_arguments, mifo, snapshot, tiny_base_folder, tiny_bundle_folder, write_instance
+import torch
+from _tiny import (
+    FAST,
+    ROOT,
+    copy_bundle,
+    learn_arguments,
+    load_base,
+    mifo,
+    snapshot,
+    tiny_base_folder,
+    tiny_bundle_folder,
+    write_instance,
+)
 from PIL import Image
 
 from mifo.bundle import load_bundle
+from mifo.config import PriorConfig
+from mifo.prior import PriorData, make_prior
 
 PROMPT = "a photo of <asset0> and <asset1>"
 BOXES = "[[0.0, 0.1, 0.5, 0.9], [0.5, 0.1, 1.0, 0.9]]"
-QUICK = ["--steps", "3"]
+QUICK = ["--steps", "2"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
@@ -112,25 +125,19 @@ def test_a_photo_as_a_camera_makes_it(tmp_path: Path):
         mask = Image.new("1", (3000, 4000))
         mask.paste(1, box)
         mask.save(folder / f"mask{index}.png")
-    more = ("--initializer-tokens", "red cup,", "--phase2-train-steps", "0", "--name", "by-hand")
+    more = ("--phase1-learning-rate", "0", "--phase2-train-steps", "0", "--initializer-tokens", "red car,", "--name", "by-hand")
     mifo(*learn_arguments(folder, tmp_path / "out", *more))
     bundle = load_bundle(tmp_path / "out" / "by-hand")
-    assert bundle.adapters == () and len(bundle.rows) == 2
-    assert os.listdir(tmp_path / "out") == ["by-hand"]  # without phase 2 no prior is drawn
-
-
-def test_initializer_tokens_start_the_rows(learned: Path, tmp_path: Path):
-    options = ("--phase2-train-steps", "0", "--phase1-learning-rate", "0")
-    rows = {}
-    for words in ("red car,blue fish", "blue fish,"):
-        mifo(*learn_arguments(learned / "cups", tmp_path, *options, "--initializer-tokens", words))
-        rows[words] = load_bundle(tmp_path / "cups").rows
-    similarity = rows["red car,blue fish"] @ rows["blue fish,"].T / rows["blue fish,"].norm(dim=1) ** 2
-    assert similarity[1, 0] > 0.8 > 0.5 > similarity[0, 0]
+    assert bundle.adapters == () and os.listdir(tmp_path / "out") == ["by-hand"]  # without phase 2 no prior is drawn
+    base = load_base()
+    words = base.text_encoder.get_input_embeddings()(torch.tensor(base.tokenizer("red car").input_ids[1:-1])).mean(0)
+    similarity = torch.cosine_similarity(bundle.rows, words[None])
+    assert similarity[0] > 0.9 > 0.5 > similarity[1]
 
 
 def test_break_a_scenes_recipe_runs(learned: Path, tmp_path: Path):
-    mifo(*learn_arguments(learned / "cups", tmp_path, "--recipe", "break-a-scene", "--no-train-text-encoder"))
+    options = ("--recipe", "break-a-scene", "--no-prior-preservation", "--no-train-text-encoder")
+    mifo(*learn_arguments(learned / "cups", tmp_path, *options))
     bundle = load_bundle(tmp_path / "cups")
     assert bundle.config.recipe == "break-a-scene" and bundle.config.lora.attention.loss == "match"
     assert bundle.adapters == ("unet_lora",)
@@ -144,15 +151,21 @@ def test_without_an_instance_each_of_the_folder_is_learned(tmp_path: Path):
     assert [b["bundle"] for b in json.loads(result.stdout)["bundles"]] == [str(tmp_path / "out" / n) for n in ("a", "b")]
 
 
-def test_the_prior_is_drawn_once_and_a_damaged_cache_again(learned: Path, tmp_path: Path):
-    shutil.copytree(learned / "bundles" / ".prior", tmp_path / ".prior")
-    arguments = learn_arguments(learned / "cups", tmp_path, "--seed", 3)
-    assert "drawing the prior" not in mifo(*arguments).stderr
+def test_the_prior_is_drawn_once_and_a_damaged_cache_again(tmp_path: Path):
+    base, config, drawn = load_base(), PriorConfig(num_class_images=2, sampling_steps=1, class_prompt="a car|a fish"), []
+
+    def make() -> PriorData:
+        return make_prior(base, config, base.resolution, 0, tmp_path / ".prior", lambda done, total: drawn.append(done))
+
+    first = make()
+    assert torch.equal(make().latents, first.latents) and drawn == [2] and first.prompts == ("a car", "a fish")
     (cache,) = (tmp_path / ".prior").iterdir()
     whole = cache.read_bytes()
-    cache.write_bytes(whole[:-1])
-    assert "drawing the prior" in mifo(*arguments).stderr
-    assert cache.read_bytes() == whole and os.listdir(tmp_path / ".prior") == [cache.name]
+    for damaged in (whole[:-1], b"", whole.replace(b"latents", b"stnetal")):
+        cache.write_bytes(damaged)
+        assert torch.equal(make().latents, first.latents)
+        assert cache.read_bytes() == whole and os.listdir(tmp_path / ".prior") == [cache.name]
+    assert drawn == [2] * 4
 
 
 # --- synthesize ---------------------------------------------------------------------------------
@@ -170,7 +183,7 @@ def test_pictures_are_named_by_seed_and_say_how_they_were_made(tmp_path: Path):
         recipe = json.loads(image.text["mifo"])  # type: ignore[attr-defined]
         assert (recipe["prompt"], recipe["seed"], recipe["batch_size"]) == (PROMPT, seed, 1)
         assert recipe["boxes"] == {"<asset0>": [0.0, 0.1, 0.5, 0.9], "<asset1>": [0.5, 0.1, 1.0, 0.9]}
-        assert recipe["config"]["steps"] == 3 and recipe["bundle"] == "two_cups"
+        assert recipe["config"]["steps"] == 2 and recipe["bundle"] == "two_cups"
         assert recipe["base_model"] == str(tiny_base_folder())
 
 
