@@ -37,9 +37,10 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def start(*arguments: object, folder: Path) -> subprocess.Popen[str]:
-    """The command line in a process of its own, as users start it."""
+    """The command line in a process of its own, as users start it: one that Ctrl-C reaches, wherever the tests run."""
     command = [sys.executable, str(ROOT / "cli.py"), *(str(a) for a in arguments)]
-    return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +260,10 @@ def test_a_stopped_learn_keeps_the_earlier_bundle(tmp_path: Path, how: signal.Si
         assert character, seen
         seen += character
     process.send_signal(how)
-    out, err = process.communicate(timeout=60)
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == status and out == ""
     assert err.strip().splitlines()[-1] == f"{word}: nothing half-written is left; kept: {folder}"
     assert "Traceback" not in err
