@@ -56,8 +56,8 @@ def use_assets(text_encoder: CLIPTextModel, token_ids: Sequence[int], rows: torc
 def initial_rows(table: nn.Embedding, tokenizer, words: Sequence[str | None]) -> torch.Tensor:
     """(N, D) starting rows: the mean of an asset's words where given, else the mean of the vocabulary.
 
-    The vocabulary's mean is the most neutral start: it stands for no thing in particular. Each row gets the table's own
-    length, and a little noise of its own so that assets which start from the same words do not stay the same.
+    The vocabulary's mean is the most neutral start: it stands for no thing in particular. Each row gets a little noise of
+    its own, 5 % of the table's typical length, so that assets which start from the same words do not stay the same.
     """
     weight = table.weight.detach().float()
     mean = weight.mean(0)
