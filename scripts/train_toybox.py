@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -28,28 +29,65 @@ import torch.nn.functional as F
 import typer
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from tqdm import tqdm
 from training_loop import Replicas, Stage, build_optimizers, save_sheet
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from mifo.toybox.architecture import VAE_FACTOR, build_text_encoder, build_tokenizer, build_unet, build_vae, scheduler_config
+from mifo.attention.record import AttentionRecorder, RecordingProcessor
+from mifo.attention.sites import Processor, Site, attention_sites
+from mifo.toybox.architecture import (
+    MAX_TOKENS,
+    VAE_FACTOR,
+    build_text_encoder,
+    build_tokenizer,
+    build_unet,
+    build_vae,
+    scheduler_config,
+)
 from mifo.toybox.draw import BACKGROUNDS
-from mifo.toybox.world import IMAGE_SIZE, Scene, draw_scene, random_caption, random_scene, random_thing
+from mifo.toybox.world import (
+    IMAGE_SIZE,
+    CaptionParts,
+    Scene,
+    draw_scene,
+    random_caption_parts,
+    random_scene,
+    random_thing,
+)
 
 TRAIN_SEED = 1_000_000  # scene seeds below this are kept for examples, the judge's test and the benches
 CAPTIONS_PER_IMAGE = 6
+MAX_THINGS = 4
+COUNT_SHARES = (0.30, 0.44, 0.16, 0.10)  # of scenes with 1, 2, 3, 4 things: two are what words have to keep apart
+THING_WEIGHT = 3.0
+GROUNDING = 0.05
 HELD_OUT = 192  # last rows of each baked set, never trained on
 
 # --- data ---------------------------------------------------------------------------------------
 
 
-def _scene_job(seed: int) -> tuple[np.ndarray, list[str]]:
-    scene = random_scene(seed)
+@dataclass(frozen=True)
+class Example:
+    """A picture (H, W, 3) uint8, its things' masks (MAX_THINGS, H / f, W / f) uint8, and what its captions say.
+
+    `owners[c]` (MAX_TOKENS,) int8: which thing each token of caption c speaks of, -1 for none.
+    """
+
+    image: np.ndarray
+    masks: np.ndarray
+    captions: list[str]
+    owners: np.ndarray
+
+
+def _scene_job(seed: int) -> Example:
     rng = np.random.default_rng([seed, 1])
-    return np.asarray(draw_scene(scene).image), [random_caption(scene, rng) for _ in range(CAPTIONS_PER_IMAGE)]
+    scene = random_scene(seed, int(rng.choice([1, 2, 3, 4], p=COUNT_SHARES)))
+    drawing = draw_scene(scene)
+    return _example(scene, drawing.image, drawing.masks, rng)
 
 
-def _closeup_job(seed: int) -> tuple[np.ndarray, list[str]]:
+def _closeup_job(seed: int) -> Example:
     """A half-size window of a scene that holds one whole object."""
     rng = np.random.default_rng([seed, 2])
     thing = random_thing(rng, count=int(rng.choice([2, 3])))
@@ -62,15 +100,31 @@ def _closeup_job(seed: int) -> tuple[np.ndarray, list[str]]:
         last = min((IMAGE_SIZE - window) // grid, math.floor(low * IMAGE_SIZE / grid))
         corner.append(grid * int(rng.integers(min(first, last), last + 1)))
     x, y = corner
-    image = drawing.image.crop((x, y, x + window, y + window))
-    return np.asarray(image), [random_caption(scene, rng) for _ in range(CAPTIONS_PER_IMAGE)]
+    part = (x, y, x + window, y + window)
+    return _example(scene, drawing.image.crop(part), [m.crop(part) for m in drawing.masks], rng)
 
 
-def draw_many(job: Callable, seeds: range, label: str, workers: int) -> tuple[np.ndarray, list[list[str]]]:
-    """Draws in parallel: uint8 images (N, H, W, 3) and their captions."""
+def _example(scene: Scene, image: Image.Image, masks: Sequence[Image.Image], rng: np.random.Generator) -> Example:
+    small = np.zeros((MAX_THINGS, image.height // VAE_FACTOR, image.width // VAE_FACTOR), np.uint8)
+    for index, mask in enumerate(masks):
+        small[index] = np.asarray(mask.reduce(VAE_FACTOR))
+    parts = [random_caption_parts(scene, rng) for _ in range(CAPTIONS_PER_IMAGE)]
+    return Example(np.asarray(image), small, [p.text() for p in parts], np.stack([token_owners(p) for p in parts]))
+
+
+def token_owners(parts: CaptionParts) -> np.ndarray:
+    """(MAX_TOKENS,) int8: the index of the thing that each token speaks of, -1 for none. A word is a token here."""
+    owners = [-1, *(-1 for _ in parts.opening.split())]  # the first is the start of text
+    for place, (index, phrase) in enumerate(parts.phrases):
+        owners += [-1] * (place > 0)  # "and"
+        owners += [-1 if word in ("a", "an", "and") else index for word in phrase.split()]
+    return np.array((owners + [-1] * MAX_TOKENS)[:MAX_TOKENS], np.int8)
+
+
+def draw_many(job: Callable, seeds: range, label: str, workers: int) -> list[Example]:
+    """Draws in parallel."""
     with ProcessPoolExecutor(workers) as pool:
-        rows = list(tqdm(pool.map(job, seeds, chunksize=64), total=len(seeds), desc=label, mininterval=5))
-    return np.stack([r[0] for r in rows]), [r[1] for r in rows]
+        return list(tqdm(pool.map(job, seeds, chunksize=64), total=len(seeds), desc=label, mininterval=5))
 
 
 def to_tensor(images: np.ndarray) -> torch.Tensor:
@@ -90,8 +144,8 @@ def train_vae(workdir: Path, minutes: float, images: int, workers: int, device: 
     stage.resume(state)
     if stage.progress >= 1:
         return vae.eval()
-    scenes = draw_many(_scene_job, range(TRAIN_SEED, TRAIN_SEED + images), "drawing for the VAE", workers)[0]
-    held_out = to_tensor(np.stack([_scene_job(i)[0] for i in range(64)])).to(device)
+    scenes = [e.image for e in draw_many(_scene_job, range(TRAIN_SEED, TRAIN_SEED + images), "drawing for the VAE", workers)]
+    held_out = to_tensor(np.stack([_scene_job(i).image for i in range(64)])).to(device)
     crop, batch = IMAGE_SIZE // 2, 16
 
     replicas = Replicas(vae, workers, pool)
@@ -100,7 +154,7 @@ def train_vae(workdir: Path, minutes: float, images: int, workers: int, device: 
         count = batch // workers
         picks = torch.randint(len(scenes), (count,)).tolist()
         corners = torch.randint(0, IMAGE_SIZE - crop + 1, (count, 2)).tolist()
-        x = to_tensor(np.stack([scenes[i, y : y + crop, x : x + crop] for i, (y, x) in zip(picks, corners, strict=True)]))
+        x = to_tensor(np.stack([scenes[i][y : y + crop, x : x + crop] for i, (y, x) in zip(picks, corners, strict=True)]))
         return x.to(device), torch.Generator().manual_seed(int(torch.randint(2**31, ())))
 
     def loss_of(model: AutoencoderKL, crops: tuple[torch.Tensor, torch.Generator]) -> torch.Tensor:
@@ -154,19 +208,84 @@ def normalize_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
 @torch.no_grad()
 def bake(vae: AutoencoderKL, job: Callable, seeds: range, path: Path, tokenizer: CLIPTokenizer, workers: int,
          device: str) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Draws, encodes and caches: latents (N, C, h, w) fp16 and caption tokens (N, CAPTIONS_PER_IMAGE, L) int16."""
+    """Draws, encodes and caches: latents (N, C, h, w) fp16, masks (N, MAX_THINGS, h, w) uint8 and, for each of
+    CAPTIONS_PER_IMAGE captions, tokens (N, captions, L) int16 and their owners (N, captions, L) int8."""
     if not path.exists():
-        latents, tokens = [], []
+        parts: dict[str, list[torch.Tensor]] = {"latents": [], "masks": [], "tokens": [], "owners": []}
         for first in range(seeds.start, seeds.stop, 4096):
-            images, captions = draw_many(job, range(first, min(first + 4096, seeds.stop)), path.stem, workers)
-            for chunk in to_tensor(images).split(128):
-                latents.append(vae.encode(chunk.to(device)).latent_dist.mode().half().cpu())
-            ids = tokenizer([c for row in captions for c in row], padding="max_length", truncation=True).input_ids
-            tokens.append(torch.tensor(ids, dtype=torch.int16).view(len(captions), CAPTIONS_PER_IMAGE, -1))
+            examples = draw_many(job, range(first, min(first + 4096, seeds.stop)), path.stem, workers)
+            for chunk in to_tensor(np.stack([e.image for e in examples])).split(128):
+                parts["latents"].append(vae.encode(chunk.to(device)).latent_dist.mode().half().cpu())
+            ids = tokenizer([c for e in examples for c in e.captions], padding="max_length", truncation=True).input_ids
+            parts["tokens"].append(torch.tensor(ids, dtype=torch.int16).view(len(examples), CAPTIONS_PER_IMAGE, -1))
+            parts["masks"].append(torch.from_numpy(np.stack([e.masks for e in examples])))
+            parts["owners"].append(torch.from_numpy(np.stack([e.owners for e in examples])))
         temporary = path.with_suffix(".tmp")
-        torch.save({"latents": torch.cat(latents), "tokens": torch.cat(tokens)}, temporary)
+        torch.save({name: torch.cat(tensors) for name, tensors in parts.items()}, temporary)
         os.replace(temporary, path)
     return torch.load(path)
+
+
+@dataclass
+class Batch:
+    """Training rows: latents and noise (B, C, h, w), tokens and owners (B, L), masks (B, MAX_THINGS, h, w) in [0, 1]."""
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    timesteps: torch.Tensor
+    tokens: torch.Tensor
+    owners: torch.Tensor
+    masks: torch.Tensor
+
+    def to(self, device: str) -> Batch:
+        return Batch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+def take_rows(data: dict[str, torch.Tensor], picks: torch.Tensor, captions: torch.Tensor, noise: torch.Tensor,
+              timesteps: torch.Tensor) -> Batch:  # fmt: skip
+    return Batch(data["latents"][picks].float(), noise, timesteps, data["tokens"][picks, captions].long(),
+                 data["owners"][picks, captions].long(), data["masks"][picks].float() / 255)  # fmt: skip
+
+
+def draw_batch(data: dict[str, torch.Tensor], batch: int) -> Batch:
+    """Random latents, one of each one's captions, noise, and timesteps spread evenly over the schedule."""
+    picks = torch.randint(len(data["latents"]) - HELD_OUT, (batch,))
+    timesteps = ((torch.arange(batch) + torch.rand(batch)) / batch * 1000).long().clamp(max=999)
+    noise = torch.randn(batch, *data["latents"].shape[1:])
+    return take_rows(data, picks, torch.randint(CAPTIONS_PER_IMAGE, (batch,)), noise, timesteps)
+
+
+def fixed_batch(data: dict[str, torch.Tensor]) -> Batch:
+    """The rows kept out of training, with fixed noise: one curve that runs can be compared by."""
+    picks = torch.arange(HELD_OUT) + len(data["latents"]) - HELD_OUT
+    noise = torch.randn(HELD_OUT, *data["latents"].shape[1:], generator=torch.Generator().manual_seed(0))
+    return take_rows(data, picks, torch.zeros(HELD_OUT, dtype=torch.long), noise, torch.linspace(0, 999, HELD_OUT).long())
+
+
+class FullPrecisionAttention(Processor):
+    """Self-attention outside of autocast: the CPU's fused kernel runs its bf16 backward three times slower than fp32."""
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        with torch.autocast(query.device.type, enabled=False):
+            return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), scale=scale)
+
+
+def grounding_loss(maps: dict[str, torch.Tensor], sites: Sequence[Site], batch: Batch) -> torch.Tensor:
+    """Share of each word's attention that falls outside the thing it speaks of, squared (TokenCompose, section 3.2).
+
+    Noisier pictures count less: in pure noise there is nothing to find yet.
+    """
+    owned = batch.owners >= 0  # (B, L)
+    weight = owned * (1 - batch.timesteps / 1000)[:, None]
+    rows = torch.arange(len(owned), device=owned.device)[:, None]
+    total = maps[sites[0].name].new_zeros(())
+    for site in sites:
+        size = site.map_size(*batch.masks.shape[-2:])
+        masks = F.adaptive_avg_pool2d(batch.masks, size).flatten(2)[rows, batch.owners.clamp(min=0)]  # (B, L, h * w)
+        attention = maps[site.name].float().transpose(1, 2)  # (B, L, h * w)
+        outside = 1 - (attention * masks).sum(-1) / attention.sum(-1).clamp(min=1e-6)
+        total = total + (outside.square() * weight).sum() / weight.sum().clamp(min=1e-6)
+    return total / len(sites)
 
 
 class Denoiser(torch.nn.Module):
@@ -176,6 +295,11 @@ class Denoiser(torch.nn.Module):
         super().__init__()
         self.text_encoder, self.unet = build_text_encoder(tokenizer), build_unet()
         self.scheduler = DDIMScheduler(**scheduler_config())
+        self.sites = [site for site in attention_sites(self.unet) if site.is_cross]
+        self.recorder = AttentionRecorder()
+        self.unet.set_attn_processor(
+            {s.name: RecordingProcessor(s.name, self.recorder) if s.is_cross else FullPrecisionAttention()
+             for s in attention_sites(self.unet)})  # fmt: skip
 
     def load(self, source: Path) -> None:
         """Weights from another stage's checkpoint, or from a finished model's folder."""
@@ -186,34 +310,26 @@ class Denoiser(torch.nn.Module):
         else:
             self.load_state_dict(torch.load(source, map_location="cpu", weights_only=False)["state"]["model"])
 
-    def loss(self, latents: torch.Tensor, tokens: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        states = self.text_encoder(tokens)[0]  # (B, L, D)
-        target = self.scheduler.get_velocity(latents, noise, timesteps)
-        prediction = self.unet(self.scheduler.add_noise(latents, noise, timesteps), timesteps, states).sample
-        return F.mse_loss(prediction.float(), target)
+    def errors(self, batch: Batch) -> torch.Tensor:
+        """Squared error of the predicted velocity, (B, h, w): the mean over channels."""
+        states = self.text_encoder(batch.tokens)[0]  # (B, L, D)
+        target = self.scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
+        noisy = self.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+        return (self.unet(noisy, batch.timesteps, states).sample.float() - target).square().mean(1)
 
-
-def draw_batch(data: dict[str, torch.Tensor], batch: int, device: str) -> list[torch.Tensor]:
-    """Random latents, one of each one's captions, noise, and timesteps spread evenly over the schedule."""
-    picks = torch.randint(len(data["latents"]) - HELD_OUT, (batch,))
-    captions = torch.randint(CAPTIONS_PER_IMAGE, (batch,))
-    latents = data["latents"][picks].float()
-    timesteps = ((torch.arange(batch) + torch.rand(batch)) / batch * 1000).long().clamp(max=999)
-    parts = [latents, data["tokens"][picks, captions].long(), torch.randn_like(latents), timesteps]
-    return [p.to(device) for p in parts]
-
-
-def fixed_batch(data: dict[str, torch.Tensor], device: str) -> list[torch.Tensor]:
-    """The rows kept out of training, with fixed noise: one curve that runs can be compared by."""
-    latents = data["latents"][-HELD_OUT:].float()
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    parts = [latents, data["tokens"][-HELD_OUT:, 0].long(), noise, torch.linspace(0, 999, HELD_OUT).long()]
-    return [p.to(device) for p in parts]
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Things count THING_WEIGHT times as much as their surroundings; each word is shown its thing."""
+        self.recorder.open()
+        errors = self.errors(batch)
+        maps = self.recorder.take()
+        weights = 1 + (THING_WEIGHT - 1) * batch.masks.amax(1)  # (B, h, w)
+        denoising = (errors * weights / weights.mean((1, 2), keepdim=True)).mean()
+        return denoising + GROUNDING * grounding_loss(maps, self.sites, batch)
 
 
 def train_denoiser(name: str, workdir: Path, minutes: float, peak_lr: float, sources: list[tuple[dict, int, float]],
                    vae: AutoencoderKL, tokenizer: CLIPTokenizer, start_from: Path | None, device: str,
-                   workers: int) -> None:  # fmt: skip
+                   workers: int, bf16: bool) -> None:  # fmt: skip
     """`sources`: (baked data, batch size, share of the steps). Starts from another stage's weights when given."""
     model = Denoiser(tokenizer).to(device)
     if start_from:
@@ -225,26 +341,26 @@ def train_denoiser(name: str, workdir: Path, minutes: float, peak_lr: float, sou
     state = {"model": model, "ema": ema, **{f"optimizer{i}": o for i, o in enumerate(optimizers)}}
     stage.resume(state)
     ema.to(device)
-    held_out = fixed_batch(sources[-1][0], device)
+    held_out = fixed_batch(sources[-1][0]).to(device)
     shares = torch.tensor([share for _, _, share in sources])
     saves = 0
 
     replicas = Replicas(model, workers, pool)
 
-    def loss_of(replica: Denoiser, batch: list[torch.Tensor]) -> torch.Tensor:
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            return replica.loss(*batch)
+    def loss_of(replica: Denoiser, batch: Batch) -> torch.Tensor:
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            return replica.loss(batch)
 
     def step() -> tuple[float, int]:
         data, batch, _ = sources[int(torch.multinomial(shares, 1))]
-        return replicas.backward(loss_of, [draw_batch(data, batch // workers, device) for _ in range(workers)]), batch
+        return replicas.backward(loss_of, [draw_batch(data, batch // workers).to(device) for _ in range(workers)]), batch
 
     def report() -> None:
         nonlocal saves
         ema.store(model.parameters())
         ema.copy_to(model.parameters())
         with torch.no_grad():
-            stage.log(held_out_loss=round(float(model.loss(*held_out)), 5))
+            stage.log(held_out_loss=round(float(model.errors(held_out).mean()), 5))
         if saves % 4 == 0 or stage.progress >= 1:
             save_sheet(workdir / f"samples_{name}.png", sample_sheet(model, vae, tokenizer, device), 8)
         saves += 1
@@ -287,10 +403,14 @@ def main(
     batch_crops: int = 48, batch_scenes: int = 24,
     crop_share: Annotated[float, typer.Option(help="Share of close-up steps in the scenes stage.")] = 0.3,
     start_from: Annotated[Path | None, typer.Option(help="A finished model's folder to train on: its VAE stays.")] = None,
-    workers: int = 2, device: str = "cpu", seed: int = 0,
+    workers: int = 2, device: str = "cpu",
+    seed: Annotated[int, typer.Option(help="Another seed draws other scenes.")] = 0,
+    bf16: Annotated[bool | None, typer.Option(help="Autocast; default: where the processor has the units for it.")] = None,
 ) -> None:  # fmt: skip
     """Trains the toybox base model. Run it again to go on where it stopped."""
     torch.manual_seed(seed)
+    if bf16 is None:
+        bf16 = device == "cuda" or torch.cpu._is_avx512_bf16_supported()
     workdir.mkdir(parents=True, exist_ok=True)
     threads = workers if device == "cpu" else 1
     torch.set_num_threads(1 if threads > 1 else torch.get_num_threads())
@@ -298,18 +418,19 @@ def main(
         vae = AutoencoderKL.from_pretrained(start_from / "vae").float().to(device).eval()
     else:
         vae = train_vae(workdir, minutes_vae, min(scenes, 6000), threads, device)
-        normalize_latents(vae, to_tensor(np.stack([_scene_job(TRAIN_SEED + i)[0] for i in range(256)])).to(device))
+        normalize_latents(vae, to_tensor(np.stack([_scene_job(TRAIN_SEED + i).image for i in range(256)])).to(device))
     tokenizer = build_tokenizer(workdir / "tokenizer")
-    seeds = range(TRAIN_SEED, TRAIN_SEED + closeups)
+    first = TRAIN_SEED + seed * 1_000_000
+    seeds = range(first, first + closeups)
     crops = bake(vae, _closeup_job, seeds, workdir / "closeups.latents", tokenizer, workers, device)
     if minutes_crops:
         train_denoiser("crops", workdir, minutes_crops, learning_rate, [(crops, batch_crops, 1.0)], vae, tokenizer, start_from,
-                       device, threads)  # fmt: skip
-    seeds = range(TRAIN_SEED, TRAIN_SEED + scenes)
+                       device, threads, bf16)  # fmt: skip
+    seeds = range(first, first + scenes)
     wholes = bake(vae, _scene_job, seeds, workdir / "scenes.latents", tokenizer, workers, device)
     sources = [(crops, batch_crops, crop_share), (wholes, batch_scenes, 1 - crop_share)]
     train_denoiser("scenes", workdir, minutes_scenes, 0.7 * learning_rate, sources, vae, tokenizer,
-                   workdir / "crops.pt" if minutes_crops else start_from, device, threads)  # fmt: skip
+                   workdir / "crops.pt" if minutes_crops else start_from, device, threads, bf16)  # fmt: skip
     export(workdir, "scenes", vae, tokenizer, output)
 
 

@@ -39,7 +39,9 @@ class AttentionRecorder:
             self._maps[site_name] = probabilities.mean(1)
 
 
-class _RecordingProcessor(Processor):
+class RecordingProcessor(Processor):
+    """Materialises the map of one site and hands it to the recorder."""
+
     def __init__(self, site_name: str, recorder: AttentionRecorder):
         self.site_name, self.recorder = site_name, recorder
 
@@ -53,7 +55,7 @@ class _RecordingProcessor(Processor):
 def record_attention(unet: UNet2DConditionModel, sites: Sequence[Site]) -> Iterator[AttentionRecorder]:
     """Within the block, the recorder keeps the maps of `sites`; every other site keeps the model's fused attention."""
     recorder = AttentionRecorder()
-    with use_processors(unet, {s.name: _RecordingProcessor(s.name, recorder) for s in sites}):
+    with use_processors(unet, {s.name: RecordingProcessor(s.name, recorder) for s in sites}):
         yield recorder
 
 

@@ -86,15 +86,32 @@ def compose_caption(phrases: list[str], background: str | None = None, opening: 
     return f"{opening}{' and '.join(phrases)}{place}"
 
 
-def random_caption(scene: Scene, rng: np.random.Generator) -> str:
+@dataclass(frozen=True)
+class CaptionParts:
+    """What one caption says: `phrases` are (index of the thing, words for it) in the order said."""
+
+    opening: str
+    phrases: tuple[tuple[int, str], ...]
+    background: str | None
+
+    def text(self) -> str:
+        return compose_caption([p for _, p in self.phrases], self.background, self.opening) if self.phrases else ""
+
+
+def random_caption_parts(scene: Scene, rng: np.random.Generator) -> CaptionParts:
     """All, some or little of what could be said; 10 % say nothing (for classifier-free guidance)."""
     if rng.random() < 0.10:
-        return ""
-    things = list(scene.things)
-    rng.shuffle(things)  # type: ignore[arg-type]
-    phrases = [t.phrase(rng.random() > 0.08, rng.random() > 0.06, rng.random() > 0.05) for t in things]
+        return CaptionParts("", (), None)
+    order = list(range(len(scene.things)))
+    rng.shuffle(order)
+    phrases = [(i, scene.things[i].phrase(rng.random() > 0.08, rng.random() > 0.06, rng.random() > 0.05)) for i in order]
     background = scene.background if rng.random() > 0.15 else None
-    return compose_caption(phrases, background, "a photo of " if rng.random() < 0.85 else "")
+    return CaptionParts("a photo of " if rng.random() < 0.85 else "", tuple(phrases), background)
+
+
+def random_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """The text of `random_caption_parts`."""
+    return random_caption_parts(scene, rng).text()
 
 
 def random_thing(rng: np.random.Generator, count: int = 1, class_name: str | None = None) -> Thing:
