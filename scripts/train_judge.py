@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from PIL import Image
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import nn
 from tqdm import tqdm
 
@@ -295,10 +295,13 @@ def build_optimizer(judge: nn.Module, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW([{"params": kernels, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=lr)
 
 
-def train(data: dict[str, np.ndarray], path: Path, minutes: float, batch_size: int,
-          peak_lr: float) -> tuple[Judge, Clock]:  # fmt: skip
+def train(data: dict[str, np.ndarray], path: Path, minutes: float, batch_size: int, peak_lr: float,
+          start_from: Path | None) -> tuple[Judge, Clock]:  # fmt: skip
     """Trains until `minutes` of processor time are spent, going on from the checkpoint at `path` when there is one."""
-    judge = Judge().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    judge = Judge()
+    if start_from:
+        judge.load_state_dict(load_file(start_from))
+    judge = judge.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = build_optimizer(judge, peak_lr)
     clock = load_checkpoint(path, judge, optimizer)
     budget_s, saved_at = minutes * 60, time.monotonic()
@@ -457,6 +460,7 @@ def main(
     report: Annotated[Path, typer.Option(help="Where the figures are written.")] = REPORT,
     minutes: Annotated[float, typer.Option(help="Training time: processor time of all threads.")] = 15,
     scenes: Annotated[int, typer.Option(help="Training scenes drawn.")] = 15_000,
+    start_from: Annotated[Path | None, typer.Option(help="Finished weights to train on.")] = None,
     vae: Annotated[Path | None, typer.Option(help="An AutoencoderKL folder; half the scenes go through it.")] = None,
     exam_vae: Annotated[Path | None, typer.Option(help="Examine on reconstructions of this AutoencoderKL too.")] = None,
     batch_size: int = 32, peak_lr: float = 2.5e-3, threads: int = 2, seed: int = 0,
@@ -466,7 +470,7 @@ def main(
     torch.manual_seed(seed)
     workdir.mkdir(parents=True, exist_ok=True)
     data = draw_training_set(workdir / f"scenes_{scenes}{'_vae' if vae else ''}.npz", scenes, vae)
-    judge, clock = train(data, workdir / "judge.pt", minutes, batch_size, peak_lr)
+    judge, clock = train(data, workdir / "judge.pt", minutes, batch_size, peak_lr, start_from)
     export(judge, output)
     trained = {"scenes": scenes, "vae": vae is not None, "steps": clock.steps, "batch_size": batch_size,
                "wall_seconds": round(clock.wall_s), "cpu_seconds": round(clock.cpu_s)}  # fmt: skip

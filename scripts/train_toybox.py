@@ -6,10 +6,11 @@ Stages, each with its own time budget (minutes of training, pauses not counted):
   vae     AutoencoderKL on random 32x32 crops of drawn scenes
   crops   UNet + text encoder on close-ups of one object, 8x8 latents (cheap: shape, colour, words)
   scenes  the same weights on whole scenes, 16x16 latents (placement, several objects, backgrounds)
+  decoder the VAE's second half once more, on whole scenes (only with `--minutes-decoder`); latents stay valid
   export  EMA weights in fp16 to `--output`, a folder that StableDiffusionPipeline.from_pretrained reads
 
 On a CPU each core works on a part of the batch by itself (`--workers`): small tensors do not split well inside an operation.
-Resumable: run the same command again. A checkpoint is written every two minutes, atomically.
+Resumable: run the same command again (`--no-resume` begins anew). A checkpoint is written every two minutes, atomically.
 `log.jsonl` in the work folder keeps the curves; `samples_*.png` what the model draws.
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -175,6 +177,55 @@ def train_vae(workdir: Path, minutes: float, images: int, workers: int, device: 
 
     stage.run(state, step, optimizers, on_save=report)
     return vae.eval()
+
+
+def train_decoder(vae: AutoencoderKL, workdir: Path, minutes: float, images: int, workers: int, device: str, first_seed: int,
+                  bf16: bool) -> None:  # fmt: skip
+    """The decoder alone, on whole scenes: latents, and all that was trained on them, stay valid."""
+    decoder = Decoder(vae)
+    stage = Stage("decoder", workdir, minutes, peak_lr=5e-4)
+    pool = ThreadPoolExecutor(workers)
+    optimizers = build_optimizers([decoder], stage.peak_lr, pool)
+    state = {"decoder": decoder, **{f"optimizer{i}": o for i, o in enumerate(optimizers)}}
+    stage.resume(state)
+    seeds, batch = range(first_seed, first_seed + images), 8
+    scenes = to_tensor(np.stack([e.image for e in draw_many(_scene_job, seeds, "drawing for the decoder", workers)]))
+    held_out = to_tensor(np.stack([_scene_job(i).image for i in range(64)])).to(device)
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(x.to(device)).latent_dist.mode().cpu() for x in tqdm(scenes.split(64), desc="encoding")])
+        held_out_latents = vae.encode(held_out).latent_dist.mode()
+    replicas = Replicas(decoder, workers, pool)
+
+    def loss_of(replica: Decoder, pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        z, x = pair
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            decoded = replica(z + 0.03 * torch.randn_like(z))  # a denoiser's latents are never exact
+        return reconstruction_loss(decoded.float(), x)
+
+    def step() -> tuple[float, int]:
+        picks = torch.randint(len(scenes), (workers, batch // workers))
+        return replicas.backward(loss_of, [(latents[p].to(device), scenes[p].to(device)) for p in picks]), batch
+
+    def report() -> None:
+        with torch.no_grad():
+            decoded = decoder(held_out_latents)
+        psnr = -10 * math.log10(((decoded - held_out) / 2).clamp(-1, 1).pow(2).mean().item())
+        stage.log(psnr_db=round(psnr, 2))
+        save_sheet(workdir / "samples_decoder.png", torch.cat([held_out[:16], decoded[:16]]), 8)
+
+    report()
+    stage.run(state, step, optimizers, on_save=report)
+
+
+class Decoder(torch.nn.Module):
+    """A VAE's second half; shares its weights."""
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.post_quant_conv(latents))
 
 
 def reconstruction_loss(decoded: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -396,18 +447,21 @@ def export(workdir: Path, stage: str, vae: AutoencoderKL, tokenizer: CLIPTokeniz
 def main(
     workdir: Annotated[Path, typer.Option(help="Checkpoints, baked latents, log, sample sheets.")] = Path("runs/toybox"),
     output: Annotated[Path, typer.Option(help="Where the finished model is written.")] = Path("mifo/toybox/model"),
-    minutes_vae: float = 11, minutes_crops: float = 25, minutes_scenes: float = 60,
+    minutes_vae: float = 11, minutes_crops: float = 25, minutes_scenes: float = 60, minutes_decoder: float = 0,
     learning_rate: Annotated[float, typer.Option(help="Peak, for crops; scenes take 0.7 of it.")] = 2e-3,
     scenes: Annotated[int, typer.Option(help="Whole scenes drawn (the VAE sees the first 6,000).")] = 40_000,
     closeups: int = 40_000,
     batch_crops: int = 48, batch_scenes: int = 24,
     crop_share: Annotated[float, typer.Option(help="Share of close-up steps in the scenes stage.")] = 0.3,
     start_from: Annotated[Path | None, typer.Option(help="A finished model's folder to train on: its VAE stays.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the work folder's checkpoints, or begin again.")] = True,
     workers: int = 2, device: str = "cpu",
     seed: Annotated[int, typer.Option(help="Another seed draws other scenes.")] = 0,
     bf16: Annotated[bool | None, typer.Option(help="Autocast; default: where the processor has the units for it.")] = None,
 ) -> None:  # fmt: skip
     """Trains the toybox base model. Run it again to go on where it stopped."""
+    if not resume:
+        shutil.rmtree(workdir, ignore_errors=True)
     torch.manual_seed(seed)
     if bf16 is None:
         bf16 = device == "cuda" or torch.cpu._is_avx512_bf16_supported()
@@ -431,6 +485,8 @@ def main(
     sources = [(crops, batch_crops, crop_share), (wholes, batch_scenes, 1 - crop_share)]
     train_denoiser("scenes", workdir, minutes_scenes, 0.7 * learning_rate, sources, vae, tokenizer,
                    workdir / "crops.pt" if minutes_crops else start_from, device, threads, bf16)  # fmt: skip
+    if minutes_decoder:
+        train_decoder(vae, workdir, minutes_decoder, min(scenes, 6000), threads, device, first, bf16)
     export(workdir, "scenes", vae, tokenizer, output)
 
 

@@ -94,7 +94,7 @@ class Stage:
 
     def log(self, **extra: float) -> None:
         row = {"stage": self.name, "step": self.step, "samples": self.samples, "elapsed_s": round(self.elapsed_s, 1),
-               "loss": round(float(np.mean(self._losses[-50:])), 5), **extra}  # fmt: skip
+               "loss": round(float(np.mean(self._losses[-50:])), 5) if self._losses else None, **extra}  # fmt: skip
         with (self.workdir / "log.jsonl").open("a") as log:
             log.write(json.dumps(row) + "\n")
 
