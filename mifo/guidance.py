@@ -114,6 +114,9 @@ class MaskRefinement:
     def __post_init__(self) -> None:
         self.self_sites = choose_sites(self.unet, self.config.blocks, self.config.map_sizes, ("self",))
         self.cross_sites = choose_sites(self.unet, self.config.blocks, self.config.map_sizes, ("cross",))
+        sizes = {site.map_size(*self.control.latent_size) for site in (*self.self_sites, *self.cross_sites)}
+        if len(sizes) > 1:
+            raise ValueError(f"refinement averages maps of one size, but its sites have {sorted(sizes)}; name one map size")
 
     def _is_due(self, step: int) -> bool:
         late = step - self.first_step

@@ -35,6 +35,7 @@ class BoundedAttention:
         self.images = 1
         self.bounded = True  # False: nothing is masked, boxes only guide
         self._refined: torch.Tensor | None = None  # (images, subjects, h, w) bool
+        self._subjects: dict[tuple[int, int], torch.Tensor] = {}
         self._masks: dict[tuple, torch.Tensor] = {}
         self._wanted: dict[str, Site] = {}
         self._maps: dict[str, torch.Tensor] = {}
@@ -47,15 +48,19 @@ class BoundedAttention:
 
         A refined mask that vanishes at a small size gives way to its box there.
         """
-        boxes = torch.stack([torch.from_numpy(box.rasterize(*size)) for _, box in self.layout])[None].flatten(2).to(self.device)
-        if self._refined is None:
-            return boxes
-        resized = (F.interpolate(self._refined.float(), size, mode="bilinear", antialias=True) >= 0.5).flatten(2)
-        return torch.where(resized.any(2, keepdim=True), resized, boxes)
+        if size not in self._subjects:
+            rows = torch.stack([torch.from_numpy(box.rasterize(*size)) for _, box in self.layout])
+            masks = rows[None].flatten(2).to(self.device)
+            if self._refined is not None:
+                resized = (F.interpolate(self._refined.float(), size, mode="bilinear", antialias=True) >= 0.5).flatten(2)
+                masks = torch.where(resized.any(2, keepdim=True), resized, masks)
+            self._subjects[size] = masks
+        return self._subjects[size]
 
     def refine(self, masks: torch.Tensor) -> None:
         """From now on (images, subjects, h, w) bool masks stand for the boxes."""
         self._refined = masks
+        self._subjects.clear()
         self._masks.clear()
 
     # --- what may see what ---
