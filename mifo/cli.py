@@ -279,12 +279,12 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 def _load_base_of(bundle: Bundle, model_path: str | None, device: str, dtype: torch.dtype) -> BaseModel:
     """The base model asked for (refused later when it is another than the bundle's), or the bundle's own."""
     from .base_model import load_base_model
+    from .bundle import base_of_bundle
 
     if model_path:
         return load_base_model(model_path, device, dtype)
-    own = bundle.base_source if os.path.isabs(bundle.base_source) else bundle.base_name
     try:
-        return load_base_model(own, device, dtype)
+        return load_base_model(base_of_bundle(bundle), device, dtype)
     except InputError as error:
         raise InputError(f"the bundle '{bundle.name}' needs its own base model: {error}") from None
 

@@ -18,6 +18,10 @@ import typer
 from .errors import InputError
 from .files import is_full, unwritable
 
+#: How torch, CUDA and C++ say it when they don't raise MemoryError.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc")
+MAX_MESSAGE = 1000
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM: ends the job as Ctrl-C does."""
@@ -67,7 +71,7 @@ def running(as_json: bool) -> Iterator[Job]:
         with redirect_stdout(sys.stderr):
             yield job
     except InputError as error:
-        say(f"error: {error}")
+        say(f"error: {shown(str(error))}")
         raise typer.Exit(2) from None
     except Terminated:
         say(job.interrupted("terminated"))
@@ -78,10 +82,10 @@ def running(as_json: bool) -> Iterator[Job]:
     except OSError as error:
         if not (is_full(error) or isinstance(error, PermissionError)):
             raise
-        say(f"error: {unwritable(Path(error.filename or 'a temporary file'), error)}")
+        say(f"error: {shown(str(unwritable(Path(error.filename or 'a temporary file'), error)))}")
         raise typer.Exit(2) from None
     except Exception as error:
-        if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+        if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
             say("error: out of memory; use a smaller --resolution, --width, --height or --batch-size")
             raise typer.Exit(1) from None
         raise
@@ -120,6 +124,13 @@ class Bar:
 
     def denoising(self, done: int, total: int) -> None:
         self._show("denoising", done, total, {})
+
+
+def shown(message: str) -> str:
+    """One printable line of at most MAX_MESSAGE characters: names from files may hold escapes for terminals, or be huge."""
+    if len(message) > MAX_MESSAGE:
+        message = f"{message[: MAX_MESSAGE * 2 // 3]} ... {message[-MAX_MESSAGE // 4 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in message)
 
 
 def say(message: str) -> None:
