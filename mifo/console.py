@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +39,8 @@ class Job:
     as_json: bool
     out: TextIO
     kept: list[Path] = field(default_factory=list)
+    hint: Callable[[], str] = lambda: ""
+    """What an interrupted command says at the end: how to go on."""
 
     def text(self, lines: str) -> None:
         """For people; silent with --json."""
@@ -60,7 +62,7 @@ class Job:
 
     def interrupted(self, verb: str) -> str:
         whole = f"kept: {', '.join(map(str, self.kept))}" if self.kept else "files from before are as they were"
-        return f"{verb}: nothing half-written is left; {whole}"
+        return f"{verb}: nothing half-written is left; {whole}{self.hint()}"
 
 
 @contextmanager
