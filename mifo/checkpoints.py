@@ -284,10 +284,14 @@ def _acquire(folder: Path, target: Path) -> IO[str]:
         if _is_still(path, file):
             break
         file.close()  # the run before us ended and removed this very file: the next one is another
-    file.seek(0)
-    file.truncate()
-    file.write(f"{os.getpid()}\n")
-    file.flush()
+    try:
+        file.seek(0)
+        file.truncate()
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+    except OSError as error:
+        os.unlink(path)
+        raise unwritable(folder, error) from None
     return file
 
 

@@ -51,7 +51,7 @@ class Torture:
         self.statuses: Counter[str] = Counter()
         self.broken: list[str] = []
         self.base = place / "base"
-        self._in_child(lambda: shutil.copytree(tiny_base_folder(), self.base))
+        self._in_child(lambda: shutil.move(tiny_base_folder(), self.base))
         write_instance(place / NAME)
         self._in_child(lambda: self._learn(place / "old", seed=1))
         started = time.monotonic()

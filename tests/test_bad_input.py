@@ -382,9 +382,10 @@ def no_file_above(size: int) -> Iterator[None]:
 def test_a_full_disk_while_learning(place: Path):
     folder = copy_bundle(place / "out", "cups")
     full = r"no space left for .* \(File too large\).* free some space"
-    for option, what in (("--prior-preservation", r"\.prior"), ("--no-prior-preservation", str(folder))):
+    bare = ["--no-prior-preservation"]
+    for options, what in (([], r"\.prior"), (bare, r"\.checkpoints/cups"), ([*bare, "--checkpoint-every", "0"], str(folder))):
         with no_file_above(2000):
-            refused(place, full.replace("for .*", f"for .*{what}"), *learn_arguments(place / "cups", place / "out"), option)
+            refused(place, full.replace("for .*", f"for .*{what}"), *learn_arguments(place / "cups", place / "out"), *options)
 
 
 def test_a_full_disk_while_writing_pictures(place: Path):

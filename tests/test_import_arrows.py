@@ -16,7 +16,7 @@ ROWS = (
     ("config", "boxes", "prompts", "files", "memory", "console", "interrupts"),  # plain data and the machine
     ("instance", "pictures", "embedding", "losses", "attention", "guidance", "denoise"),  # pixels, tensors, a bare UNet
     ("base_model",),
-    ("bundle", "dataset", "prior", "checkpoints"),  # what a base model is dressed and fed with
+    ("bundle", "dataset", "prior", "checkpoints", "batch"),  # what a base model is dressed and fed with
     ("learn_report", "learn_state", "learn", "synthesize"),
     ("toybox",),  # nothing that works on any base model may know the toybox's world
     ("demo",),
