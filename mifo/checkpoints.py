@@ -40,6 +40,8 @@ class Checkpointing:
     resume: bool | None = False
     """True goes on from the last checkpoint if there is one, False starts over; None refuses to throw away a checkpoint that
     this very run could go on from."""
+    strict: bool = True
+    """With `resume`: refuses the checkpoint of a run with other settings; otherwise such a run starts over."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class Checkpoints:
                 differences = different_keys(saved.identity, self.identity)
                 if self.options.resume is None:
                     _refuse_to_forget(saved, differences)
+                    return None
+                if differences and not self.options.strict:
                     return None
                 if differences:
                     raise InputError(

@@ -133,6 +133,9 @@ def test_other_settings_are_refused_by_name(instance: Instance, tmp_path: Path):
     other = load_instance(write_instance(tmp_path / "mugs" / "cups", assets=1))
     with pytest.raises(InputError, match=r"instance is .* there and"):
         run(other, tmp_path / "cups")
+    with pytest.raises(Crash):  # whoever does not mind starts over
+        learn(instance, base(), config(seed=4), tmp_path / "cups", crash_at("embedding", 1), None,
+              Checkpointing(resume=True, strict=False))  # fmt: skip
     run(instance, tmp_path / "cups", resume=None, settings=config(seed=5))  # another run: nothing that could be gone on from
     assert load_bundle(tmp_path / "cups").config.seed == 5
 
