@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from _tiny import copy_bundle, learn_arguments, load_base, mifo, snapshot, write_instance
+from PIL import Image
 from safetensors.torch import load_file
 
 from mifo.base_model import BaseModel
@@ -33,6 +34,14 @@ STEPS = 3  # of each phase
 
 class Crash(Exception):
     """Stands for whatever ends a process."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_preview() -> Iterator[None]:
+    """Drawing the preview takes longer than these runs learn, and comes after all that is tested here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mifo.learn.write_preview", lambda path, *_: Image.new("L", (8, 8)).save(path))
+        yield
 
 
 @cache
