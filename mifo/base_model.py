@@ -111,8 +111,10 @@ def load_base_model(name: str = "toybox", device: str = "cpu", dtype: torch.dtyp
         vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype, use_safetensors=True)
         unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, use_safetensors=True)
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0]
+    except MemoryError:
+        raise
+    except Exception as error:  # diffusers and transformers raise whatever a wrong configuration leads to
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"the base model '{name}' in {folder} does not load ({first_line}); fetch or copy it again") from None
     for part in (text_encoder, vae, unet):
         part.requires_grad_(False)
@@ -173,13 +175,23 @@ def _check_layout(folder: Path, name: str) -> None:
             raise InputError(f"'{name}' is a {kind}; this version works with Stable Diffusion 1.x and 2.x models")
 
 
+def has_layout(folder: Path) -> bool:
+    """True where every part of a Stable Diffusion model has its folder."""
+    return all((folder / part).is_dir() for part in PARTS)
+
+
 def fingerprint(folder: Path) -> str:
     """Hex digest of the configurations and the weights; of files above 64 MiB, of spread samples: fast at any size."""
     digest = hashlib.sha256()
     for part in ("text_encoder", "unet", "vae", "scheduler"):
         for path in sorted((folder / part).iterdir()):
+            if not path.is_file():
+                continue
             if path.suffix == ".json" and "config" in path.name:
-                settings = {k: v for k, v in json.loads(path.read_text()).items() if not k.startswith("_")}
+                try:
+                    settings = {k: v for k, v in json.loads(path.read_text()).items() if not k.startswith("_")}
+                except (ValueError, AttributeError, RecursionError):
+                    raise InputError(f"{path} is no JSON object; fetch or copy the base model again") from None
                 digest.update(json.dumps([part, path.name, settings], sort_keys=True).encode())
             elif path.suffix == ".safetensors":
                 digest.update(_sample_weights(path))

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from .errors import InputError
 
 MAX_LAYOUT_BYTES = 1 << 20
+MAX_BOXES = 100  # a prompt holds fewer than 40 assets
 EXAMPLE = '[[0.0, 0.2, 0.5, 0.9], [0.5, 0.2, 1.0, 0.9]] or {"<asset0>": [0.0, 0.2, 0.5, 0.9]}'
 KEY_PATTERN = re.compile(r"(?:<asset([0-9]+)>|(?:asset)?([0-9]+))", re.IGNORECASE)
 
@@ -227,6 +228,13 @@ def _match_keys(data: dict[str, Any], tokens: Sequence[str]) -> list[Any]:
     return [by_token[token] for token in tokens]
 
 
+def _token_of(key: str) -> str:
+    match = KEY_PATTERN.fullmatch(key.strip())
+    if not match or len(match[1] or match[2]) > 9:
+        _refuse(f"There is a box for {reprlib.repr(key)}, expected <asset0>, asset0 or 0.")
+    return f"<asset{match[1] or match[2]}>"
+
+
 def _assets_of_prompt(tokens: Sequence[str]) -> str:
     return f"the assets in the prompt are {', '.join(tokens)}" if tokens else "the prompt has no asset"
 
@@ -250,12 +258,14 @@ def parse_boxes_alone(source: str | Path) -> Layout:
     if isinstance(data, (list, dict)) and not data:
         _refuse("The boxes are empty; give at least one [x0, y0, x1, y1].")
     if isinstance(data, dict):
-        tokens = [f"<asset{str(key).strip('<>').removeprefix('asset')}>" for key in data]
+        tokens = [_token_of(key) for key in data]
         if twice := sorted({token for token in tokens if tokens.count(token) > 1}):
             _refuse(f"The boxes give {', '.join(twice)[:100]} twice; give each asset one box.")
     elif isinstance(data, list):
         tokens = [f"<asset{index}>" for index in range(len(data))]
     else:
         _refuse(f"The boxes must be a JSON list or object, not {reprlib.repr(data)}.")
+    if len(tokens) > MAX_BOXES:
+        _refuse(f"There are {len(tokens)} boxes, but at most {MAX_BOXES} can be drawn.")
     entries = data.values() if isinstance(data, dict) else data
     return Layout(tuple(tokens), tuple(_parse_box(token, entry) for token, entry in zip(tokens, entries, strict=True)))

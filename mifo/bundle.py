@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy
@@ -21,10 +22,9 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .base_model import BaseModel
+from .base_model import HUB_MODELS, BaseModel, fingerprint, has_layout
 from .config import LearnConfig, from_dict, to_dict
 from .embedding import use_assets
 from .errors import InputError
@@ -36,6 +36,10 @@ UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 TARGETS = (sorted(UNET_TARGETS), sorted(TEXT_TARGETS))
 ADAPTERS = ("unet_lora", "text_lora")
+WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+#: Five times the adapters of Stable Diffusion at rank 256.
+MAX_WEIGHTS_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,24 @@ def _fill_adapter(model: PeftModel, path: Path) -> None:
     set_peft_model_state_dict(model, weights)
 
 
+def base_of_bundle(bundle: Bundle) -> str:
+    """The name by which `load_base_model` finds the bundle's own base model: a known name, a hub id, or a local folder.
+
+    A bundle may come from a stranger, so its folder is taken only if the model in it has the bundle's own fingerprint, and
+    nothing relative is followed. Raises InputError otherwise.
+    """
+    if not os.path.isabs(bundle.base_source):
+        if bundle.base_source == "toybox" or HUB_ID.fullmatch(bundle.base_source):
+            return bundle.base_name if bundle.base_name in HUB_MODELS else bundle.base_source
+        raise InputError(f"{bundle.base_source[:200]!r} is neither toybox nor a hub id; give it with --model-path")
+    folder = Path(bundle.base_source)
+    if not os.path.isdir(folder):
+        raise InputError(f"{str(folder)[:300]!r} is no base model: there is no such folder; give it with --model-path")
+    if not has_layout(folder) or fingerprint(folder) != bundle.base_fingerprint:
+        raise InputError(f"{str(folder)[:300]!r} is no base model, or another one than it was; give it with --model-path")
+    return bundle.base_source
+
+
 def check_base(base: BaseModel, bundle: Bundle) -> None:
     """Raises InputError when the bundle was not learned on this very base model."""
     if base.fingerprint != bundle.base_fingerprint:
@@ -220,12 +242,24 @@ def find_bundle(model_id: str, output_dir: Path) -> Path:
     raise InputError(f"there is no learned bundle '{model_id[:200]}': {there}")
 
 
+def check_inside(folder: Path) -> None:
+    """Raises InputError for a link in a bundle that leads out of it: such a bundle would read other files as its own."""
+    home = os.path.realpath(folder)
+    for path in (folder, *(folder / a for a in ADAPTERS)):
+        for entry in os.scandir(path) if os.path.isdir(path) else ():
+            if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(home):
+                raise InputError(f"{entry.path} is a link out of the bundle; copy the file there, or learn the bundle again")
+
+
 def load_bundle(folder: Path) -> Bundle:
     """Reads and checks a bundle. Raises InputError when a file is missing or corrupt or the schema is newer."""
     path = folder / "bundle.json"
+    check_inside(folder)
     record = read_json(path)
     try:
-        schema = int(record["schema"])
+        schema = record["schema"]
+        if type(schema) is not int or schema < 1:
+            raise ValueError(f"the schema {str(schema)[:20]}")
         if schema > SCHEMA:
             raise InputError(f"{folder} has bundle schema {schema}, this version reads up to {SCHEMA}; update mifo")
         tokens, words = record["tokens"], tuple(str(w) for w in record["words"] or ()) or None
@@ -252,6 +286,8 @@ def load_bundle(folder: Path) -> Bundle:
 def read_json(path: Path) -> dict[str, Any]:
     """A small JSON object. Raises InputError for anything else."""
     try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path} is no file, and would be read without an end; learn the bundle again")
         if path.stat().st_size > 1 << 22:
             raise InputError(f"{path} is {path.stat().st_size >> 20} MiB, but such a file has a few KiB; learn the bundle again")
         record = json.loads(path.read_text())
@@ -269,10 +305,16 @@ def read_json(path: Path) -> dict[str, Any]:
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     if not os.path.isfile(path):
         raise InputError(f"{path} is missing; learn the bundle again")
+    if path.stat().st_size > MAX_WEIGHTS_BYTES:
+        raise InputError(f"{path} is {path.stat().st_size >> 20} MiB, more than any bundle has; learn the bundle again")
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path} is corrupt ({str(error).splitlines()[0]}); learn the bundle again") from None
+        tensors = load_file(path)
+    except Exception as error:  # whatever a hostile header makes safetensors raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(f"{path} is corrupt ({reason}); learn the bundle again") from None
+    if wrong := {str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.dtype not in WEIGHT_TYPES}:
+        raise InputError(f"{path} holds {', '.join(sorted(wrong))}, expected fp32, fp16 or bf16; learn the bundle again")
+    return tensors
 
 
 def _read_rows(path: Path, tokens: list[str]) -> torch.Tensor:

@@ -95,6 +95,8 @@ def learn(
     prior_preservation: Annotated[bool, typer.Option(help="Keep the base model's knowledge with its own pictures.")] = True,
     resolution: Annotated[int | None, typer.Option(min=32, help="Pixels; the model's own by default.")] = None,
     gradient_checkpointing: bool = False,
+    resume: Annotated[bool | None, typer.Option(help="Go on from the last checkpoint of an interrupted run.")] = None,
+    checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints, at most 2 minutes; 0: none.")] = 50,
     mixed_precision: Precision = Precision.auto,
     seed: Seed = 0,
     device: Device = "",
@@ -114,8 +116,11 @@ def learn(
         _check_targets(targets)
 
         from .base_model import load_base_model
+        from .checkpoints import Checkpointing
         from .config import learn_preset
         from .learn import learn as run_learn
+
+        checkpointing = Checkpointing(checkpoint_every, resume=resume)
 
         chosen = _device(device)
         dtype = _dtype(mixed_precision, chosen)
@@ -125,8 +130,10 @@ def learn(
                 say(f"note: {warning}")
             base = load_base_model(model_path, chosen, dtype)
             config = _learn_overrides(learn_preset(base.family, recipe.value), given, _accelerate_name(dtype))
+            job.hint = lambda target=target: _resume_hint(target)
+            _say_what_is_resumed(target, resume)
             with Bar() as bar, job.keeping(target if os.path.lexists(target) else None):
-                bundle = run_learn(each, base, config, target, bar.learning, initial)
+                bundle = run_learn(each, base, config, target, bar.learning, initial, checkpointing)
             job.kept.append(target)
             results.append(_learn_summary(bundle))
             job.text(_learned_text(results[-1]))
@@ -279,12 +286,12 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 def _load_base_of(bundle: Bundle, model_path: str | None, device: str, dtype: torch.dtype) -> BaseModel:
     """The base model asked for (refused later when it is another than the bundle's), or the bundle's own."""
     from .base_model import load_base_model
+    from .bundle import base_of_bundle
 
     if model_path:
         return load_base_model(model_path, device, dtype)
-    own = bundle.base_source if os.path.isabs(bundle.base_source) else bundle.base_name
     try:
-        return load_base_model(own, device, dtype)
+        return load_base_model(base_of_bundle(bundle), device, dtype)
     except InputError as error:
         raise InputError(f"the bundle '{bundle.name}' needs its own base model: {error}") from None
 
@@ -312,6 +319,25 @@ def _check_targets(targets: list[Path]) -> None:
     for target in targets:
         check_writable(target.parent)
         check_replaceable(target, lambda folder: os.path.isfile(folder / "bundle.json"))
+
+
+def _resume_hint(target: Path) -> str:
+    from .checkpoints import latest
+
+    saved = latest(target)
+    return f"; the state at {saved.where} is kept: the same command with --resume goes on from there" if saved else ""
+
+
+def _say_what_is_resumed(target: Path, resume: bool | None) -> None:
+    from .checkpoints import latest
+
+    saved = latest(target)
+    if saved and resume:
+        say(f"note: goes on from {saved.where}")
+    elif saved:
+        say(f"note: there is a checkpoint of an interrupted run, at {saved.where}")
+    elif resume:
+        say("note: there is no checkpoint, so it starts from the beginning")
 
 
 def _initializers(text: str | None, count: int) -> list[str | None] | None:
@@ -387,6 +413,8 @@ def _learn_summary(bundle: Bundle) -> dict[str, Any]:
     facts = bundle.facts
     size = sum(p.stat().st_size for p in bundle.folder.rglob("*") if p.is_file())
     measured = {name: facts[name] for name in ("seconds", "peak_gib", "attention_inside_mask")}
+    if facts["skipped_steps"]:
+        measured["skipped_steps"] = facts["skipped_steps"]
     return {"bundle": str(bundle.folder), "tokens": list(bundle.tokens), **measured, "mib": round(size / 2**20, 2),
             "preview": str(bundle.folder / "preview.png"), "attention": str(bundle.folder / "attention.png")}  # fmt: skip
 
@@ -397,6 +425,7 @@ def _learned_text(facts: dict[str, Any]) -> str:
         f"learned {', '.join(facts['tokens'])} in {facts['seconds']} s, peak {facts['peak_gib']} GiB",
         f"bundle: {facts['bundle']} ({facts['mib']} MiB)",
         *(f"  {token}: {100 * share:.0f} % of its attention is inside its mask" for token, share in shares),
+        *([f"{facts['skipped_steps']} steps overflowed in fp16 and were skipped"] if "skipped_steps" in facts else []),
         f"look at {facts['preview']} and {facts['attention']}",
     ])  # fmt: skip
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,10 @@ import typer
 
 from .errors import InputError
 from .files import is_full, unwritable
+
+#: How torch, CUDA and C++ say it when they don't raise MemoryError.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc")
+MAX_MESSAGE = 1000
 
 
 class Terminated(KeyboardInterrupt):
@@ -35,6 +39,8 @@ class Job:
     as_json: bool
     out: TextIO
     kept: list[Path] = field(default_factory=list)
+    hint: Callable[[], str] = lambda: ""
+    """What an interrupted command says at the end: how to go on."""
 
     def text(self, lines: str) -> None:
         """For people; silent with --json."""
@@ -56,7 +62,7 @@ class Job:
 
     def interrupted(self, verb: str) -> str:
         whole = f"kept: {', '.join(map(str, self.kept))}" if self.kept else "files from before are as they were"
-        return f"{verb}: nothing half-written is left; {whole}"
+        return f"{verb}: nothing half-written is left; {whole}{self.hint()}"
 
 
 @contextmanager
@@ -67,7 +73,7 @@ def running(as_json: bool) -> Iterator[Job]:
         with redirect_stdout(sys.stderr):
             yield job
     except InputError as error:
-        say(f"error: {error}")
+        say(f"error: {shown(str(error))}")
         raise typer.Exit(2) from None
     except Terminated:
         say(job.interrupted("terminated"))
@@ -78,10 +84,10 @@ def running(as_json: bool) -> Iterator[Job]:
     except OSError as error:
         if not (is_full(error) or isinstance(error, PermissionError)):
             raise
-        say(f"error: {unwritable(Path(error.filename or 'a temporary file'), error)}")
+        say(f"error: {shown(str(unwritable(Path(error.filename or 'a temporary file'), error)))}")
         raise typer.Exit(2) from None
     except Exception as error:
-        if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+        if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
             say("error: out of memory; use a smaller --resolution, --width, --height or --batch-size")
             raise typer.Exit(1) from None
         raise
@@ -120,6 +126,13 @@ class Bar:
 
     def denoising(self, done: int, total: int) -> None:
         self._show("denoising", done, total, {})
+
+
+def shown(message: str) -> str:
+    """One printable line of at most MAX_MESSAGE characters: names from files may hold escapes for terminals, or be huge."""
+    if len(message) > MAX_MESSAGE:
+        message = f"{message[: MAX_MESSAGE * 2 // 3]} ... {message[-MAX_MESSAGE // 4 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in message)
 
 
 def say(message: str) -> None:

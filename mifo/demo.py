@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .base_model import BaseModel, load_base_model
 from .boxes import Layout, parse_layout
 from .bundle import attach
+from .checkpoints import Checkpointing
 from .config import learn_preset, synthesis_preset
 from .files import replace_files
 from .instance import Instance, load_instance
@@ -27,6 +28,7 @@ from .toybox.examples import write_example
 
 BOXES = "[[0.04, 0.08, 0.46, 0.36], [0.54, 0.30, 0.96, 0.58], [0.10, 0.64, 0.52, 0.92]]"
 PLACES = ("at the beach", "in the snow")
+GO_ON = Checkpointing(resume=True, strict=False)
 SIDE = 192  # pixels of each picture on the sheet
 
 
@@ -37,7 +39,7 @@ def run_demo(output: Path, seed: int, device: str, bar: Any) -> dict[str, Any]:
     instance = load_instance(output / "toy_car")
     base = load_base_model("toybox", device)
     config = replace(learn_preset(base.family), seed=seed)
-    bundle = learn(instance, base, config, output / "demo_bundle", bar.learning)
+    bundle = learn(instance, base, config, output / "demo_bundle", bar.learning, None, GO_ON)
     control = synthesis_preset(base.family)
     plain = replace(control, bounded=False, guidance=replace(control.guidance, enabled=False))
     prompts = [f"a photo of {' and '.join(bundle.tokens)} {place}" for place in PLACES]
@@ -65,7 +67,7 @@ def _without_penalty(instance: Instance, base: BaseModel, config: Any, output: P
     none = replace(config.embedding.attention, loss="none")
     lora = replace(config.lora, attention=replace(config.lora.attention, loss="none"))
     config = replace(config, embedding=replace(config.embedding, attention=none), lora=lora)
-    bundle = learn(instance, base, config, output / "demo_without_penalty", bar.learning)
+    bundle = learn(instance, base, config, output / "demo_without_penalty", bar.learning, None, GO_ON)
     with attach(base, bundle):
         control = synthesis_preset(base.family)
         return [synthesize(base, p, layout, bundle.tokens, control, seed, 1).images[0] for p in prompts]

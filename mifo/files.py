@@ -46,6 +46,7 @@ def replace_folder(folder: Path, is_ours: Callable[[Path], bool] = lambda _: Fal
             _make_readable(temporary)
             _flush(temporary)
             _put(temporary, folder)
+            _flush_names(folder.parent)
             made = []
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -73,6 +74,7 @@ def replace_files(folder: Path) -> Iterator[Path]:
             _make_readable(temporary)
             _flush(temporary)
             _move_all(sorted(temporary.iterdir()), folder)
+            _flush_names(folder)
             made = []
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -180,6 +182,16 @@ def _flush(folder: Path) -> None:
         if path.is_file():
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
+
+
+def _flush_names(folder: Path) -> None:
+    """The folder's list of names onto the disk too, where the system can: a rename that is not there yet can still be lost."""
+    with suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def _move_all(paths: list[Path], folder: Path) -> None:

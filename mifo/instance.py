@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import struct
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,13 +28,12 @@ IMAGE_NAMES = "img.jpg, img.jpeg, img.png or img.webp"
 # Only formats that PIL decodes by itself; among the others is EPS, which runs Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MIN_SIDE = 16
-MAX_MEGAPIXELS = 100
+MAX_MEGAPIXELS = 50
+MAX_MASK_MEGAPIXELS = 500  # of all masks together
 MAX_WORDS_BYTES = 1 << 16
 MAX_OVERLAP = 0.5
 MASK_PATTERN = re.compile(r"mask([0-9]+)\.png", re.IGNORECASE)
 LOOSE_MASK_PATTERN = re.compile(r"mask.*\.(png|jpe?g|webp|gif|bmp|tiff?)", re.IGNORECASE)
-# What PIL's decoders raise for damaged files, beside its own UnidentifiedImageError (an OSError).
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, struct.error)
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -85,6 +83,12 @@ def load_instance(folder: Path) -> Instance:
     if min(image.size) < MIN_SIDE:
         raise InputError(
             f"{image_path} is {_size(image)} pixels, but each side needs at least {MIN_SIDE}; use a larger image."
+        )
+    megapixels = len(mask_paths) * image.width * image.height / 1e6
+    if megapixels > MAX_MASK_MEGAPIXELS:
+        raise InputError(
+            f"{folder} has {len(mask_paths)} masks of {_size(image)} pixels, {megapixels:.0f} megapixels together, but at most "
+            f"{MAX_MASK_MEGAPIXELS} are read; make the image and the masks smaller."
         )
     masks = [_load_mask(path, image, image_path.name, sideways) for path in mask_paths]
     return Instance(
@@ -215,6 +219,8 @@ def _refuse_file(path: Path, error: BaseException) -> NoReturn:
 
 def _open(path: Path) -> tuple[Image.Image, bool]:
     """The file's first frame, upright, in the file's own mode; and whether it was stored lying on its side."""
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+        raise InputError(f"{path} cannot be read (it is no file); put a JPEG, PNG or WebP file there.")
     try:
         with warnings.catch_warnings():  # PIL's own limit is below ours, so its warnings say nothing
             warnings.simplefilter("ignore")
@@ -226,7 +232,9 @@ def _open(path: Path) -> tuple[Image.Image, bool]:
                     return upright, upright.size != image.size
     except Image.DecompressionBombError:
         megapixels = float("inf")
-    except DECODE_ERRORS as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files make PIL's decoders raise TypeError, struct.error, IndexError, ...
         _refuse_file(path, error)
     shown = f"{megapixels:.0f}" if megapixels < float("inf") else "far too many"
     raise InputError(f"{path} has {shown} megapixels, but at most {MAX_MEGAPIXELS} are read; make it smaller.")
@@ -309,6 +317,8 @@ def _load_words(folder: Path, names: list[str], count: int) -> tuple[str, ...] |
     if name is None:
         return None
     path = folder / name
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} cannot be read (it is no file); write one word or phrase for each mask, one a line.")
     words = _read_lines(path)
     for number, word in enumerate(words, 1):
         if not word:

@@ -23,12 +23,15 @@ from .attention.record import AttentionRecorder, record_attention, token_maps
 from .attention.sites import Site, choose_sites
 from .base_model import BaseModel
 from .bundle import Bundle, add_adapters, save_bundle
+from .checkpoints import Checkpointing, Checkpoints, open_checkpoints
 from .config import AttentionTerms, EmbeddingPhase, LearnConfig, LoraPhase
 from .dataset import Batch, InstanceData
 from .embedding import AssetEmbedding, initial_rows, use_assets
 from .errors import InputError
 from .instance import Instance, fit_instance
+from .interrupts import stop_between_steps
 from .learn_report import attention_shares, environment, snapshot_maps, write_attention_sheet, write_preview
+from .learn_state import capture, identity_of, place, restore
 from .losses import masked_diffusion_loss, match_loss, penalty_loss, reward_loss, separation_loss
 from .memory import peak_gib
 from .prior import PriorData, make_prior
@@ -66,12 +69,26 @@ class StepLosses:
 
 
 def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path, report: Report = lambda _: None,
-          initializer_words: Sequence[str | None] | None = None) -> Bundle:  # fmt: skip
+          initializer_words: Sequence[str | None] | None = None,
+          checkpointing: Checkpointing | None = None) -> Bundle:  # fmt: skip
     """Learns `instance` on `base` and writes the bundle to `folder`. The base model is handed back as it was.
 
-    Raises InputError for input that cannot be learned from (too many assets for a prompt, masks that vanish).
+    State is kept beside `folder` as `checkpointing` says, until the bundle is written. Ctrl-C and SIGTERM take effect after
+    the step that runs, and the state is kept then too.
+    Raises InputError for input that cannot be learned from (too many assets for a prompt, masks that vanish), when another
+    process learns to `folder`, and when a checkpoint that should be resumed is another run's.
     """
+    identity = identity_of(instance, base, config, initializer_words)
+    with open_checkpoints(folder, identity, checkpointing or Checkpointing()) as checkpoints:
+        bundle = _learn(instance, base, config, folder, report, initializer_words, checkpoints)
+        checkpoints.clear()
+    return bundle
+
+
+def _learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path, report: Report,
+           initializer_words: Sequence[str | None] | None, checkpoints: Checkpoints) -> Bundle:  # fmt: skip
     started = time.monotonic()
+    resumed = checkpoints.load()
     accelerator = Accelerator(cpu=base.device.type == "cpu", mixed_precision=config.mixed_precision)
     _check_resolution(base, config.resolution)
     tokens = instance.tokens
@@ -84,16 +101,17 @@ def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path
     words = initializer_words or [None] * instance.count
     rows = initial_rows(base.text_encoder.get_input_embeddings(), base.tokenizer, words)
     with use_assets(base.text_encoder, ids, rows) as embedding:
-        learner = Learner(base, data, config, embedding, accelerator, prior)
+        learner = Learner(base, data, config, embedding, accelerator, prior, checkpoints, started, resumed)
         learner.train_rows(report)
         with lend_adapters(base, config.lora, config.seed) as adapters:
             learner.train_adapters(adapters, report)
             shares = attention_shares(base, data, tokens, config.lora.attention)
             facts = {
-                "seconds": round(time.monotonic() - started, 1),
+                "seconds": round(learner.seconds(), 1),
                 "peak_gib": round(peak_gib(base.device), 3),
                 "attention_inside_mask": {t: round(s, 4) for t, s in zip(tokens, shares, strict=True)},
                 "losses": learner.curve,
+                "skipped_steps": learner.skipped_steps,
                 **environment(),
             }
 
@@ -139,7 +157,10 @@ class Learner:
     """Both phases' shared parts: the step, its losses, and what is kept to be shown."""
 
     def __init__(self, base: BaseModel, data: InstanceData, config: LearnConfig, embedding: AssetEmbedding,
-                 accelerator: Accelerator, prior: PriorData | None):  # fmt: skip
+                 accelerator: Accelerator, prior: PriorData | None, checkpoints: Checkpoints, started: float,
+                 resumed: dict[str, Any] | None):  # fmt: skip
+        self.checkpoints, self.started, self.resumed = checkpoints, started, resumed
+        self.skipped_steps = 0
         self.base, self.data, self.config = base, data, config
         self.embedding, self.accelerator, self.prior = embedding, accelerator, prior
         self.rng = np.random.default_rng(config.seed)
@@ -149,9 +170,15 @@ class Learner:
         if config.gradient_checkpointing:
             base.unet.enable_gradient_checkpointing()
 
+    def seconds(self) -> float:
+        """Since the run began, without the time between an interruption and the resumption."""
+        return time.monotonic() - self.started
+
     # --- phases ---
 
     def train_rows(self, report: Report) -> None:
+        if self.resumed is not None and self.resumed["phase"] != "embedding":
+            return  # the checkpoint is of phase 2, and holds the rows
         phase = self.config.embedding
         groups = [{"params": [self.embedding.rows], "lr": phase.learning_rate}]
         optimizer = torch.optim.AdamW(groups, betas=self.config.adam_betas, weight_decay=self.config.weight_decay)
@@ -177,23 +204,48 @@ class Learner:
         scheduler = make_lr_schedule(optimizer, phase)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.base.unet.train(self.config.gradient_checkpointing)  # diffusers checkpoints in training mode only
-        with record_attention(self.base.unet, sites) as recorder:
-            for step in range(phase.train_steps):
+        first = self._resume(name, parameters, optimizer, scheduler)
+        with stop_between_steps() as stop, record_attention(self.base.unet, sites) as recorder:
+            for step in range(first, phase.train_steps):
                 if step % max(1, phase.train_steps // 3) == 0:
                     self._keep_snapshot(f"{name} {step}", phase.attention)
                 losses = self._losses(phase, step, sites, recorder, prior)
+                parts = losses.as_floats()
+                self._refuse_nonfinite({f"{k} loss": v for k, v in parts.items()}, name, step)
                 self.accelerator.backward(losses.total)
-                self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
+                norm = self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
+                if self.accelerator.scaler is None:  # a scaler skips such a step by itself, and is counted
+                    self._refuse_nonfinite({"gradient": float(norm)}, name, step)
                 optimizer.step()
+                self.skipped_steps += bool(getattr(optimizer, "step_was_skipped", False))
                 scheduler.step()
                 optimizer.zero_grad(set_to_none=True)
-                parts = losses.as_floats()
-                _refuse_nonfinite(parts, name, step)
                 if step % 10 == 0:
                     self.curve.append({"phase": name, "step": step, **{k: round(v, 6) for k, v in parts.items()}})  # type: ignore[dict-item]
                 report(Progress(name, step + 1, phase.train_steps, parts))
+                if self.checkpoints.due(step + 1, stop.asked is not None or step + 1 == phase.train_steps):
+                    size = max(float(p.detach().abs().max()) for p in parameters)
+                    self._refuse_nonfinite({"weight": size}, name, step)
+                    state = capture(self, name, step + 1, parameters, optimizer, scheduler)
+                    self.checkpoints.save(state, place(name, step + 1, phase.train_steps))
+                if stop.asked is not None:
+                    break  # the signal takes effect as the block ends
         self.base.unet.eval()
         self._keep_snapshot(f"{name} {phase.train_steps}", phase.attention)
+
+    def _resume(self, name: str, parameters: list[torch.Tensor], optimizer: Any, scheduler: Any) -> int:
+        """The number of this phase's steps that are done already."""
+        state, self.resumed = self.resumed, None
+        return 0 if state is None else restore(self, state, parameters, optimizer, scheduler)
+
+    def _refuse_nonfinite(self, parts: dict[str, float], phase: str, step: int) -> None:
+        bad = [name for name, value in parts.items() if not np.isfinite(value)]
+        if bad:
+            kept = self.checkpoints.last_saved
+            raise InputError(
+                f"the {' and the '.join(bad)} is not finite at step {step} of the {phase} phase; lower the learning rate or use "
+                f"--mixed-precision no{f'. The last good checkpoint, {kept}, is kept' if kept else ''}"
+            )
 
     def _keep_snapshot(self, label: str, terms: AttentionTerms) -> None:
         tokens = [asset_token(i) for i in range(self.data.count)]
@@ -233,15 +285,6 @@ class Learner:
 
 def _assets_of(prompt: str, batch: Batch) -> list[str]:
     return [asset_token(i) for i in batch.assets] if prompt == batch.prompt else []
-
-
-def _refuse_nonfinite(parts: dict[str, float], phase: str, step: int) -> None:
-    bad = [name for name, value in parts.items() if not np.isfinite(value)]
-    if bad:
-        raise InputError(
-            f"the {' and '.join(bad)} loss is not finite at step {step} of the {phase} phase; lower the learning rate or use "
-            "--mixed-precision no"
-        )
 
 
 def diffusion_target(scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

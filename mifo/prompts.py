@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 ASSET_PATTERN = re.compile(r"<asset[0-9]+>", re.IGNORECASE)
 ALMOST_ASSET_PATTERN = re.compile(r"<\s*asset[^<>]*>", re.IGNORECASE)
 BARE_ASSET_PATTERN = re.compile(r"\basset[0-9]+", re.IGNORECASE)
+MAX_CHARACTERS = 10_000  # the text encoders read 77 tokens
+#: Cyrillic and Greek letters that are drawn as those of "asset".
+LOOK_ALIKES = str.maketrans("аеѕɑαеτтΑАЕЕЅΤТ", "aesaaettaaeestt")
 WORD_END = "</w>"  # CLIP's byte-pair vocabulary marks the last piece of a word with it
 
 FUNCTION_WORDS = frozenset(string.punctuation) | {
@@ -67,7 +70,12 @@ def join_assets(tokens: Sequence[str], prefix: str = "a photo of") -> str:
 
 
 def check_characters(text: str, what: str) -> None:
-    """Raises InputError if `text` holds a control character or broken Unicode. Line breaks and tabs are white space."""
+    """Raises InputError if `text` holds a control character or broken Unicode, or is longer than any model reads.
+
+    Line breaks and tabs are white space.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise InputError(f"{what} has {len(text)} characters, but at most {MAX_CHARACTERS} are read; shorten it.")
     for position, character in enumerate(text):
         if unicodedata.category(character) in ("Cc", "Cs") and character not in "\t\n\r":
             raise InputError(
@@ -84,12 +92,31 @@ def check_prompt(prompt: str, known: Sequence[str]) -> None:
         raise InputError(f"The prompt is empty; write one such as {join_assets(known[:2] or ['<asset0>'])!r}.")
     check_characters(prompt, "The prompt")
     exist = f"the assets that exist are {', '.join(known)}" if known else "there are no assets"
+    if ALMOST_ASSET_PATTERN.findall(_plain(prompt)) != ALMOST_ASSET_PATTERN.findall(prompt):
+        odd = _some([f"U+{ord(c):04X}" for c in prompt if not c.isascii()])
+        raise InputError(
+            f"The prompt has something that looks like an asset but is written with other characters ({odd}); "
+            f"type its token anew ({exist})."
+        )
     unknown = [token for token in ALMOST_ASSET_PATTERN.findall(prompt) if token.lower() not in known]
     if unknown:
-        raise InputError(f"The prompt has {', '.join(dict.fromkeys(unknown))}, but {exist}.")
+        raise InputError(f"The prompt has {_some(unknown)}, but {exist}.")
     if bare := BARE_ASSET_PATTERN.search(ASSET_PATTERN.sub(" ", prompt)):
-        word = bare.group().lower()
+        word = bare.group().lower()[:30]
         raise InputError(f"The prompt has {word!r} without both its brackets; write <{word}> ({exist}).")
+
+
+def _plain(text: str) -> str:
+    """`text` as it looks: full-width and other forms, foreign digits, look-alike letters, and nothing invisible."""
+    seen = (c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
+    digits = (str(unicodedata.digit(c)) if unicodedata.category(c) == "Nd" else c for c in seen)
+    return "".join(digits).replace("‹", "<").replace("›", ">").translate(LOOK_ALIKES)
+
+
+def _some(things: list[str]) -> str:
+    """Up to five of them, each once and cut short."""
+    each = list(dict.fromkeys(things))
+    return ", ".join(t[:40] for t in each[:5]) + (f" and {len(each) - 5} more" if len(each) > 5 else "")
 
 
 def add_asset_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -265,6 +266,9 @@ def test_a_stopped_learn_keeps_the_earlier_bundle(tmp_path: Path, how: signal.Si
     finally:
         process.kill()
     assert process.returncode == status and out == ""
-    assert err.strip().splitlines()[-1] == f"{word}: nothing half-written is left; kept: {folder}"
+    last = err.strip().splitlines()[-1]
+    assert last.startswith(f"{word}: nothing half-written is left; kept: {folder}; the state at phase 1, step ")
+    assert last.endswith(" of 100000 is kept: the same command with --resume goes on from there")
     assert "Traceback" not in err
+    shutil.rmtree(tmp_path / "out" / ".checkpoints")
     assert snapshot(tmp_path) == before

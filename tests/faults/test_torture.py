@@ -1,0 +1,19 @@
+"""A few rounds of scripts/torture.py: real processes, killed and starved. The long run is for hours."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from _tiny import ROOT
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_little_torture():
+    command = [sys.executable, "scripts/torture.py", "--kills", "3", "--faults", "1", "--steps", "4", "--no-write"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "BROKEN" not in done.stdout and "disk full: status 2, old bundle" in done.stdout, done.stdout
