@@ -22,8 +22,6 @@ from .errors import InputError
 from .files import replace_files
 from .prompts import check_prompt, tokenize_prompt
 
-BATCH = 8  # pictures denoised together
-
 
 @dataclass(frozen=True)
 class PriorData:
@@ -56,8 +54,8 @@ def make_prior(base: BaseModel, config: PriorConfig, resolution: int, seed: int,
     ids = [tokenize_prompt(base.tokenizer, p, []).input_ids for p in prompts]
     scheduler = make_scheduler("ddim", base.scheduler)
     rows = []
-    for first in range(0, config.num_class_images, BATCH):
-        count = min(BATCH, config.num_class_images - first)
+    for first in range(0, config.num_class_images, base.memory.max_batch):
+        count = min(base.memory.max_batch, config.num_class_images - first)
         with torch.no_grad():
             states = base.encode_prompt(torch.tensor([ids[k % len(ids)] for k in range(first, first + count)]))
             empty = base.encode_prompt(torch.tensor([tokenize_prompt(base.tokenizer, "", []).input_ids]))

@@ -13,11 +13,12 @@ PACKAGE = Path(mifo.__file__).parent
 #: `attention` and `toybox` are folders; inside them, files count as one room here and are looked at below.
 ROWS = (
     ("errors",),
-    ("config", "boxes", "prompts", "files", "memory", "console"),  # plain data and the machine
+    ("config", "boxes", "prompts", "files", "memory", "memory_trace", "known_models", "quantize", "half_precision", "console"),  # plain data and the machine
     ("instance", "pictures", "embedding", "losses", "attention", "guidance", "denoise"),  # pixels, tensors, a bare UNet
     ("base_model",),
     ("bundle", "dataset", "prior"),  # what a base model is dressed and fed with
     ("learn_report", "learn", "synthesize"),
+    ("planner",),  # counts what the jobs above will need
     ("toybox",),  # nothing that works on any base model may know the toybox's world
     ("demo",),
     ("cli",),
