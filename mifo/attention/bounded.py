@@ -14,7 +14,7 @@ from diffusers import UNet2DConditionModel
 
 from ..boxes import Layout
 from ..prompts import TokenizedPrompt
-from .sites import Processor, Site, attention_probabilities, attention_sites, use_processors
+from .sites import Processor, Site, attention_probabilities, attention_sites, fused_attention, use_processors
 
 
 class StopForward(Exception):
@@ -135,7 +135,7 @@ class _BoundedProcessor(Processor):
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
         visible = self.control.visible(self.site)
         if not self.control.wants(self.site):
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)
+            return fused_attention(query, key, value, visible, scale)
         probabilities = attention_probabilities(query, key, scale, visible)
         self.control.note(self.site, probabilities)
         return probabilities.to(value.dtype) @ value
