@@ -54,6 +54,12 @@ class Model:
     def native_resolution(self) -> int:
         return int(self.configs["unet"]["sample_size"]) * self.vae_factor
 
+    def check_side(self, resolution: int | None) -> int:
+        """Pixels; None is the model's own. Raises InputError for a side that the model cannot take."""
+        side = self.native_resolution if resolution is None else resolution
+        build(self, torch.float32).check_side("the resolution", side)
+        return side
+
     @cached_property
     def sizes(self) -> dict[str, int]:
         """Numbers of weights: the parts, the UNet's linear layers that NF4 takes, and the largest of those."""

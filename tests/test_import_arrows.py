@@ -18,7 +18,7 @@ ROWS = (
     ("base_model",),
     ("bundle", "dataset", "prior"),  # what a base model is dressed and fed with
     ("learn_report", "learn", "synthesize"),
-    ("plan_trace", "planner"),  # counts what the jobs above will need
+    ("plan_trace", "planner", "plan_report"),  # counts what the jobs above will need
     ("toybox",),  # nothing that works on any base model may know the toybox's world
     ("demo",),
     ("cli",),
