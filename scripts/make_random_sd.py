@@ -49,7 +49,7 @@ def write_random_sd(name: str, folder: Path, width_divisor: int = 1, seed: int =
     with replace_folder(folder, lambda old: (old / "model_index.json").is_file()) as temporary:
         torch.set_default_dtype(dtype)  # built in the target dtype: the fp32 weights never exist
         try:
-            _save(_sharpen(UNet2DConditionModel(**shape["unet"])), temporary / "unet")
+            _save(sharpen(UNet2DConditionModel(**shape["unet"])), temporary / "unet")
             _save(AutoencoderKL(**shape["vae"]), temporary / "vae")
             _save(CLIPTextModel(CLIPTextConfig(**shape["text_encoder"])), temporary / "text_encoder")
         finally:
@@ -65,7 +65,7 @@ def _save(part: Any, folder: Path) -> None:
     gc.collect()
 
 
-def _sharpen(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+def sharpen(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """Uneven attention maps; a random UNet's are flat, and their losses have hardly any gradient."""
     for name, weight in unet.named_parameters():
         if ".to_q." in name or ".to_k." in name:
