@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -55,7 +55,7 @@ class BaseModel:
     unet: UNet2DConditionModel
     scheduler: DDIMScheduler
     """The training schedule; carries the prediction type."""
-    memory: MemoryConfig = MemoryConfig()
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     """Where the parts live when they are not at work."""
 
     @property

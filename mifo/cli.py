@@ -26,9 +26,9 @@ from .files import check_replaceable, check_writable
 if TYPE_CHECKING:
     import torch
 
+    from .attention.backend import Backend
     from .base_model import BaseModel
     from .bundle import Bundle
-    from .attention.backend import Backend
     from .config import LearnConfig, MemoryConfig, SynthesisConfig
     from .planner import Plan
 

@@ -42,8 +42,9 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
 def plan_text(plan: Plan) -> str:
     """A table of items and phases, then the knobs."""
     s = plan.settings
+    dtype = str(s.dtype).removeprefix("torch.")
     lines = [
-        f"{s.job} with {plan.model} at {s.resolution}x{s.resolution}, {s.assets} assets, {str(s.dtype).removeprefix('torch.')}; GiB",
+        f"{s.job} with {plan.model} at {s.resolution}x{s.resolution}, {s.assets} assets, {dtype}; GiB",
         "",
         _row("", [p.name for p in plan.phases]),
     ]

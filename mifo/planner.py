@@ -41,7 +41,7 @@ class Settings:
     assets: int = 3
     batch: int = 1
     """Pictures drawn together by synthesize or edit"""
-    memory: MemoryConfig = MemoryConfig()
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     backend: str = "sdpa"
 
 

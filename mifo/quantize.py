@@ -31,7 +31,7 @@ def quantize_linears(model: nn.Module, dtype: torch.dtype) -> None:
     """
     bnb = _bitsandbytes()
     if isinstance(bnb, str):
-        raise InputError(f"NF4 weights need bitsandbytes, but {bnb}; install it, or give more --vram-gib so that NF4 is not needed")
+        raise InputError(f"NF4 weights need bitsandbytes, but {bnb}; install it, or raise --vram-gib")
     for name, linear in quantizable(model).items():
         small = bnb.nn.Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=dtype,
                                   compress_statistics=False, quant_type="nf4", device="meta")  # fmt: skip

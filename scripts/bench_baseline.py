@@ -20,7 +20,7 @@ from mifo.config import LearnConfig, SynthesisConfig
 from mifo.denoise import denoise, initial_latents, make_scheduler
 from mifo.guidance import LatentGuidance, step_size
 from mifo.learn import attention_terms, diffusion_target
-from mifo.losses import masked_diffusion_loss
+from mifo.losses import alpha_schedule, masked_diffusion_loss
 from mifo.prompts import tokenize_prompt
 
 
@@ -59,18 +59,12 @@ def guidance_gradient(base: BaseModel, guidance: LatentGuidance, states: torch.T
         maps = {s.name: kept[s.name][len(latents) :] for s in guidance.sites}
         config = guidance.config
         loss = sum(
-            weight * guidance._kind_loss(maps, [s for s in guidance.sites if s.is_cross == is_cross], _alpha(step, config.steps))
+            weight * guidance._kind_loss(maps, [s for s in guidance.sites if s.is_cross == is_cross], alpha_schedule(step, config.steps))
             for weight, is_cross in ((config.cross_weight, True), (config.self_weight, False))
         )
         (gradient,) = torch.autograd.grad(loss.sum(), latents)
     control.guiding = False
     return gradient
-
-
-def _alpha(step: int, steps: int) -> float:
-    from mifo.losses import alpha_schedule
-
-    return alpha_schedule(step, steps)
 
 
 def synthesize(base: BaseModel, prompt: Any, guidance: LatentGuidance, config: SynthesisConfig, latent_size: tuple[int, int],
@@ -84,7 +78,8 @@ def synthesize(base: BaseModel, prompt: Any, guidance: LatentGuidance, config: S
     def before(step: int, timestep: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
         if step < config.guidance.steps:
             for _ in range(config.guidance.max_iterations):
-                now = now - step_size(step, config.guidance) * guidance_gradient(base, guidance, states, negative, now, timestep, step)
+                gradient = guidance_gradient(base, guidance, states, negative, now, timestep, step)
+                now = now - step_size(step, config.guidance) * gradient
         return now
 
     kept: dict[str, torch.Tensor] = {}

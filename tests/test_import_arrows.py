@@ -13,7 +13,8 @@ PACKAGE = Path(mifo.__file__).parent
 #: `attention` and `toybox` are folders; inside them, files count as one room here and are looked at below.
 ROWS = (
     ("errors",),
-    ("config", "boxes", "prompts", "files", "memory", "memory_trace", "known_models", "quantize", "half_precision", "console"),  # plain data and the machine
+    ("config", "boxes", "prompts", "files", "memory", "console"),  # plain data and the machine
+    ("memory_trace", "known_models", "quantize", "half_precision"),
     ("instance", "pictures", "embedding", "losses", "attention", "guidance", "denoise"),  # pixels, tensors, a bare UNet
     ("base_model",),
     ("bundle", "dataset", "prior"),  # what a base model is dressed and fed with

@@ -90,7 +90,8 @@ def _why_no_xformers(device: torch.device | str, dtype: torch.dtype) -> str | No
     except ImportError:
         return "xformers is not installed"
     except Exception as error:  # xformers raises many kinds for a device or a dtype without a kernel
-        return f"xformers does not work on {device} in {dtype} ({(str(error).strip() or type(error).__name__).splitlines()[0][:120]})"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        return f"xformers does not work on {device} in {dtype} ({reason})"
     expected = sdpa(query, key, value, visible, 0.1)
     near = torch.allclose(found.float(), expected.float(), atol=2e-2) and bool(torch.isfinite(gradient).all())
     return None if near else f"xformers' result on {device} in {dtype} is wrong"
