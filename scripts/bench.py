@@ -210,7 +210,7 @@ def bench_step(options: Options, phase: str) -> dict[str, Any]:
         instance = fit_instance(write_scene(options.assets, options.resolution), options.resolution)
         with make_learner(base, instance, replace(options, dtype=dtype), lora=False) as learner:
             batch = learner.data.sample(learner.rng, learner.generator, 1, False, 0.0)
-            ids = [base.tokenizer.convert_tokens_to_ids(t) for t in join_assets(instance_tokens(options)).split() if "<" in t]
+            ids = [base.tokenizer.get_added_vocab()[asset_token(i)] for i in range(options.assets)]
             config = learner.config
         prompt = tokenize_prompt(base.tokenizer, batch.prompt, [asset_token(i) for i in batch.assets])
         pixels = pixels_to_tensor(instance.image).to(base.device)
@@ -223,10 +223,6 @@ def bench_step(options: Options, phase: str) -> dict[str, Any]:
     found = compare(ours, baselines)
     found["times_faster_a_draw"] = {k: round(v * options.draws, 2) for k, v in found["times_faster_than_baseline_in"].items()}
     return found
-
-
-def instance_tokens(options: Options) -> list[str]:
-    return [asset_token(i) for i in range(options.assets)]
 
 
 def _our_step(options: Options, phase: str, assets: int, resolution: int,

@@ -58,8 +58,9 @@ def guidance_gradient(base: BaseModel, guidance: LatentGuidance, states: torch.T
         base.unet(torch.cat([latents, latents]).to(base.dtype), timestep, context)
         maps = {s.name: kept[s.name][len(latents) :] for s in guidance.sites}
         config = guidance.config
+        alpha = alpha_schedule(step, config.steps)
         loss = sum(
-            weight * guidance._kind_loss(maps, [s for s in guidance.sites if s.is_cross == is_cross], alpha_schedule(step, config.steps))
+            weight * guidance._kind_loss(maps, [s for s in guidance.sites if s.is_cross == is_cross], alpha)
             for weight, is_cross in ((config.cross_weight, True), (config.self_weight, False))
         )
         (gradient,) = torch.autograd.grad(loss.sum(), latents)

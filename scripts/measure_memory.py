@@ -217,8 +217,9 @@ def main(
             rows.append({"phase": phase, "gradient_checkpointing": checkpointing, "planned_gib": _rounded(plan),
                          "measured_gib": _rounded(found), "plan_off_percent": round(off, 1)})  # fmt: skip
             print(json.dumps(rows[-1]), flush=True)
-    numbers: dict[str, Any] = {"note": "random weights in Stable Diffusion's shape", "kind": kind, "shape": shape,
-                               "width_divisor": width_divisor, "resolution": resolution, "dtype": dtype, "steps": rows}  # fmt: skip
+    note = "random weights in Stable Diffusion's shape"
+    numbers: dict[str, Any] = {"note": note, "kind": kind, "shape": shape, "width_divisor": width_divisor,
+                               "resolution": resolution, "dtype": dtype, "steps": rows}  # fmt: skip
     if gpu:
         numbers["jobs"] = jobs_under_caps(shape, [float(c) for c in caps.split(",")])
     else:
