@@ -116,8 +116,8 @@ def _fused_cost(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, att
 def fused_attention_cost() -> Iterator[None]:
     """Within the block PyTorch's fused attention costs what a fused kernel costs, which the meta device does not have."""
     before = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = _fused_cost
+    F.scaled_dot_product_attention = _fused_cost  # type: ignore
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = before
+        F.scaled_dot_product_attention = before  # type: ignore

@@ -44,7 +44,8 @@ def make_prior(base: BaseModel, config: PriorConfig, resolution: int, seed: int,
     Raises InputError for a class prompt that is empty or too long, and when the cache cannot be written.
     """
     prompts = class_prompts(config)
-    key = json.dumps([base.fingerprint, asdict(config), resolution, seed, str(base.dtype), base.device.type], sort_keys=True)
+    weights = f"{base.dtype} {'nf4' if base.memory.nf4 else ''}".strip()
+    key = json.dumps([base.fingerprint, asdict(config), resolution, seed, weights, base.device.type], sort_keys=True)
     cached = cache_folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors" if cache_folder else None
     size = resolution // base.vae_factor
     shape = (int(base.unet.config["in_channels"]), size, size)
