@@ -43,7 +43,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = Peak(0, {})
         self._storages: dict[int, tuple[str, int]] = {}
         for tensor in known:
-            self._note(tensor, 0)
+            self.ignore(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -51,6 +51,10 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor):
                 self._note(leaf)
         return made
+
+    def ignore(self, tensor: torch.Tensor) -> None:
+        """It was there before and does not count."""
+        self._note(tensor, 0)
 
     def _note(self, tensor: torch.Tensor, size: int | None = None) -> None:
         storage = tensor.untyped_storage()

@@ -138,7 +138,7 @@ def trace_learning(model: Model, resolution: int, dtype: torch.dtype, rows: int,
             if checkpointing:
                 base.unet.enable_gradient_checkpointing()
             with counting(base, backend) as live:
-                live._note(embedding.rows, 0)
+                live.ignore(embedding.rows)
                 _step(model, base, live, trained, resolution, rows, assets, text_on_gpu, terms)
             peak = live.peak
     return LearningTrace(peak, tuple(p.numel() for p in trained))
