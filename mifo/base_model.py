@@ -8,14 +8,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from .config import MemoryConfig
 from .errors import InputError
+from .quantize import quantize_linears
 
 TOYBOX_FOLDER = Path(__file__).parent / "toybox" / "model"
 
@@ -30,12 +34,13 @@ HUB_MODELS: dict[str, tuple[tuple[str, str], ...]] = {
         ("Manojb/stable-diffusion-2-1-base", "0094d483a120f3f33dafbd187ea4aa60d10de75c"),
     ),
 }
+TILE_PIXELS = 256
 PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
 
 
 @dataclass
 class BaseModel:
-    """The frozen parts of Stable Diffusion, all on one device."""
+    """The frozen parts of Stable Diffusion. All on the UNet's device, but for those that `memory` keeps on the CPU."""
 
     name: str
     """What the user asked for."""
@@ -50,6 +55,8 @@ class BaseModel:
     unet: UNet2DConditionModel
     scheduler: DDIMScheduler
     """The training schedule; carries the prediction type."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """Where the parts live when they are not at work."""
 
     @property
     def family(self) -> str:
@@ -86,17 +93,28 @@ class BaseModel:
             )
 
     def encode_prompt(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(B, L) token ids -> (B, L, D) in the model's dtype."""
-        return self.text_encoder(input_ids.to(self.device))[0]
+        """(B, L) token ids -> (B, L, D) on the UNet's device in its dtype. Runs where the text encoder lives."""
+        return self.text_encoder(input_ids.to(self.text_encoder.device))[0].to(self.device, self.dtype)
+
+    @contextmanager
+    def lend_vae(self) -> Iterator[AutoencoderKL]:
+        """The VAE on the UNet's device; afterwards it goes back to where it was."""
+        home = self.vae.device
+        try:
+            yield self.vae.to(self.device)
+        finally:
+            self.vae.to(home)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, C, h, w) latents -> (B, 3, H, W) pixels in [0, 1], fp32, one picture at a time to bound the memory."""
         scaled = latents.to(self.vae.dtype) / self.vae.config["scaling_factor"]
-        pixels = torch.cat([self.vae.decode(row[None]).sample for row in scaled])
+        with self.lend_vae() as vae:
+            pixels = torch.cat([vae.decode(row[None]).sample for row in scaled])
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
 
-def load_base_model(name: str = "toybox", device: str = "cpu", dtype: torch.dtype = torch.float32) -> BaseModel:
+def load_base_model(name: str = "toybox", device: str = "cpu", dtype: torch.dtype = torch.float32,
+                    memory: MemoryConfig = MemoryConfig()) -> BaseModel:  # fmt: skip
     """Loads and freezes `name`: 'toybox', 'sd1.5', 'sd2.1', a hub id, or a folder in diffusers' layout.
 
     Raises InputError when it cannot be found, is not a Stable Diffusion 1/2 model, or has a file that does not load.
@@ -119,8 +137,21 @@ def load_base_model(name: str = "toybox", device: str = "cpu", dtype: torch.dtyp
     for part in (text_encoder, vae, unet):
         part.requires_grad_(False)
         part.eval()
-        part.to(device)
-    return BaseModel(name, source, revision, fingerprint(folder), tokenizer, text_encoder, vae, unet, scheduler)
+    if memory.nf4:
+        quantize_linears(unet, dtype)
+    if memory.tiled_vae:
+        tile_vae(vae)
+    unet.to(device)
+    vae.to("cpu" if memory.vae_on_cpu else device)
+    text_encoder.to(**({"device": "cpu", "dtype": torch.float32} if memory.text_encoder_on_cpu else {"device": device}))
+    return BaseModel(name, source, revision, fingerprint(folder), tokenizer, text_encoder, vae, unet, scheduler, memory)
+
+
+def tile_vae(vae: AutoencoderKL) -> None:
+    """Tiles of half the side that the model was made for at 512 pixels: a quarter of the memory there."""
+    vae.enable_tiling()
+    vae.tile_sample_min_size = TILE_PIXELS
+    vae.tile_latent_min_size = TILE_PIXELS // 2 ** (len(vae.config["block_out_channels"]) - 1)
 
 
 def resolve(name: str) -> tuple[Path, str, str | None]:

@@ -29,6 +29,7 @@ from .config import LearnConfig, from_dict, to_dict
 from .embedding import use_assets
 from .errors import InputError
 from .files import replace_folder
+from .half_precision import follow_input_dtype
 from .prompts import add_asset_tokens, asset_token
 
 SCHEMA = 1
@@ -81,6 +82,8 @@ def add_adapters(base: BaseModel, rank: int, text_encoder: bool, seed: int = 0) 
         if text_encoder:
             config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TEXT_TARGETS)
             adapters["text_lora"] = get_peft_model(base.text_encoder, config)
+    for adapter in adapters.values():
+        follow_input_dtype(adapter)
     return adapters
 
 
@@ -119,6 +122,7 @@ def _lend_adapter(part: Any, folder: Path, scale: float) -> Iterator[None]:
     model = get_peft_model(part, _read_lora_config(folder / "adapter_config.json"))
     try:
         _fill_adapter(model, folder / "adapter_model.safetensors")
+        follow_input_dtype(model)
         for module in model.modules():
             if isinstance(module, LoraLayer):
                 module.set_scale("default", scale)

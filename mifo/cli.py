@@ -26,9 +26,11 @@ from .files import check_replaceable, check_writable
 if TYPE_CHECKING:
     import torch
 
+    from .attention.backend import Backend
     from .base_model import BaseModel
     from .bundle import Bundle
-    from .config import LearnConfig, SynthesisConfig
+    from .config import LearnConfig, MemoryConfig, SynthesisConfig
+    from .planner import Plan
 
 app = typer.Typer(
     name="mifo",
@@ -57,6 +59,19 @@ class Sampler(str, Enum):
     unipc = "unipc"
 
 
+class Attention(str, Enum):
+    auto = "auto"
+    sdpa = "sdpa"
+    xformers = "xformers"
+    materialized = "materialized"
+
+
+class PlannedJob(str, Enum):
+    learn = "learn"
+    synthesize = "synthesize"
+    edit = "edit"
+
+
 def _finite(value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number.")
@@ -71,6 +86,8 @@ ModelPath = Annotated[str, typer.Option(help="toybox (embedded), sd1.5, sd2.1, a
 OutputDir = Annotated[Path, typer.Option(help="Where learned bundles are kept.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="The same seed gives the same result.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; empty picks what is there.")]
+VramGib = Annotated[float | None, _number(0.5, 1024, "GPU memory to stay within; see 'plan'.")]
+AttentionBackend = Annotated[Attention, typer.Option(help="auto: xformers where it works, else PyTorch's own.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -98,6 +115,8 @@ def learn(
     resume: Annotated[bool | None, typer.Option(help="Go on from the last checkpoint of an interrupted run.")] = None,
     checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints, at most 2 minutes; 0: none.")] = 50,
     mixed_precision: Precision = Precision.auto,
+    vram_gib: VramGib = None,
+    attention_backend: AttentionBackend = Attention.auto,
     seed: Seed = 0,
     device: Device = "",
     as_json: AsJson = False,
@@ -115,24 +134,28 @@ def learn(
         targets = [output_dir / _bundle_name(name or each.name) for each in instances]
         _check_targets(targets)
 
+        from .attention.backend import use_backend
         from .base_model import load_base_model
         from .checkpoints import Checkpointing
-        from .config import learn_preset
+        from .config import MemoryConfig, learn_preset
         from .learn import learn as run_learn
 
         checkpointing = Checkpointing(checkpoint_every, resume=resume)
 
         chosen = _device(device)
         dtype = _dtype(mixed_precision, chosen)
+        backend = _attention(attention_backend, chosen, dtype)
         results = []
         for each, target, initial in zip(instances, targets, words, strict=True):
             for warning in each.warnings:
                 say(f"note: {warning}")
-            base = load_base_model(model_path, chosen, dtype)
-            config = _learn_overrides(learn_preset(base.family, recipe.value), given, _accelerate_name(dtype))
+            config = _learn_overrides(learn_preset(_family(model_path), recipe.value), given, _accelerate_name(dtype))
+            plan = _plan("learn", model_path, chosen, dtype, resolution, vram_gib, backend.name, config, assets=each.count)
+            base = load_base_model(model_path, chosen, dtype, plan.settings.memory if plan else MemoryConfig())
+            config = plan.settings.learn if plan else config
             job.hint = lambda target=target: _resume_hint(target)
             _say_what_is_resumed(target, resume)
-            with Bar() as bar, job.keeping(target if os.path.lexists(target) else None):
+            with use_backend(base.unet, backend), Bar() as bar, job.keeping(target if os.path.lexists(target) else None):
                 bundle = run_learn(each, base, config, target, bar.learning, initial, checkpointing)
             job.kept.append(target)
             results.append(_learn_summary(bundle))
@@ -161,6 +184,8 @@ def synthesize(
     bounded: Annotated[bool, typer.Option(help="Mask attention to the boxes.")] = True,
     subject_token_indices: Annotated[str | None, typer.Option(help="Accepted for compatibility; never needed.")] = None,
     mixed_precision: Precision = Precision.auto,
+    vram_gib: VramGib = None,
+    attention_backend: AttentionBackend = Attention.auto,
     seed: Seed = 0,
     device: Device = "",
     as_json: AsJson = False,
@@ -176,6 +201,7 @@ def synthesize(
         if subject_token_indices:
             say("note: --subject-token-indices is not needed; the assets' positions are found in the prompt")
 
+        from .attention.backend import use_backend
         from .bundle import attach, find_bundle, load_bundle
         from .config import synthesis_preset
         from .synthesize import save_synthesis
@@ -185,9 +211,13 @@ def synthesize(
         check_prompt(prompt, bundle.tokens)
         layout = parse_layout(boxes, assets_in(prompt)) if boxes is not None else None
         chosen = _device(device)
-        base = _load_base_of(bundle, model_path, chosen, _dtype(mixed_precision, chosen))
-        config = _synthesis_overrides(synthesis_preset(base.family), given)
-        with attach(base, bundle, config.lora_scale), Bar() as bar:
+        dtype, wanted = _dtype(mixed_precision, chosen), model_path or _own_base(bundle)
+        backend = _attention(attention_backend, chosen, dtype)
+        config = _synthesis_overrides(synthesis_preset(_family(wanted)), given)
+        plan = _plan("synthesize", wanted, chosen, dtype, max(width or 0, height or 0) or None, vram_gib, backend.name,
+                     bundle.config, config, len(bundle.tokens), batch_size)  # fmt: skip
+        base = _load_base_of(bundle, model_path, chosen, dtype, plan.settings.memory if plan else None)
+        with use_backend(base.unet, backend), attach(base, bundle, config.lora_scale), Bar() as bar:
             result = run_synthesize(base, prompt, layout, bundle.tokens, config, seed, batch_size, bar.denoising)
         paths = save_synthesis(result, output_path, {"bundle": bundle.name, "base_model": base.name})
         contact = output_path / "contact.png"
@@ -248,6 +278,44 @@ def export(
 
 
 @app.command()
+def plan(
+    model_path: ModelPath = "sd2.1",
+    job: Annotated[PlannedJob, typer.Option()] = PlannedJob.learn,
+    resolution: Annotated[int | None, typer.Option(min=32, help="Pixels; the model's own by default.")] = None,
+    vram_gib: VramGib = None,
+    assets: Annotated[int, typer.Option(min=1, max=64)] = 3,
+    batch_size: Annotated[int, typer.Option(min=1, max=64, help="Pictures drawn together.")] = 1,
+    lora_rank: Annotated[int, typer.Option(min=1, max=256)] = 16,
+    gradient_checkpointing: bool = False,
+    prior_preservation: bool = True,
+    mixed_precision: Annotated[Precision, typer.Option(help="auto: bf16, as on a GPU.")] = Precision.auto,
+    attention_backend: Annotated[Attention, typer.Option(help="materialized shows what fused attention saves.")] = Attention.auto,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Count a job's GPU memory before it runs, without loading any weights, and what to give up to fit a budget."""
+    with running(as_json) as out:
+        import torch
+
+        from .config import learn_preset, synthesis_preset
+        from .plan_report import plan_facts, plan_text
+        from .planner import Settings, make_plan, read_model
+
+        model = read_model(model_path)
+        dtypes = {"no": torch.float32, "fp16": torch.float16}
+        family = _family(model_path)
+        config = learn_preset(family)
+        config = replace(config, lora=replace(config.lora, rank=lora_rank), gradient_checkpointing=gradient_checkpointing,
+                         prior=replace(config.prior, enabled=prior_preservation))  # fmt: skip
+        backend = "materialized" if attention_backend is Attention.materialized else "sdpa"
+        settings = Settings(job.value, model.check_side(resolution), dtypes.get(mixed_precision.value, torch.bfloat16), config,
+                            synthesis_preset(family), assets, batch_size, backend=backend)  # fmt: skip
+        found = make_plan(model, settings, vram_gib)
+        out.text(plan_text(found))
+        out.json(plan_facts(found))
+        found.check()
+
+
+@app.command()
 def demo(
     output_path: Annotated[Path, typer.Option(help="Folder for the demo's picture and bundle.")] = Path("output"),
     seed: Seed = 0,
@@ -283,17 +351,66 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 # --- parts --------------------------------------------------------------------------------------
 
 
-def _load_base_of(bundle: Bundle, model_path: str | None, device: str, dtype: torch.dtype) -> BaseModel:
-    """The base model asked for (refused later when it is another than the bundle's), or the bundle's own."""
-    from .base_model import load_base_model
+def _family(model_path: str) -> str:
+    """As BaseModel.family, before the model is there."""
+    return "toybox" if model_path == "toybox" else "stable-diffusion"
+
+
+def _attention(wanted: Attention, device: str, dtype: torch.dtype) -> Backend:
+    """Chosen once a job, and said with its reason."""
+    from .attention.backend import choose_backend
+
+    backend = choose_backend(wanted.value, device, dtype)
+    say(f"attention: {backend.name} ({backend.reason})")
+    return backend
+
+
+def _plan(job: str, model_path: str, device: str, dtype: torch.dtype, resolution: int | None, vram_gib: float | None,
+          backend: str, learn: LearnConfig, synthesis: SynthesisConfig | None = None, assets: int = 3,
+          batch: int = 1) -> Plan | None:  # fmt: skip
+    """What fits into --vram-gib, said, and made binding on a GPU; None without a budget."""
+    if vram_gib is None:
+        return None
+    from .base_model import resolve
+    from .config import SynthesisConfig
+    from .known_models import SHAPES
+    from .plan_report import limit_gpu, plan_text
+    from .planner import Settings, make_plan, read_model
+
+    model = read_model(model_path if model_path in SHAPES else str(resolve(model_path)[0]))
+    side = model.check_side(resolution)
+    settings = Settings(job, side, dtype, learn, synthesis or SynthesisConfig(), assets, batch, backend=backend)
+    plan = make_plan(model, settings, vram_gib)
+    plan.check()
+    say(plan_text(plan))
+    limit_gpu(plan, device)
+    return plan
+
+
+def _own_base(bundle: Bundle) -> str:
     from .bundle import base_of_bundle
 
-    if model_path:
-        return load_base_model(model_path, device, dtype)
     try:
-        return load_base_model(base_of_bundle(bundle), device, dtype)
+        return base_of_bundle(bundle)
     except InputError as error:
         raise InputError(f"the bundle '{bundle.name}' needs its own base model: {error}") from None
+
+
+def _load_base_of(bundle: Bundle, model_path: str | None, device: str, dtype: torch.dtype,
+                  memory: MemoryConfig | None = None) -> BaseModel:  # fmt: skip
+    """The base model asked for (refused later when it is another than the bundle's), or the bundle's own."""
+    from .base_model import load_base_model
+    from .config import MemoryConfig
+
+    memory = memory or MemoryConfig()
+    if model_path:
+        return load_base_model(model_path, device, dtype, memory)
+    try:
+        return load_base_model(_own_base(bundle), device, dtype, memory)
+    except InputError as error:
+        text = str(error)
+        own = f"the bundle '{bundle.name}' needs its own base model: "
+        raise InputError(text if text.startswith(own) else own + text) from None
 
 
 def _instance_folders(instance: str | None, folder_path: Path) -> list[Path]:

@@ -83,6 +83,22 @@ class PriorConfig:
 
 
 @dataclass(frozen=True)
+class MemoryConfig:
+    """What is given up for GPU memory; the default gives up nothing. `--vram-gib` chooses, `plan` shows what and why."""
+
+    vae_on_cpu: bool = False
+    """The VAE visits the GPU only to encode and to decode."""
+    text_encoder_on_cpu: bool = False
+    """The text encoder lives and runs on the CPU, in fp32."""
+    tiled_vae: bool = False
+    """The VAE works tile by tile; tiles overlap and are blended, so pictures differ a little."""
+    max_batch: int = 8
+    """Pictures that the base model draws together for the prior and the previews."""
+    nf4: bool = False
+    """The UNet's linear layers in 4 bits (bitsandbytes' NF4)."""
+
+
+@dataclass(frozen=True)
 class LearnConfig:
     """All that decides what `learn` does. Saved whole in the bundle."""
 

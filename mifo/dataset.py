@@ -60,8 +60,8 @@ class InstanceData:
 
 def encode(base: BaseModel, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, 3, H, W) in [-1, 1] -> mean and standard deviation of the scaled latents, each (B, C, h, w), fp32."""
-    with torch.no_grad():
-        posterior = base.vae.encode(pixels.to(base.device, base.vae.dtype)).latent_dist
+    with torch.no_grad(), base.lend_vae() as vae:
+        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
     scale = base.vae.config["scaling_factor"]
     return posterior.mean.float() * scale, posterior.std.float() * scale
 

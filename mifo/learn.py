@@ -5,6 +5,7 @@ Knows instances, the base model, losses and bundles. Knows nothing of boxes or o
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from .attention.sites import Site, choose_sites
 from .base_model import BaseModel
 from .bundle import Bundle, add_adapters, save_bundle
 from .checkpoints import Checkpointing, Checkpoints, open_checkpoints
-from .config import AttentionTerms, EmbeddingPhase, LearnConfig, LoraPhase
+from .config import AttentionTerms, EmbeddingPhase, LearnConfig, LoraPhase, to_dict
 from .dataset import Batch, InstanceData
 from .embedding import AssetEmbedding, initial_rows, use_assets
 from .errors import InputError
@@ -36,6 +37,7 @@ from .losses import masked_diffusion_loss, match_loss, penalty_loss, reward_loss
 from .memory import peak_gib
 from .prior import PriorData, make_prior
 from .prompts import add_asset_tokens, asset_token, join_assets, tokenize_prompt
+from .quantize import why_no_8bit_adam
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def _learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Pat
     prior = _draw_prior(base, config, folder.parent / ".prior", report)
     words = initializer_words or [None] * instance.count
     rows = initial_rows(base.text_encoder.get_input_embeddings(), base.tokenizer, words)
-    with use_assets(base.text_encoder, ids, rows) as embedding:
+    with use_assets(base.text_encoder, ids, rows) as embedding, checkpointed(base, config.gradient_checkpointing):
         learner = Learner(base, data, config, embedding, accelerator, prior, checkpoints, started, resumed)
         learner.train_rows(report)
         with lend_adapters(base, config.lora, config.seed) as adapters:
@@ -112,6 +114,7 @@ def _learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Pat
                 "attention_inside_mask": {t: round(s, 4) for t, s in zip(tokens, shares, strict=True)},
                 "losses": learner.curve,
                 "skipped_steps": learner.skipped_steps,
+                "memory": to_dict(base.memory),
                 **environment(),
             }
 
@@ -131,6 +134,18 @@ def lend_adapters(base: BaseModel, phase: LoraPhase, seed: int) -> Iterator[dict
     finally:
         for adapter in adapters.values():
             adapter.unload()
+
+
+@contextmanager
+def checkpointed(base: BaseModel, enabled: bool) -> Iterator[None]:
+    """Within the block the UNet keeps only its blocks' inputs for the backward pass, and runs each block again there."""
+    if enabled:
+        base.unet.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if enabled:
+            base.unet.disable_gradient_checkpointing()
 
 
 def _draw_prior(base: BaseModel, config: LearnConfig, cache: Path, report: Report) -> PriorData | None:
@@ -167,8 +182,6 @@ class Learner:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.curve: list[dict[str, float]] = []
         self.snapshots: list[tuple[str, torch.Tensor]] = []
-        if config.gradient_checkpointing:
-            base.unet.enable_gradient_checkpointing()
 
     def seconds(self) -> float:
         """Since the run began, without the time between an interruption and the resumption."""
@@ -203,7 +216,6 @@ class Learner:
         optimizer = self.accelerator.prepare(optimizer)
         scheduler = make_lr_schedule(optimizer, phase)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.base.unet.train(self.config.gradient_checkpointing)  # diffusers checkpoints in training mode only
         first = self._resume(name, parameters, optimizer, scheduler)
         with stop_between_steps() as stop, record_attention(self.base.unet, sites) as recorder:
             for step in range(first, phase.train_steps):
@@ -230,7 +242,6 @@ class Learner:
                     self.checkpoints.save(state, place(name, step + 1, phase.train_steps))
                 if stop.asked is not None:
                     break  # the signal takes effect as the block ends
-        self.base.unet.eval()
         self._keep_snapshot(f"{name} {phase.train_steps}", phase.attention)
 
     def _resume(self, name: str, parameters: list[torch.Tensor], optimizer: Any, scheduler: Any) -> int:
@@ -267,10 +278,9 @@ class Learner:
         noise = torch.randn(latents.shape, generator=self.generator).to(latents)
         noisy = self.base.scheduler.add_noise(latents, noise, timesteps)
         recorder.open()
-        with self.accelerator.autocast():
-            states = self.base.encode_prompt(torch.tensor([t.input_ids for t in tokenized]))  # (1 or 2, L, D)
-            states = torch.cat([states[:-1], states[-1:].expand(phase.draws, -1, -1)])
-            prediction = self.base.unet(noisy.to(self.base.dtype), timesteps, states).sample
+        states = self.base.encode_prompt(torch.tensor([t.input_ids for t in tokenized]))  # (1 or 2, L, D)
+        states = torch.cat([states[:-1], states[-1:].expand(phase.draws, -1, -1)])
+        prediction = self.base.unet(noisy.to(self.base.dtype), timesteps, states).sample
         maps = recorder.take()
         target = diffusion_target(self.base.scheduler, latents, noise, timesteps)
         own = slice(len(latents) - phase.draws, None)  # the instance's rows stand last
@@ -342,15 +352,18 @@ def _one_term(attention: torch.Tensor, mask: torch.Tensor, terms: AttentionTerms
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: LearnConfig, use_8bit: bool) -> torch.optim.Optimizer:
-    """8-bit AdamW by bitsandbytes where it runs; torch's AdamW otherwise."""
+    """8-bit AdamW by bitsandbytes where it runs; torch's AdamW otherwise, which learns the same with larger states."""
     options: dict[str, Any] = {"betas": config.adam_betas, "weight_decay": config.weight_decay}
-    if use_8bit:
-        try:
-            from bitsandbytes.optim import AdamW8bit
+    if not use_8bit:
+        return torch.optim.AdamW(groups, **options)
+    devices = {p.device.type for group in groups for p in group["params"]}
+    reason = why_no_8bit_adam(devices)
+    if reason is None:
+        from bitsandbytes.optim import AdamW8bit
 
-            return AdamW8bit(groups, **options)
-        except (ImportError, RuntimeError, OSError):
-            pass  # no build for this platform: the fallback learns the same, with larger optimizer states
+        return AdamW8bit(groups, **options)
+    message = f"note: no 8-bit Adam: {reason}; using PyTorch's AdamW, whose states take 8 bytes a weight instead of 2"
+    print(message, file=sys.stderr)
     return torch.optim.AdamW(groups, **options)
 
 

@@ -110,6 +110,10 @@ def sample_prompts(base: BaseModel, prompts: Sequence[str], tokens: Sequence[str
     """One plain sample per prompt, as a quick look; no boxes."""
     side = int(base.unet.config["sample_size"])
     latents = initial_latents((int(base.unet.config["in_channels"]), side, side), seed, len(prompts), base.device)
+    most = base.memory.max_batch
+    if len(prompts) > most:  # picture k has seed `seed + k` however they are grouped
+        groups = [(k, prompts[k : k + most]) for k in range(0, len(prompts), most)]
+        return [image for k, group in groups for image in sample_prompts(base, group, tokens, seed + k, steps)]
     with torch.no_grad():
         ids = [tokenize_prompt(base.tokenizer, p, [t for t in tokens if t in p]).input_ids for p in prompts]
         states = base.encode_prompt(torch.tensor(ids))

@@ -22,8 +22,6 @@ from .errors import InputError
 from .files import replace_files
 from .prompts import check_prompt, tokenize_prompt
 
-BATCH = 8  # pictures denoised together
-
 
 @dataclass(frozen=True)
 class PriorData:
@@ -46,7 +44,8 @@ def make_prior(base: BaseModel, config: PriorConfig, resolution: int, seed: int,
     Raises InputError for a class prompt that is empty or too long, and when the cache cannot be written.
     """
     prompts = class_prompts(config)
-    key = json.dumps([base.fingerprint, asdict(config), resolution, seed, str(base.dtype), base.device.type], sort_keys=True)
+    weights = f"{base.dtype} {'nf4' if base.memory.nf4 else ''}".strip()
+    key = json.dumps([base.fingerprint, asdict(config), resolution, seed, weights, base.device.type], sort_keys=True)
     cached = cache_folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors" if cache_folder else None
     size = resolution // base.vae_factor
     shape = (int(base.unet.config["in_channels"]), size, size)
@@ -56,8 +55,8 @@ def make_prior(base: BaseModel, config: PriorConfig, resolution: int, seed: int,
     ids = [tokenize_prompt(base.tokenizer, p, []).input_ids for p in prompts]
     scheduler = make_scheduler("ddim", base.scheduler)
     rows = []
-    for first in range(0, config.num_class_images, BATCH):
-        count = min(BATCH, config.num_class_images - first)
+    for first in range(0, config.num_class_images, base.memory.max_batch):
+        count = min(base.memory.max_batch, config.num_class_images - first)
         with torch.no_grad():
             states = base.encode_prompt(torch.tensor([ids[k % len(ids)] for k in range(first, first + count)]))
             empty = base.encode_prompt(torch.tensor([tokenize_prompt(base.tokenizer, "", []).input_ids]))

@@ -14,10 +14,12 @@ PACKAGE = Path(mifo.__file__).parent
 ROWS = (
     ("errors",),
     ("config", "boxes", "prompts", "files", "memory", "console", "interrupts"),  # plain data and the machine
+    ("memory_trace", "known_models", "quantize", "half_precision"),
     ("instance", "pictures", "embedding", "losses", "attention", "guidance", "denoise"),  # pixels, tensors, a bare UNet
     ("base_model",),
     ("bundle", "dataset", "prior", "checkpoints", "batch"),  # what a base model is dressed and fed with
     ("learn_report", "learn_state", "learn", "synthesize"),
+    ("plan_trace", "planner", "plan_report"),  # counts what the jobs above will need
     ("toybox",),  # nothing that works on any base model may know the toybox's world
     ("demo",),
     ("cli",),
@@ -119,5 +121,5 @@ def test_the_toyboxs_world_stands_alone() -> None:
 
 def test_the_attention_folder_knows_neither_losses_nor_steps() -> None:
     for name in (m for m in GRAPH if room(m) == "attention"):
-        assert {room(target) for target in GRAPH[name]} <= {"attention", "boxes", "prompts"}, name
+        assert {room(target) for target in GRAPH[name]} <= {"attention", "boxes", "prompts", "errors"}, name
     assert GRAPH["losses"] == set()

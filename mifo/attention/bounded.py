@@ -14,7 +14,7 @@ from diffusers import UNet2DConditionModel
 
 from ..boxes import Layout
 from ..prompts import TokenizedPrompt
-from .sites import Processor, Site, attention_probabilities, attention_sites, use_processors
+from .sites import Processor, Site, attention_probabilities, attention_sites, fused_attention, use_processors
 
 
 class StopForward(Exception):
@@ -100,10 +100,12 @@ class BoundedAttention:
 
     def _self_mask(self, size: tuple[int, int]) -> torch.Tensor:
         """A subject's pixels see their own box and the background; the background sees all. Both halves alike."""
-        subjects = self.subject_masks(size).float()
-        shared = (subjects.transpose(1, 2) @ subjects) > 0  # (I, h*w, h*w)
-        inside = subjects.any(1)
-        mask = (shared | ~inside[:, :, None] | ~inside[:, None, :])[:, None]  # (I, 1, h*w, h*w)
+        subjects = self.subject_masks(size)
+        background = ~subjects.any(1)
+        mask = background[:, :, None] | background[:, None, :]  # (I, h*w, h*w): 256 MiB for 1024 pixels, so nothing beside it
+        for subject in subjects.unbind(1):
+            mask |= subject[:, :, None] & subject[:, None, :]
+        mask = mask[:, None]  # (I, 1, h*w, h*w)
         if len(mask) == 1:
             return mask
         return mask if self.guiding or self.halves == 1 else torch.cat([mask, mask])
@@ -138,7 +140,7 @@ class _BoundedProcessor(Processor):
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
         visible = self.control.visible(self.site)
         if not self.control.wants(self.site):
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)
+            return fused_attention(query, key, value, visible, scale)
         probabilities = attention_probabilities(query, key, scale, visible)
         self.control.note(self.site, probabilities)
         return probabilities.to(value.dtype) @ value

@@ -5,7 +5,7 @@ Knows module paths and map sizes. Knows nothing of tokens, masks or losses.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -103,7 +103,29 @@ class Processor:
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
         """(B, heads, H*W, D) x 2 (B, heads, L, D) -> (B, heads, H*W, D). Fused: no map is ever held in memory."""
-        return F.scaled_dot_product_attention(query, key, value, scale=scale)
+        return fused_attention(query, key, value, None, scale)
+
+
+FusedAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float], torch.Tensor]
+_forced: list[FusedAttention] = []  # the last one counts; set for a job's length, never within a forward pass
+
+
+def fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None,
+                    scale: float) -> torch.Tensor:  # fmt: skip
+    """As `attend`, where `visible`, a boolean mask that broadcasts to the map, is not False. SDPA unless told otherwise."""
+    if _forced:
+        return _forced[-1](query, key, value, visible, scale)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)
+
+
+@contextmanager
+def set_fused_attention(kernel: FusedAttention) -> Iterator[None]:
+    """Within the block `fused_attention` is `kernel`."""
+    _forced.append(kernel)
+    try:
+        yield
+    finally:
+        _forced.pop()
 
 
 def attention_probabilities(query: torch.Tensor, key: torch.Tensor, scale: float,

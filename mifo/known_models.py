@@ -1,0 +1,71 @@
+"""The shapes of Stable Diffusion 1.5 and 2.1 as published: configurations without weights.
+
+Knows diffusers' and transformers' configuration keys. Knows nothing of files; `base_model` finds weights, `planner` counts
+bytes, and `scripts/make_random_sd.py` fills the shapes with random numbers.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+VOCABULARY = 49408
+"""CLIP's: `<|startoftext|>` and `<|endoftext|>` are the last two."""
+WIDTH_DIVISORS = (1, 2, 4, 8)
+
+_UNET = {
+    "sample_size": 64, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "norm_num_groups": 32,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+}  # fmt: skip
+_VAE = {
+    "sample_size": 512, "in_channels": 3, "out_channels": 3, "latent_channels": 4, "layers_per_block": 2,
+    "norm_num_groups": 32, "block_out_channels": [128, 256, 512, 512], "scaling_factor": 0.18215,
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+}  # fmt: skip
+_TEXT = {
+    "vocab_size": VOCABULARY, "max_position_embeddings": 77, "bos_token_id": VOCABULARY - 2, "eos_token_id": VOCABULARY - 1,
+    "pad_token_id": VOCABULARY - 1,
+}  # fmt: skip
+_SCHEDULER = {
+    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
+}  # fmt: skip
+
+#: name -> part -> configuration. Both at 512x512; sd2.1 predicts velocity, as its 768 version does, so that both kinds of
+#: prediction are there ("2-1-base", which `--model-path sd2.1` downloads, says in its own scheduler what it predicts).
+SHAPES: dict[str, dict[str, dict[str, Any]]] = {
+    "sd1.5": {
+        "unet": {**_UNET, "cross_attention_dim": 768, "attention_head_dim": 8},
+        "vae": _VAE,
+        "text_encoder": {**_TEXT, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+                         "num_attention_heads": 12, "projection_dim": 768, "hidden_act": "quick_gelu"},
+        "scheduler": {**_SCHEDULER, "prediction_type": "epsilon"},
+    },
+    "sd2.1": {
+        "unet": {**_UNET, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
+        "vae": _VAE,
+        "text_encoder": {**_TEXT, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23,
+                         "num_attention_heads": 16, "projection_dim": 512, "hidden_act": "gelu"},
+        "scheduler": {**_SCHEDULER, "prediction_type": "v_prediction"},
+    },
+}  # fmt: skip
+
+
+def shape_of(name: str, width_divisor: int = 1) -> dict[str, dict[str, Any]]:
+    """Configurations by part: unet, vae, text_encoder, scheduler. `width_divisor` narrows every layer and keeps the rest.
+
+    The number of layers, heads, sites and map sizes stays, so a narrow model takes the same paths as the real one. Raises
+    KeyError for a name that is not in SHAPES, ValueError for a divisor that is not in WIDTH_DIVISORS.
+    """
+    if width_divisor not in WIDTH_DIVISORS:
+        raise ValueError(f"the width divisor is {width_divisor}; choose one of {WIDTH_DIVISORS}")
+    shape = deepcopy(SHAPES[name])
+    for part, keys in (("unet", ("cross_attention_dim", "norm_num_groups")), ("vae", ("norm_num_groups",)),
+                       ("text_encoder", ("hidden_size", "intermediate_size", "projection_dim"))):  # fmt: skip
+        for key in keys:
+            shape[part][key] //= width_divisor
+    for part in ("unet", "vae"):
+        shape[part]["block_out_channels"] = [c // width_divisor for c in shape[part]["block_out_channels"]]
+    return shape

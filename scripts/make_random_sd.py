@@ -1,0 +1,122 @@
+"""Random weights in Stable Diffusion's real architecture, as a folder that --model-path accepts.
+
+    python scripts/make_random_sd.py sd2.1 /tmp/sd21
+    python scripts/make_random_sd.py sd1.5 /tmp/sd15_narrow --width-divisor 8
+
+For measuring memory and speed, and for trying the commands; its pictures are noise. The tokenizer knows the toybox's words
+as whole tokens and spells all others.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import tempfile
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from mifo.files import check_writable, replace_folder
+from mifo.known_models import VOCABULARY, WIDTH_DIVISORS, shape_of
+from mifo.toybox.architecture import build_tokenizer
+
+
+class Shape(str, Enum):
+    sd15 = "sd1.5"
+    sd21 = "sd2.1"
+
+
+class Weights(str, Enum):
+    fp16 = "fp16"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[self.value]
+
+
+def write_random_sd(name: str, folder: Path, width_divisor: int = 1, seed: int = 0, dtype: torch.dtype = torch.float16) -> None:
+    """Whole or absent. Holds one part at a time in memory (sd2.1's UNet: 1.6 GiB in fp16)."""
+    shape = shape_of(name, width_divisor)
+    torch.manual_seed(seed)
+    before = torch.get_default_dtype()
+    with replace_folder(folder, lambda old: (old / "model_index.json").is_file()) as temporary:
+        torch.set_default_dtype(dtype)  # built in the target dtype: the fp32 weights never exist
+        try:
+            _save(sharpen(UNet2DConditionModel(**shape["unet"])), temporary / "unet")
+            _save(AutoencoderKL(**shape["vae"]), temporary / "vae")
+            _save(CLIPTextModel(CLIPTextConfig(**shape["text_encoder"])), temporary / "text_encoder")
+        finally:
+            torch.set_default_dtype(before)
+        DDIMScheduler(**shape["scheduler"]).save_pretrained(temporary / "scheduler")
+        write_tokenizer(temporary / "tokenizer")
+        (temporary / "model_index.json").write_text(json.dumps(_index(), indent=2) + "\n")
+
+
+def _save(part: Any, folder: Path) -> None:
+    part.save_pretrained(folder, safe_serialization=True)
+    del part
+    gc.collect()
+
+
+def sharpen(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Uneven attention maps; a random UNet's are flat, and their losses have hardly any gradient."""
+    for name, weight in unet.named_parameters():
+        if ".to_q." in name or ".to_k." in name:
+            weight.data.mul_(3)
+    return unet
+
+
+def write_tokenizer(folder: Path) -> None:
+    """CLIP's vocabulary size with the toybox's words in it; the rest are entries that no text is ever spelled with."""
+    with tempfile.TemporaryDirectory() as scratch:
+        build_tokenizer(Path(scratch))
+        known = list(json.loads((Path(scratch) / "vocab.json").read_text()))
+        merges = (Path(scratch) / "merges.txt").read_text()
+    words, ends = known[:-2], known[-2:]
+    fillers = [f"unused{k}" for k in range(VOCABULARY - len(known))]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({s: i for i, s in enumerate([*words, *fillers, *ends])}, ensure_ascii=False))
+    (folder / "merges.txt").write_text(merges)
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77,
+                              pad_token="<|endoftext|>")  # fmt: skip
+    tokenizer.save_pretrained(folder)
+
+
+def _index() -> dict[str, Any]:
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def main(
+    name: Annotated[Shape, typer.Argument(help="Whose shape.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write; an earlier model there is replaced.")],
+    width_divisor: Annotated[int, typer.Option(help="1 is the real width; 2, 4 or 8 narrows every layer.")] = 1,
+    seed: int = 0,
+    dtype: Weights = Weights.fp16,
+) -> None:
+    if width_divisor not in WIDTH_DIVISORS:
+        raise typer.BadParameter(f"{width_divisor} is not one of {', '.join(map(str, WIDTH_DIVISORS))}.")
+    check_writable(output.parent)
+    write_random_sd(name.value, output, width_divisor, seed, dtype.dtype)
+    size = sum(p.stat().st_size for p in output.rglob("*") if p.is_file())
+    print(f"{output}: {name.value}'s shape, width / {width_divisor}, random weights in {dtype.value}, {size / 2**30:.2f} GiB")
+
+
+if __name__ == "__main__":
+    typer.run(main)

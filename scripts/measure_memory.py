@@ -1,0 +1,235 @@
+"""The planner's counts against measurements.
+
+    python scripts/measure_memory.py                      # fake tensors: a whole step of the real width in megabytes of RAM
+    python scripts/measure_memory.py --real --width-divisor 4 --resolution 256      # a real step's resident memory
+    python scripts/measure_memory.py --gpu                # the allocator's peak, and whole jobs under 12, 8 and 6 GiB
+
+Fake tensors: PyTorch's own MemTracker follows one learning step under FakeTensorMode, with the CPU's real fused attention;
+the plan comes from the meta device with a model of that kernel. Real: the learner's own step, its peak resident memory and
+its tensors. GPU: `torch.cuda.max_memory_allocated`, and each whole job in a process that may not take more.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from results import write_result
+
+from mifo.attention.record import record_attention
+from mifo.attention.sites import choose_sites
+from mifo.base_model import BaseModel
+from mifo.bundle import add_adapters
+from mifo.config import LearnConfig, learn_preset
+from mifo.embedding import use_assets
+from mifo.known_models import shape_of
+from mifo.losses import masked_diffusion_loss, penalty_loss
+from mifo.memory import peak_gib
+from mifo.memory_trace import LiveBytes
+from mifo.plan_trace import Model, trace_learning
+
+GIB = 2**30
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Case:
+    """One learning step."""
+
+    phase: str
+    checkpointing: bool
+    dtype: str
+    resolution: int
+    assets: int = 3
+
+    @property
+    def rows(self) -> int:
+        return 2 if self.phase == "phase2" else 1
+
+    def settings(self, config: LearnConfig) -> Any:
+        return config.lora if self.phase == "phase2" else config.embedding
+
+
+def planned(model: Model, case: Case) -> dict[str, float]:
+    """GiB at the planned peak beside weights and optimizer states."""
+    config = learn_preset("stable-diffusion")
+    rank = config.lora.rank if case.phase == "phase2" else 0
+    traced = trace_learning(model, case.resolution, DTYPES[case.dtype], case.rows, case.assets, rank, True, True,
+                            case.checkpointing, case.settings(config).attention, "sdpa")  # fmt: skip
+    return {"total": traced.peak.total / GIB, **{k: v / GIB for k, v in traced.peak.by_tag.items()}}
+
+
+# --- fake tensors -------------------------------------------------------------------------------
+
+
+def measured_on_fake_tensors(shape: dict[str, Any], case: Case) -> dict[str, float]:
+    """GiB by MemTracker's own categories at its peak."""
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.mem_tracker import MemTracker
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config, before = learn_preset("stable-diffusion"), torch.get_default_dtype()
+    swapping = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(False)  # PEFT converts modules, and fake tensors cannot be swapped
+    torch.set_default_dtype(DTYPES[case.dtype])
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            unet = UNet2DConditionModel(**shape["unet"]).requires_grad_(False)
+            text = CLIPTextModel(CLIPTextConfig(**shape["text_encoder"])).requires_grad_(False)
+            vae = AutoencoderKL(**shape["vae"]).requires_grad_(False)
+            torch.set_default_dtype(before)
+            scheduler: Any = DDIMScheduler(**shape["scheduler"])
+            base = BaseModel("fake", "fake", None, "", None, text, vae, unet, scheduler)  # type: ignore[arg-type]
+            if case.phase == "phase2":
+                add_adapters(base, config.lora.rank, True)
+            if case.checkpointing:
+                unet.enable_gradient_checkpointing()
+            first, width = shape["text_encoder"]["vocab_size"], shape["text_encoder"]["hidden_size"]
+            with use_assets(text, range(first, first + case.assets), torch.zeros(case.assets, width)):
+                tracker = MemTracker()
+                tracker.track_external(unet, text, vae)
+                with tracker:
+                    _fake_step(base, case, case.settings(config).attention)
+                snapshot = tracker.get_tracker_snapshot("peak")
+    finally:
+        torch.set_default_dtype(before)
+        torch.__future__.set_swap_module_params_on_conversion(swapping)
+    found = next(iter(snapshot.values()))
+    named = {str(getattr(k, "value", k)): v / GIB for k, v in found.items()}
+    weights = sum(v for k, v in named.items() if k in ("Parameter", "Buffer"))
+    return {"total": named["Total"] - weights, **{k: v for k, v in named.items() if v and k != "Total"}}
+
+
+def _fake_step(base: BaseModel, case: Case, terms: Any) -> None:
+    """The learner's step without what depends on values: which timesteps were drawn, and the masks' contents."""
+    side = case.resolution // base.vae_factor
+    latents = torch.zeros(case.rows, 4, side, side)
+    states = base.encode_prompt(torch.zeros((case.rows, 77), dtype=torch.long))
+    sites = choose_sites(base.unet, terms.blocks, terms.map_sizes)
+    with record_attention(base.unet, sites) as recorder:
+        recorder.open()
+        prediction = base.unet(latents.to(base.dtype), torch.zeros(case.rows, dtype=torch.long), states).sample
+        maps = recorder.take()
+        loss = masked_diffusion_loss(prediction, latents, latents[:, :1])
+        for found in maps.values():
+            for asset in range(case.assets):
+                loss = loss + penalty_loss(found[-1, :, asset], torch.zeros_like(found[-1, :, asset]))
+        del maps, prediction
+        loss.backward()
+
+
+# --- real steps ---------------------------------------------------------------------------------
+
+
+def measured_for_real(shape: str, width_divisor: int, case: Case, device: str) -> dict[str, float]:
+    """The learner's own step in this process: its tensors beside what was there, and the process's or the GPU's peak."""
+    from bench import Options
+    from bench_setup import build_base, make_learner, run_step, write_scene
+
+    from mifo.instance import fit_instance
+
+    options = Options(shape=shape, dtype=case.dtype, gradient_checkpointing=case.checkpointing)
+    base = build_base(shape, width_divisor, DTYPES[case.dtype], device)
+    instance = fit_instance(write_scene(case.assets, case.resolution), case.resolution)
+    with make_learner(base, instance, options, lora=case.phase == "phase2") as learner:
+        step = run_step(learner, case.phase)
+        gc.collect()
+        if device == "cuda":
+            step()  # the optimizer's states are there from now on, as in the plan
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            return {"total": (torch.cuda.max_memory_allocated() - before) / GIB, "allocator_peak": peak_gib("cuda")}
+        resident = peak_gib()
+        step()
+        grown = peak_gib() - resident
+        with LiveBytes([t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]) as live:
+            step()
+    return {"total": live.peak.total / GIB, "resident_growth": grown, "process_peak": peak_gib()}
+
+
+# --- whole jobs under a cap ---------------------------------------------------------------------
+
+
+def jobs_under_caps(shape: str, caps: list[float]) -> list[dict[str, Any]]:
+    """learn, then synthesize with three boxes, as a user runs them; --vram-gib caps the allocator."""
+    from make_random_sd import write_random_sd
+
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "sd"
+        write_random_sd(shape, folder)
+        for cap in caps:
+            output = Path(scratch) / f"bundles_{cap}"
+            common = ["--vram-gib", str(cap), "--json", "--output-dir", str(output)]
+            learn = ["learn", "toy_car", "--model-path", str(folder), "--phase1-train-steps", "3", "--phase2-train-steps", "3",
+                     "--num-class-images", "2"]  # fmt: skip
+            place = ["synthesize", "toy_car", "--prompt", "a photo of <asset0> and <asset1> and <asset2>", "--steps", "5",
+                     "--boxes", "[[0,0.3,0.3,0.8],[0.35,0.3,0.65,0.8],[0.7,0.3,1,0.8]]", "--output-path",
+                     scratch + "/pictures"]  # fmt: skip
+            for job in (learn, place):
+                started = time.perf_counter()
+                done = subprocess.run([sys.executable, "cli.py", *job, *common], capture_output=True, text=True, cwd=ROOT)
+                result = json.loads(done.stdout) if done.returncode == 0 else {"message": done.stderr.strip()[-400:]}
+                kept = {k: result[k] for k in ("peak_gib", "message") if k in result}
+                rows.append({"job": job[0], "cap_gib": cap, "exit_status": done.returncode,
+                             "seconds": round(time.perf_counter() - started, 1), **kept})  # fmt: skip
+                print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def main(
+    shape: str = "sd2.1",
+    width_divisor: int = 1,
+    resolution: int = 512,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16; fp32 for --real, bf16 elsewhere by default.")] = "",
+    real: Annotated[bool, typer.Option(help="Real steps on the CPU.")] = False,
+    gpu: Annotated[bool, typer.Option(help="Real steps on the GPU, then whole jobs under caps.")] = False,
+    caps: str = "12,8,6",
+    phases: str = "phase1,phase2",
+    name: str = "",
+) -> None:
+    """Writes scripts/results/<name>.json."""
+    kind = "gpu" if gpu else "real" if real else "fake"
+    dtype = dtype or ("fp32" if real else "bf16")
+    model = Model(shape, json.dumps(shape_of(shape, width_divisor)))
+    rows = []
+    for phase in phases.split(","):
+        for checkpointing in (False, True):
+            case = Case(phase, checkpointing, dtype, resolution)
+            plan = planned(model, case)
+            if kind == "fake":
+                found = measured_on_fake_tensors(shape_of(shape, width_divisor), case)
+            else:
+                found = measured_for_real(shape, width_divisor, case, "cuda" if gpu else "cpu")
+            off = 100 * (plan["total"] / found["total"] - 1)
+            rows.append({"phase": phase, "gradient_checkpointing": checkpointing, "planned_gib": _rounded(plan),
+                         "measured_gib": _rounded(found), "plan_off_percent": round(off, 1)})  # fmt: skip
+            print(json.dumps(rows[-1]), flush=True)
+    note = "random weights in Stable Diffusion's shape"
+    numbers: dict[str, Any] = {"note": note, "kind": kind, "shape": shape, "width_divisor": width_divisor,
+                               "resolution": resolution, "dtype": dtype, "steps": rows}  # fmt: skip
+    if gpu:
+        numbers["jobs"] = jobs_under_caps(shape, [float(c) for c in caps.split(",")])
+    else:
+        numbers["gpu"] = "not measured"
+    print(write_result(name or f"memory_{kind}", numbers, "cuda" if gpu else "cpu"))
+
+
+def _rounded(values: dict[str, float]) -> dict[str, float]:
+    return {k: round(v, 4) for k, v in values.items()}
+
+
+if __name__ == "__main__":
+    typer.run(main)
