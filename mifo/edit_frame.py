@@ -116,10 +116,12 @@ def latent_mask(frame: EditFrame, mask: BoolArray, latent_side: int) -> BoolArra
     return inside
 
 
-def thickness(mask: BoolArray) -> float:
-    """Width of the widest place of a mask, in its own pixels: a bar of n pixels has n."""
-    padded = np.pad(mask, 1)
-    return 2 * float(ndimage.distance_transform_cdt(padded, "chessboard").max()) - 1
+def thickness(mask: BoolArray) -> int:
+    """Pixels along the largest square that fits into a mask: a bar of n pixels has n."""
+    side = 0
+    while ndimage.binary_erosion(mask, np.ones((side + 1, side + 1))).any():
+        side += 1
+    return side
 
 
 def shrinking_masks(mask: BoolArray, dilation: int, steps: int) -> list[BoolArray]:

@@ -59,15 +59,25 @@ def load_picture(path: Path) -> Picture:
     except DECODE_ERRORS as error:
         raise InputError(f"{path} cannot be read ({error}); save it again.") from None
     exif.pop(ExifTags.Base.Orientation, None)
-    return Picture(image, alpha, exif.tobytes() if len(exif) else b"", profile, notes)
+    try:
+        kept = exif.tobytes() if len(exif) else b""
+    except Exception:  # what a camera wrote may be read and still be too odd to write; PIL then raises many kinds
+        kept, notes = b"", (*notes, f"{path} has EXIF data that cannot be written again; it is left out")
+    return Picture(image, alpha, kept, profile, notes)
+
+
+def _png_bits(path: Path) -> int:
+    """Bits a channel in a PNG's header; PIL does not tell of colours. 8 for other files."""
+    with path.open("rb") as file:
+        header = file.read(25)
+    return header[24] if header.startswith(b"\x89PNG") and len(header) == 25 else 8
 
 
 def _alpha(stored: Image.Image) -> Image.Image | None:
     """None as well where the transparency is there but hides nothing."""
     if not stored.has_transparency_data:
         return None
-    alpha = ImageOps.exif_transpose(stored.convert("RGBA").getchannel("A"))
-    alpha = alpha if alpha.size == ImageOps.exif_transpose(stored).size else ImageOps.exif_transpose(stored.convert("RGBA")).getchannel("A")
+    alpha = ImageOps.exif_transpose(stored.convert("RGBA")).getchannel("A")
     return alpha if alpha.getextrema()[0] < 255 else None
 
 
@@ -77,7 +87,7 @@ def _losses(path: Path, stored: Image.Image) -> tuple[str, ...]:
         notes.append(f"{path} is an animation; its first frame is edited")
     if stored.mode == "CMYK":
         notes.append(f"{path} is CMYK; the result is RGB, without its colour profile")
-    if stored.mode.startswith(("I", "F")):
+    if _png_bits(path) == 16:
         notes.append(f"{path} has more than 8 bits a channel; the result has 8")
     return tuple(notes)
 

@@ -13,13 +13,14 @@ PACKAGE = Path(mifo.__file__).parent
 #: `attention` and `toybox` are folders; inside them, files count as one room here and are looked at below.
 ROWS = (
     ("errors",),
-    ("config", "boxes", "prompts", "files", "memory", "console"),  # plain data and the machine
-    ("instance", "pictures", "embedding", "losses", "attention", "guidance", "denoise"),  # pixels, tensors, a bare UNet
+    ("config", "boxes", "prompts", "files", "memory", "console", "options"),  # plain data and the machine
+    ("instance", "pictures", "picture_file", "edit_frame", "asset_crops", "blending", "ranking"),  # pixels
+    ("embedding", "losses", "attention", "guidance", "denoise"),  # tensors, a bare UNet
     ("base_model",),
     ("bundle", "dataset", "prior"),  # what a base model is dressed and fed with
-    ("learn_report", "learn", "synthesize"),
+    ("learn_report", "learn", "synthesize", "edit", "edit_files", "scenes"),
     ("toybox",),  # nothing that works on any base model may know the toybox's world
-    ("demo",),
+    ("demo", "edit_commands"),
     ("cli",),
 )
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
