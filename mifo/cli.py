@@ -88,7 +88,7 @@ def learn(
     class_prompt: Annotated[str | None, typer.Option(help="For prior preservation; several, separated by '|'.")] = None,
     num_class_images: Annotated[int | None, typer.Option(min=1, max=10_000)] = None,
     prior_preservation: Annotated[bool, typer.Option(help="Keep the base model's knowledge with its own pictures.")] = True,
-    background_asset: Annotated[bool, typer.Option("--background-asset", help="Also learn all outside the masks, as <background>.")] = False,
+    background_asset: Annotated[bool, typer.Option("--background-asset", help="Learn <background>, outside all masks.")] = False,
     resolution: Annotated[int | None, typer.Option(min=32, help="Pixels; the model's own by default.")] = None,
     gradient_checkpointing: bool = False,
     mixed_precision: Precision = Precision.auto,

@@ -66,9 +66,13 @@ def _finite(value: float | None) -> float | None:
     return value
 
 
+OptionalName = Annotated[
+    str | None, typer.Argument(metavar="[MODEL_ID]", help="A bundle's name under --output-dir, or its folder.")
+]
 BundleName = Annotated[str, typer.Argument(help="A bundle's name under --output-dir, or its folder.")]
 OutputDir = Annotated[Path, typer.Option(help="Where learned bundles are kept.")]
 OutputPath = Annotated[Path, typer.Option(help="Folder for the pictures.")]
+BlendingStart = Annotated[float | None, typer.Option(callback=_part, help="Part of the schedule left out, 0 to 1.")]
 OwnBase = Annotated[str | None, typer.Option(help="The base model; the bundle's own by default.")]
 Steps = Annotated[int | None, typer.Option(min=1, max=1000)]
 Scale = Annotated[float | None, typer.Option(min=1, callback=_finite)]
@@ -83,21 +87,21 @@ def add_commands(app: typer.Typer, tools: Tools) -> None:
 
     @app.command()
     def edit(
-        model: Annotated[str | None, typer.Argument(metavar="[MODEL_ID]", help="A bundle's name under --output-dir, or its folder.")] = None,
+        model: OptionalName = None,
         init_image: Annotated[Path, typer.Option(help="The picture to edit.")] = ...,  # type: ignore[assignment]
         mask: Annotated[Path, typer.Option(help="White where the picture may change.")] = ...,  # type: ignore[assignment]
         prompt: Annotated[str, typer.Option(help='Such as "a photo of <asset2>".')] = ...,  # type: ignore[assignment]
         model_id: Annotated[str | None, typer.Option(help="Instead of MODEL_ID; 'none' edits with the plain base model.")] = None,
         batch_size: Annotated[int, typer.Option(min=1, max=64, help="Candidates; all are kept, the best first.")] = 1,
-        blending_start_percentage: Annotated[float | None, typer.Option(callback=_part, help="Part of the schedule left out, 0 to 1.")] = None,
-        background: Annotated[Background, typer.Option(help="How what lies outside the mask is brought back; pixel: byte for byte.")] = Background.pixel,
+        blending_start_percentage: BlendingStart = None,
+        background: Annotated[Background, typer.Option(help="How the rest is brought back; pixel: its bytes.")] = Background.pixel,
         optimize: Annotated[Optimize, typer.Option(help="What --background optimization tunes.")] = Optimize.weights,
         reconstruction_steps: Annotated[int, typer.Option(min=1, max=10_000, help="Of --background optimization.")] = 75,
-        start: Annotated[Start, typer.Option(help="image: keep something of what is there (scribbles, alterations).")] = Start.noise,
-        mask_dilation: Annotated[int, typer.Option(min=0, max=64, help="Latent pixels; a thin mask starts larger and shrinks.")] = 0,
+        start: Annotated[Start, typer.Option(help="image: keep something of what is there, for scribbles.")] = Start.noise,
+        mask_dilation: Annotated[int, typer.Option(min=0, max=64, help="Latent pixels; thin masks start larger and shrink.")] = 0,
         invert_mask: Annotated[bool, typer.Option(help="Edit all but the white part.")] = False,
         resize_mask: Annotated[bool, typer.Option(help="Accept a mask of another size.")] = False,
-        boxes: Annotated[str | None, typer.Option(help="A box per asset of the prompt, 0 to 1; one asset alone takes the mask's.")] = None,
+        boxes: Annotated[str | None, typer.Option(help="A box per asset; one asset alone takes the mask's box.")] = None,
         model_path: OwnBase = None,
         output_dir: OutputDir = Path("Model_ours"),
         output_path: OutputPath = Path("output"),
@@ -151,7 +155,7 @@ def add_commands(app: typer.Typer, tools: Tools) -> None:
         model_id: BundleName,
         count: Annotated[int, typer.Option(min=1, max=10_000, help="Pictures; the prompts take turns.")] = 8,
         asset: Annotated[str | None, typer.Option(help="One asset, such as 0 or <asset0>; the whole scene by default.")] = None,
-        prompts_file: Annotated[Path | None, typer.Option(help="One prompt a line; {} stands for the scene or the asset.")] = None,
+        prompts_file: Annotated[Path | None, typer.Option(help="One prompt a line; {} is the scene or the asset.")] = None,
         model_path: OwnBase = None,
         output_dir: OutputDir = Path("Model_ours"),
         output_path: OutputPath = Path("output/variations"),
@@ -224,8 +228,9 @@ def _run_edit(job: Job, given: dict[str, Any], name: str, tools: Tools) -> None:
     output = given["output_path"]
     paths = save_edit(result, picture, output, facts)
     seconds, peak = round(result.seconds, 2), round(result.peak_gib, 3)
-    job.text(f"{_count(paths)} in {output}, the best first ({seconds} s, peak {peak} GiB)\ncontact sheet: {output / 'contact.png'}")
-    job.json({"images": [str(p) for p in paths], "contact_sheet": str(output / "contact.png"), "json": str(output / "edit.json"),
+    contact = output / "contact.png"
+    job.text(f"{_count(paths)} in {output}, the best first ({seconds} s, peak {peak} GiB)\ncontact sheet: {contact}")
+    job.json({"images": [str(p) for p in paths], "contact_sheet": str(contact), "json": str(output / "edit.json"),
               "scores": [c.scores for c in result.candidates], "seconds": seconds, "peak_gib": peak})  # fmt: skip
 
 

@@ -109,7 +109,7 @@ def latent_mask(frame: EditFrame, mask: BoolArray, latent_side: int) -> BoolArra
         left, top, right, bottom = bounds(mask)
         needed = int(np.ceil(2 * frame.side / latent_side))
         raise InputError(
-            f"the mask is smaller than one latent pixel: it is {right - left}x{bottom - top} pixels with {int(mask.sum())} of them "
+            f"the mask is smaller than one latent pixel: it is {right - left}x{bottom - top} pixels, {int(mask.sum())} of them "
             f"white, and here the model works in steps of {frame.side / latent_side:.3g} pixels; make it at least "
             f"{needed}x{needed} pixels, or enlarge the picture and the mask"
         )

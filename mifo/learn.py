@@ -19,9 +19,9 @@ from accelerate import Accelerator
 from diffusers.optimization import get_constant_schedule_with_warmup, get_cosine_with_hard_restarts_schedule_with_warmup
 from peft import PeftModel
 
+from .asset_crops import write_crops
 from .attention.record import AttentionRecorder, record_attention, token_maps
 from .attention.sites import Site, choose_sites
-from .asset_crops import write_crops
 from .base_model import BaseModel
 from .bundle import Bundle, add_adapters, save_bundle
 from .config import AttentionTerms, EmbeddingPhase, LearnConfig, LoraPhase

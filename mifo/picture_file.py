@@ -49,7 +49,8 @@ def load_picture(path: Path) -> Picture:
     """
     image = load_image(path)
     if min(image.size) < MIN_SIDE:
-        raise InputError(f"{path} is {image.width}x{image.height} pixels, but each side needs at least {MIN_SIDE}; use a larger one.")
+        size = f"{image.width}x{image.height}"
+        raise InputError(f"{path} is {size} pixels, but each side needs at least {MIN_SIDE}; use a larger picture.")
     try:
         with Image.open(path, formats=FORMATS) as stored:
             notes = _losses(path, stored)

@@ -94,7 +94,8 @@ def read_prompts(path: Path, tokens: Sequence[str]) -> list[str]:
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text; save the file as UTF-8") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"the prompts file {str(path)[:200]} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"the prompts file {str(path)[:200]} cannot be read ({reason})") from None
     if len(content) > MAX_PROMPTS_BYTES:
         raise InputError(f"{path} is larger than {MAX_PROMPTS_BYTES >> 20} MiB; write one short prompt a line")
     lines = [(n, line.strip()) for n, line in enumerate(text.splitlines(), 1) if line.strip() and line.strip()[0] != "#"]
