@@ -94,7 +94,7 @@ def add_commands(app: typer.Typer, tools: Tools) -> None:
         model_id: Annotated[str | None, typer.Option(help="Instead of MODEL_ID; 'none' edits with the plain base model.")] = None,
         batch_size: Annotated[int, typer.Option(min=1, max=64, help="Candidates; all are kept, the best first.")] = 1,
         blending_start_percentage: BlendingStart = None,
-        background: Annotated[Background, typer.Option(help="How the rest is brought back; pixel: its bytes.")] = Background.pixel,
+        background: Annotated[Background, typer.Option(help="How the rest comes back; pixel: its bytes.")] = Background.pixel,
         optimize: Annotated[Optimize, typer.Option(help="What --background optimization tunes.")] = Optimize.weights,
         reconstruction_steps: Annotated[int, typer.Option(min=1, max=10_000, help="Of --background optimization.")] = 75,
         start: Annotated[Start, typer.Option(help="image: keep something of what is there, for scribbles.")] = Start.noise,
