@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from _tiny import FAST, mifo, snapshot, tiny_base_folder, tiny_bundle_folder, write_instance
+from _tiny import learn_arguments, mifo, snapshot, tiny_base_folder, tiny_bundle_folder, write_instance
 from PIL import Image, ImageCms, ImageDraw
 
 from mifo.bundle import load_bundle
@@ -200,7 +200,7 @@ def background_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Learned with --background-asset. Never write into it."""
     folder = tmp_path_factory.mktemp("background")
     write_instance(folder / "cups")
-    mifo("learn", folder / "cups", "--model-path", tiny_base_folder(), "--output-dir", folder / "bundles", *FAST, "--background-asset")
+    mifo(*learn_arguments(folder / "cups", folder / "bundles", "--background-asset"))
     return folder / "bundles" / "cups"
 
 
