@@ -26,8 +26,9 @@ class Picture:
     """An upright RGB picture, and what is saved with it."""
 
     image: Image.Image
-    alpha: Image.Image | None
-    """L; None for an opaque picture."""
+    """Transparent parts on white."""
+    transparent: Image.Image | None
+    """RGBA, as it was stored; None for an opaque picture."""
     exif: bytes
     """Without an orientation: the pixels are upright. Empty when there is none."""
     icc_profile: bytes | None
@@ -35,10 +36,10 @@ class Picture:
     """What cannot survive, for the user."""
 
     def save(self, path: Path, image: Image.Image, edited: BoolArray, **options: Any) -> None:
-        """Writes `image`, an edit of this picture, as PNG. Where `edited` (H, W), it is opaque."""
-        if self.alpha is not None:
-            image = image.copy()
-            image.putalpha(Image.fromarray(np.where(edited, np.uint8(255), np.asarray(self.alpha))))
+        """Writes `image`, an edit of this picture, as PNG. One with transparency is opaque where `edited` (H, W), and as it was
+        stored everywhere else."""
+        if self.transparent is not None:
+            image = Image.fromarray(np.where(edited[..., None], np.asarray(image.convert("RGBA")), np.asarray(self.transparent)))
         image.save(path, "PNG", exif=self.exif, icc_profile=self.icc_profile, **options)
 
 
@@ -56,7 +57,7 @@ def load_picture(path: Path) -> Picture:
             notes = _losses(path, stored)
             exif = stored.getexif()
             profile = stored.info.get("icc_profile") if stored.mode in RGB_MODES else None
-            alpha = _alpha(stored)
+            transparent = _transparent(stored)
     except DECODE_ERRORS as error:
         raise InputError(f"{path} cannot be read ({error}); save it again.") from None
     exif.pop(ExifTags.Base.Orientation, None)
@@ -64,7 +65,7 @@ def load_picture(path: Path) -> Picture:
         kept = exif.tobytes() if len(exif) else b""
     except Exception:  # what a camera wrote may be read and still be too odd to write; PIL then raises many kinds
         kept, notes = b"", (*notes, f"{path} has EXIF data that cannot be written again; it is left out")
-    return Picture(image, alpha, kept, profile, notes)
+    return Picture(image, transparent, kept, profile, notes)
 
 
 def _png_bits(path: Path) -> int:
@@ -74,12 +75,12 @@ def _png_bits(path: Path) -> int:
     return header[24] if header.startswith(b"\x89PNG") and len(header) == 25 else 8
 
 
-def _alpha(stored: Image.Image) -> Image.Image | None:
+def _transparent(stored: Image.Image) -> Image.Image | None:
     """None as well where the transparency is there but hides nothing."""
     if not stored.has_transparency_data:
         return None
-    alpha = ImageOps.exif_transpose(stored.convert("RGBA")).getchannel("A")
-    return alpha if alpha.getextrema()[0] < 255 else None
+    upright = ImageOps.exif_transpose(stored.convert("RGBA"))
+    return upright if np.asarray(upright)[..., 3].min() < 255 else None
 
 
 def _losses(path: Path, stored: Image.Image) -> tuple[str, ...]:

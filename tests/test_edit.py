@@ -236,7 +236,8 @@ def test_the_latents_outside_follow_the_source_down_to_no_noise(toybox_random_ba
     blend = _Blending(scheduler, replace(QUICK, start="noise"), 1, source, noise, masks)
     start = blend.start()
     first = scheduler.add_noise(source, noise, scheduler.timesteps[1:2])
-    assert torch.equal(start[..., wide], noise[..., wide]) and torch.equal(start[..., ~wide], first[..., ~wide])
+    inside = torch.from_numpy(wide)
+    assert torch.equal(start[..., inside], noise[..., inside]) and torch.equal(start[..., ~inside], first[..., ~inside])
     altered = _Blending(scheduler, replace(QUICK, start="image"), 1, source, noise, masks)
     assert torch.equal(altered.start(), first)
     moved = torch.full_like(source, 7.0)
@@ -287,3 +288,19 @@ def test_wrong_choices_are_refused(toybox_random_base: BaseModel):
             edit(toybox_random_base, picture, mask, "a photo of a car", (), replace(QUICK, **changes))
     with pytest.raises(InputError, match="<asset0>, but there are no assets"):
         edit(toybox_random_base, picture, mask, "a photo of <asset0>", (), QUICK)
+
+
+def test_the_backgrounds_word_is_hidden_from_the_assets():
+    from mifo.attention.bounded import BoundedAttention
+    from mifo.attention.sites import Site
+    from mifo.boxes import Layout
+    from mifo.prompts import TokenizedPrompt
+
+    prompt = TokenizedPrompt(list(range(10)), {"<asset0>": (3,), "<background>": (6,)}, (), 8, 9)
+    control = BoundedAttention(prompt, Layout(("<asset0>",), (Box(0, 0, 0.5, 1),)), (4, 4), "cpu")
+    visible = control.visible(Site("site", "mid_block", True, 0))
+    assert visible is not None
+    unconditional, conditional = visible[:, 0].unflatten(1, (4, 4))  # (4, 4, tokens)
+    assert unconditional.all()
+    assert conditional[:, :2, 3].all() and not conditional[:, 2:, 3].any()
+    assert conditional[:, 2:, 6].all() and not conditional[:, :2, 6].any()

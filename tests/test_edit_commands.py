@@ -66,9 +66,9 @@ def test_candidates_best_first_with_sheet_and_record(place: Path):
         assert np.array_equal(after[~mask], before[~mask]) and (after[mask] != before[mask]).any()
         assert json.loads(stored.text["mifo"])["seed"] == candidate["seed"]
     assert Image.open(facts["contact_sheet"]).width > 3 * 256
-    mifo(*edit(place, "--batch-size", 1, "--seed", record["candidates"][0]["seed"]))
-    again = np.asarray(Image.open(place / "out" / "edit00.png")).astype(int)
-    assert np.abs(again - np.asarray(Image.open(place / "img.png"))).max() > 0
+    best = np.asarray(Image.open(facts["images"][0])).astype(int)
+    mifo(*edit(place, "--seed", record["candidates"][0]["seed"]))
+    assert np.abs(best - np.asarray(Image.open(place / "out" / "edit00.png"))).max() <= 1
 
 
 def test_a_camera_photo_keeps_its_size_profile_and_upright_pixels(tmp_path: Path):
@@ -92,7 +92,7 @@ def test_transparency_stays_outside_the_mask(place: Path):
     image.save(place / "img.png")
     mifo(*edit(place))
     after, mask = np.asarray(Image.open(place / "out" / "edit00.png")), np.asarray(Image.open(place / "mask.png")) > 0
-    assert np.array_equal(after[~mask][:, 3], np.asarray(image)[~mask][:, 3]) and (after[mask][:, 3] == 255).all()
+    assert np.array_equal(after[~mask], np.asarray(image)[~mask]) and (after[mask][:, 3] == 255).all()
 
 
 def test_the_plain_base_model_edits_without_a_bundle(place: Path):
@@ -126,7 +126,7 @@ def test_pictures_of_every_kind_are_read(tmp_path: Path, mode: str):
     else:
         image.convert(mode).save(path)
     picture = load_picture(path)
-    assert picture.image.mode == "RGB" and picture.image.size == (240, 160) and picture.alpha is None
+    assert picture.image.mode == "RGB" and picture.image.size == (240, 160) and picture.transparent is None
     expected = {"CMYK": "is CMYK", "I;16": "more than 8 bits", "animation": "first frame is edited"}.get(mode)
     assert (len(picture.notes) == 1 and expected in picture.notes[0]) if expected else picture.notes == ()
 
