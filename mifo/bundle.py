@@ -1,6 +1,6 @@
 """The learned bundle on disk: whole or absent, no pickle, readable by peft and (exported) by diffusers.
 
-    Model_ours/<name>/  bundle.json, assets.safetensors, unet_lora/, text_lora/, preview.png, attention.png
+    Model_ours/<name>/  bundle.json, assets.safetensors, unet_lora/, text_lora/, preview.png, attention.png, crops/
 
 Knows files and adapters. Knows nothing of how they were learned or what they will draw.
 """
@@ -30,7 +30,7 @@ from .embedding import use_assets
 from .errors import InputError
 from .files import replace_folder
 from .half_precision import follow_input_dtype
-from .prompts import add_asset_tokens, asset_token
+from .prompts import BACKGROUND_TOKEN, add_asset_tokens, asset_token
 
 SCHEMA = 1
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -267,7 +267,8 @@ def load_bundle(folder: Path) -> Bundle:
         if schema > SCHEMA:
             raise InputError(f"{folder} has bundle schema {schema}, this version reads up to {SCHEMA}; update mifo")
         tokens, words = record["tokens"], tuple(str(w) for w in record["words"] or ()) or None
-        if not tokens or tokens != [asset_token(i) for i in range(len(tokens))]:
+        things = tokens[:-1] if tokens[-1:] == [BACKGROUND_TOKEN] else tokens
+        if not things or things != [asset_token(i) for i in range(len(things))]:
             raise ValueError(f"tokens {str(tokens)[:100]}, expected <asset0>, <asset1>, ...")
         base = {k: str(record["base"][k]) for k in ("name", "source", "fingerprint")}
         config = from_dict(LearnConfig, record["config"])
@@ -366,4 +367,5 @@ def export_for_diffusers(bundle: Bundle, output: Path) -> None:
 
 def _is_export(folder: Path) -> bool:
     names = {p.name for p in folder.iterdir()}
-    return ROW_FILE.format("asset0") in names and all(n == LORA_FILE or n.startswith("asset") for n in names)
+    ours = (LORA_FILE, ROW_FILE.format(BACKGROUND_TOKEN.strip("<>")))
+    return ROW_FILE.format("asset0") in names and all(n in ours or n.startswith("asset") for n in names)

@@ -20,8 +20,10 @@ import typer
 
 from . import __version__
 from .console import Bar, running, say, terminate
+from .edit_commands import Tools, add_commands
 from .errors import InputError
 from .files import check_replaceable, check_writable
+from .options import Precision
 
 if TYPE_CHECKING:
     import torch
@@ -44,13 +46,6 @@ app = typer.Typer(
 class Recipe(str, Enum):
     mifo = "mifo"
     break_a_scene = "break-a-scene"
-
-
-class Precision(str, Enum):
-    auto = "auto"
-    no = "no"
-    fp16 = "fp16"
-    bf16 = "bf16"
 
 
 class Sampler(str, Enum):
@@ -110,6 +105,7 @@ def learn(
     class_prompt: Annotated[str | None, typer.Option(help="For prior preservation; several, separated by '|'.")] = None,
     num_class_images: Annotated[int | None, typer.Option(min=1, max=10_000)] = None,
     prior_preservation: Annotated[bool, typer.Option(help="Keep the base model's knowledge with its own pictures.")] = True,
+    background_asset: Annotated[bool, typer.Option("--background-asset", help="Learn <background>, outside all masks.")] = False,
     resolution: Annotated[int | None, typer.Option(min=32, help="Pixels; the model's own by default.")] = None,
     gradient_checkpointing: bool = False,
     resume: Annotated[bool | None, typer.Option(help="Go on from the last checkpoint of an interrupted run.")] = None,
@@ -124,13 +120,16 @@ def learn(
     """Learn the things in INSTANCE (img.jpg and mask0.png, mask1.png, ...), each as its own token."""
     given = dict(locals())
     with running(as_json) as job:
-        from .instance import load_instance
+        from .instance import load_instance, with_background
 
         folders = _instance_folders(instance, folder_path)
         if name and len(folders) > 1:
             raise InputError(f"--name {name} fits one instance, but {len(folders)} would be learned; name the INSTANCE too")
         instances = [load_instance(folder) for folder in folders]  # all input is checked before anything long starts
         words = [_initializers(initializer_tokens, each.count) for each in instances]
+        if background_asset:
+            words = [[*(initial or [None] * each.count), "background"] for initial, each in zip(words, instances, strict=True)]
+            instances = [with_background(each) for each in instances]
         targets = [output_dir / _bundle_name(name or each.name) for each in instances]
         _check_targets(targets)
 
@@ -545,6 +544,9 @@ def _learned_text(facts: dict[str, Any]) -> str:
         *([f"{facts['skipped_steps']} steps overflowed in fp16 and were skipped"] if "skipped_steps" in facts else []),
         f"look at {facts['preview']} and {facts['attention']}",
     ])  # fmt: skip
+
+
+add_commands(app, Tools(_device, _dtype, _load_base_of))
 
 
 def main() -> None:

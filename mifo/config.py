@@ -170,6 +170,30 @@ class SynthesisConfig:
     refinement: RefinementConfig = field(default_factory=RefinementConfig)
 
 
+@dataclass(frozen=True)
+class EditConfig:
+    """All that decides what `edit` does, besides picture, mask, prompt and seed (method, section 5)."""
+
+    steps: int = 50
+    guidance_scale: float = 7.5
+    negative_prompt: str = ""
+    lora_scale: float = 1.0
+    blending_start_percentage: float = 0.25
+    """The part of the schedule, from its noisy end, that is left out. 0 runs all of it; late starts keep more of the place."""
+    start: str = "noise"
+    """Inside the mask: 'noise', or 'image' (the source noised to the start's level), for scribbles and alterations."""
+    background: str = "pixel"
+    """How the part outside the mask is brought back: 'pixel', 'poisson', 'optimization' or 'none'."""
+    optimize: str = "weights"
+    """What 'optimization' tunes: the decoder's 'weights' or the 'latents'."""
+    reconstruction_steps: int = 75
+    mask_dilation: int = 0
+    """Latent pixels by which the mask is larger at the start; it shrinks to the true mask on the way."""
+    bounded: bool = True
+    """Box-bounded attention: an asset keeps to its box."""
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+
+
 # --- presets ------------------------------------------------------------------------------------
 
 
@@ -215,6 +239,12 @@ def synthesis_preset(family: str) -> SynthesisConfig:
         guidance=GuidanceConfig(steps=9, blocks=("mid_block", "up_blocks"), map_sizes=(8, 16)),
         refinement=RefinementConfig(map_sizes=(16,)),
     )
+
+
+def edit_preset(family: str) -> EditConfig:
+    """As `learn_preset`."""
+    control = synthesis_preset(family)
+    return EditConfig(steps=control.steps, guidance_scale=control.guidance_scale, guidance=control.guidance)
 
 
 # --- plain data ---------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ class Batch:
 
     assets: tuple[int, ...]
     """Indices of the sampled assets, in the prompt's order."""
+    tokens: tuple[str, ...]
+    """Their tokens, in the same order."""
     prompt: str
     latents: torch.Tensor
     """(B, C, h, w), scaled"""
@@ -39,6 +41,7 @@ class InstanceData:
 
     def __init__(self, fitted: FittedInstance, base: BaseModel):
         self.count = len(fitted.masks)
+        self.tokens = fitted.tokens
         image = pixels_to_tensor(fitted.image)
         masks = torch.stack([torch.from_numpy(np.asarray(m).copy()).float() / 255 for m in fitted.masks])[:, None]
         self.masks = {False: masks.to(base.device), True: masks.flip(-1).to(base.device)}  # (N, 1, H, W)
@@ -55,7 +58,8 @@ class InstanceData:
         masks = self.masks[flip][list(assets)]
         union = masks.amax(0, keepdim=True)
         union = torch.nn.functional.interpolate(union, mean.shape[-2:], mode="area")
-        return Batch(assets, join_assets([f"<asset{i}>" for i in assets]), mean + std * noise, (union > 0.5).float(), masks)
+        tokens = tuple(self.tokens[i] for i in assets)
+        return Batch(assets, tokens, join_assets(tokens), mean + std * noise, (union > 0.5).float(), masks)
 
 
 def encode(base: BaseModel, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

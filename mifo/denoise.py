@@ -39,11 +39,12 @@ def initial_latents(shape: tuple[int, int, int], seed: int, count: int, device: 
 def denoise(unet: UNet2DConditionModel, scheduler: Any, latents: torch.Tensor, states: torch.Tensor,
             negative_states: torch.Tensor, steps: int, guidance_scale: float, before_step: StepHook | None = None,
             after_step: StepHook | None = None,
-            on_progress: Callable[[int, int], None] | None = None) -> torch.Tensor:  # fmt: skip
+            on_progress: Callable[[int, int], None] | None = None, first_step: int = 0) -> torch.Tensor:  # fmt: skip
     """Runs `latents` (B, C, h, w) from noise to a picture's latents.
 
     `states`, `negative_states`: (1 or B, L, D). The UNet's batch is [unconditional, conditional]; at guidance scale 1 it
-    is the conditional half alone.
+    is the conditional half alone. With `first_step` the schedule begins there, at `latents` of that step's noise level;
+    the hooks count steps from it.
     """
     scheduler.set_timesteps(steps, device=latents.device)
     count = len(latents)
@@ -51,7 +52,10 @@ def denoise(unet: UNet2DConditionModel, scheduler: Any, latents: torch.Tensor, s
     context = states.expand(count, -1, -1)
     if guided:
         context = torch.cat([negative_states.expand(count, -1, -1), context])
-    for index, timestep in enumerate(scheduler.timesteps):
+    timesteps = scheduler.timesteps[first_step:]
+    if first_step and hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(first_step)
+    for index, timestep in enumerate(timesteps):
         if before_step:
             latents = before_step(index, timestep, latents)
         inputs = torch.cat([latents, latents]) if guided else latents
@@ -63,5 +67,5 @@ def denoise(unet: UNet2DConditionModel, scheduler: Any, latents: torch.Tensor, s
         if after_step:
             latents = after_step(index, timestep, latents)
         if on_progress:
-            on_progress(index + 1, len(scheduler.timesteps))
+            on_progress(index + 1, len(timesteps))
     return latents

@@ -14,18 +14,18 @@ from transformers import CLIPTextModel
 
 
 class AssetEmbedding(nn.Module):
-    """Looks ids below `first_id` up in the frozen `table`, and `first_id + i` in `rows[i]`.
+    """Looks `token_ids[i]` up in `rows[i]`, and every other id in the frozen `table`.
 
     `rows` (N, D) stays fp32 whatever the table's dtype: the optimizer and the gradient scaler need it so.
     """
 
     def __init__(self, table: nn.Embedding, token_ids: Sequence[int], rows: torch.Tensor):
         super().__init__()
-        if list(token_ids) != list(range(token_ids[0], token_ids[0] + len(rows))):
-            raise ValueError(f"asset token ids must follow each other, got {list(token_ids)} for {len(rows)} rows")
-        self.first_id = int(token_ids[0])
+        if len(token_ids) != len(rows) or len(set(token_ids)) != len(rows):
+            raise ValueError(f"each row needs a token id of its own, got {list(token_ids)} for {len(rows)} rows")
         self.rows = nn.Parameter(rows.detach().float().clone())
         self.table = table.requires_grad_(False)
+        self.register_buffer("token_ids", torch.tensor(list(token_ids), device=rows.device), persistent=False)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -34,9 +34,10 @@ class AssetEmbedding(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """(B, L) -> (B, L, D) in the table's dtype."""
-        is_asset = ids >= self.first_id
+        matches = ids[..., None] == self.token_ids  # (B, L, N)
+        is_asset = matches.any(-1)
         words = self.table(ids.masked_fill(is_asset, 0))
-        own = self.rows[(ids - self.first_id).clamp(0, len(self.rows) - 1)].to(words.dtype)
+        own = self.rows[matches.int().argmax(-1)].to(words.dtype)
         return torch.where(is_asset[..., None], own, words)
 
 

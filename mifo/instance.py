@@ -11,7 +11,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import NoReturn
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, ImageStat, UnidentifiedImageError
 
 from .errors import InputError
-from .prompts import asset_token, check_characters
+from .prompts import BACKGROUND_TOKEN, asset_token, check_characters
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 IMAGE_NAMES = "img.jpg, img.jpeg, img.png or img.webp"
@@ -52,10 +52,13 @@ class Instance:
     """The folder."""
     warnings: tuple[str, ...] = ()
     """What looks wrong but can be used."""
+    has_background: bool = False
+    """The last mask is the complement of the others, and its token is `<background>`."""
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        return tuple(asset_token(i) for i in range(self.count))
+        things = tuple(asset_token(i) for i in range(self.count - self.has_background))
+        return (*things, BACKGROUND_TOKEN) if self.has_background else things
 
     @property
     def count(self) -> int:
@@ -72,6 +75,8 @@ class FittedInstance:
     """L, 0 or 255; 0 in the padding."""
     valid: Image.Image
     """L, 255 on the image and 0 in the padding."""
+    tokens: tuple[str, ...]
+    """Of each mask."""
 
 
 def load_instance(folder: Path) -> Instance:
@@ -124,6 +129,7 @@ def fit_instance(instance: Instance, resolution: int) -> FittedInstance:
         image=fit(instance.image, resolution, mean, Image.Resampling.LANCZOS),
         masks=tuple(_fit_mask(instance, i, resolution) for i in range(instance.count)),
         valid=fit(everything, resolution, 0, Image.Resampling.BOX),
+        tokens=instance.tokens,
     )
 
 
@@ -352,3 +358,23 @@ def load_image(path: Path) -> Image.Image:
     if not os.path.isfile(path):
         raise InputError(f"There is no picture {str(path)[:300]}; give the path of a JPEG, PNG or WebP file.")
     return _load_image(path)[0]
+
+
+def load_grey(path: Path) -> npt.NDArray[np.uint8]:
+    """A mask of any size as greys 0 .. 255, (H, W), upright, with the same checks as an image. Raises InputError."""
+    if not os.path.isfile(path):
+        raise InputError(f"There is no mask {str(path)[:300]}; give the path of a PNG that is white where it counts.")
+    return _mask_grey(_open(path)[0])
+
+
+def with_background(instance: Instance) -> Instance:
+    """The instance with one more asset, `<background>`: all that no mask covers (Break-A-Scene, section 5).
+
+    Raises InputError when the masks leave nothing over.
+    """
+    things = np.any([np.asarray(mask) > 0 for mask in instance.masks], axis=0)
+    if things.all():
+        raise InputError(f"The masks of {instance.source} cover the whole image: there is no background to learn.")
+    rest = Image.fromarray((~things).astype(np.uint8) * 255)
+    words = (*instance.words, "background") if instance.words else None
+    return replace(instance, masks=(*instance.masks, rest), words=words, has_background=True)

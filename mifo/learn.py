@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from diffusers.optimization import get_constant_schedule_with_warmup, get_cosine_with_hard_restarts_schedule_with_warmup
 from peft import PeftModel
 
+from .asset_crops import write_crops
 from .attention.record import AttentionRecorder, record_attention, token_maps
 from .attention.sites import Site, choose_sites
 from .base_model import BaseModel
@@ -36,7 +37,7 @@ from .learn_state import capture, identity_of, place, restore
 from .losses import masked_diffusion_loss, match_loss, penalty_loss, reward_loss, separation_loss
 from .memory import peak_gib
 from .prior import PriorData, make_prior
-from .prompts import add_asset_tokens, asset_token, join_assets, tokenize_prompt
+from .prompts import add_asset_tokens, join_assets, tokenize_prompt
 from .quantize import why_no_8bit_adam
 
 
@@ -121,6 +122,7 @@ def _learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Pat
             def write_pictures(target: Path) -> None:
                 write_preview(target / "preview.png", instance, base, tokens, config.seed)
                 write_attention_sheet(target / "attention.png", learner.snapshots, instance, tokens)
+                write_crops(target, instance, config.resolution or base.resolution)
 
             return save_bundle(folder, base, tokens, instance.words, embedding.rows, adapters, config, facts, write_pictures)
 
@@ -259,8 +261,7 @@ class Learner:
             )
 
     def _keep_snapshot(self, label: str, terms: AttentionTerms) -> None:
-        tokens = [asset_token(i) for i in range(self.data.count)]
-        self.snapshots.append((label, snapshot_maps(self.base, self.data, tokens, terms)))
+        self.snapshots.append((label, snapshot_maps(self.base, self.data, self.data.tokens, terms)))
 
     # --- one step ---
 
@@ -294,7 +295,7 @@ class Learner:
 
 
 def _assets_of(prompt: str, batch: Batch) -> list[str]:
-    return [asset_token(i) for i in batch.assets] if prompt == batch.prompt else []
+    return list(batch.tokens) if prompt == batch.prompt else []
 
 
 def diffusion_target(scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -321,7 +322,7 @@ def attention_terms(maps: dict[str, torch.Tensor], sites: Sequence[Site], terms:
     if terms.loss == "none":
         return total
     for row in rows:
-        by_asset = [token_maps(maps, sites, positions[asset_token(i)], row, latent_size) for i in batch.assets]
+        by_asset = [token_maps(maps, sites, positions[token], row, latent_size) for token in batch.tokens]
         if terms.average_sites:
             by_asset = [[_mean_map(found)] for found in by_asset]
         for found, mask in zip(by_asset, batch.asset_masks, strict=True):

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ASSET_PATTERN = re.compile(r"<asset[0-9]+>", re.IGNORECASE)
+BACKGROUND_TOKEN = "<background>"
+BACKGROUND_PATTERN = re.compile(BACKGROUND_TOKEN, re.IGNORECASE)
 ALMOST_ASSET_PATTERN = re.compile(r"<\s*asset[^<>]*>", re.IGNORECASE)
 BARE_ASSET_PATTERN = re.compile(r"\basset[0-9]+", re.IGNORECASE)
 MAX_CHARACTERS = 10_000  # the text encoders read 77 tokens
@@ -98,7 +100,8 @@ def check_prompt(prompt: str, known: Sequence[str]) -> None:
             f"The prompt has something that looks like an asset but is written with other characters ({odd}); "
             f"type its token anew ({exist})."
         )
-    unknown = [token for token in ALMOST_ASSET_PATTERN.findall(prompt) if token.lower() not in known]
+    named = [*ALMOST_ASSET_PATTERN.findall(prompt), *BACKGROUND_PATTERN.findall(prompt)]
+    unknown = [token for token in named if token.lower() not in known]
     if unknown:
         raise InputError(f"The prompt has {_some(unknown)}, but {exist}.")
     if bare := BARE_ASSET_PATTERN.search(ASSET_PATTERN.sub(" ", prompt)):
@@ -142,7 +145,7 @@ def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, assets: Seq
     Raises InputError if the prompt is too long for the text encoder (it is never truncated), if it holds the
     tokenizer's own start or end marker, or if one of `assets` is not in it.
     """
-    text = ASSET_PATTERN.sub(lambda match: match.group().lower(), prompt)
+    text = ASSET_PATTERN.sub(lambda match: match.group().lower(), BACKGROUND_PATTERN.sub(BACKGROUND_TOKEN, prompt))
     encoded = tokenizer(text, padding="max_length", truncation=False, verbose=False)
     input_ids = list(encoded["input_ids"])
     length = sum(encoded["attention_mask"])  # the padding may look like the end of text, or like a "!"
@@ -162,7 +165,7 @@ def _find_assets(
     added = tokenizer.get_added_vocab()
     positions = {a: tuple(i for i, token_id in enumerate(inner, 1) if token_id == added.get(a)) for a in assets}
     if missing := [asset for asset, found in positions.items() if not found]:
-        known = [token for token in added if ASSET_PATTERN.fullmatch(token)]
+        known = [token for token in added if ASSET_PATTERN.fullmatch(token) or token == BACKGROUND_TOKEN]
         raise InputError(
             f"{', '.join(missing)} cannot be found in the prompt; "
             f"the assets that the tokenizer knows are {', '.join(known) or 'none'}."

@@ -66,9 +66,14 @@ def test_the_rows_are_a_copy(table: nn.Embedding, rows: torch.Tensor) -> None:
     assert rows.abs().sum() > 0
 
 
-def test_ids_with_a_gap_are_refused(table: nn.Embedding, rows: torch.Tensor) -> None:
-    for ids in ([12, 14], [13, 12], [12]):
-        with pytest.raises(ValueError, match="follow each other"):
+def test_ids_with_a_gap_find_their_rows(table: nn.Embedding, rows: torch.Tensor) -> None:
+    found = AssetEmbedding(table, [15, 12], rows)(torch.tensor([[3, 12, 15]]))
+    assert torch.equal(found[0], torch.stack([table.weight[3], rows[1], rows[0]]))
+
+
+def test_each_row_needs_an_id_of_its_own(table: nn.Embedding, rows: torch.Tensor) -> None:
+    for ids in ([12, 12], [12], [12, 13, 14]):
+        with pytest.raises(ValueError, match="a token id of its own"):
             AssetEmbedding(table, ids, rows)
 
 

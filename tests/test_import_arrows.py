@@ -13,15 +13,16 @@ PACKAGE = Path(mifo.__file__).parent
 #: `attention` and `toybox` are folders; inside them, files count as one room here and are looked at below.
 ROWS = (
     ("errors",),
-    ("config", "boxes", "prompts", "files", "memory", "console", "interrupts"),  # plain data and the machine
+    ("config", "boxes", "prompts", "files", "memory", "console", "interrupts", "options"),  # plain data and the machine
     ("memory_trace", "known_models", "quantize", "half_precision"),
-    ("instance", "pictures", "embedding", "losses", "attention", "guidance", "denoise"),  # pixels, tensors, a bare UNet
+    ("instance", "pictures", "picture_file", "edit_frame", "asset_crops", "blending", "ranking"),  # pixels
+    ("embedding", "losses", "attention", "guidance", "denoise"),  # tensors, a bare UNet
     ("base_model",),
     ("bundle", "dataset", "prior", "checkpoints", "batch"),  # what a base model is dressed and fed with
-    ("learn_report", "learn_state", "learn", "synthesize"),
+    ("learn_report", "learn_state", "learn", "synthesize", "edit", "edit_files", "scenes"),
     ("plan_trace", "planner", "plan_report"),  # counts what the jobs above will need
     ("toybox",),  # nothing that works on any base model may know the toybox's world
-    ("demo",),
+    ("demo", "edit_commands"),
     ("cli",),
 )
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}

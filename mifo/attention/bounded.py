@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 
 from ..boxes import Layout
-from ..prompts import TokenizedPrompt
+from ..prompts import BACKGROUND_TOKEN, TokenizedPrompt
 from .sites import Processor, Site, attention_probabilities, attention_sites, fused_attention, use_processors
 
 
@@ -91,6 +91,8 @@ class BoundedAttention:
             shown = subjects[:, index] | background if self.guiding else subjects[:, index]
             for position in self.prompt.asset_positions[token]:
                 mask[..., position] = shown
+        for position in self.prompt.asset_positions.get(BACKGROUND_TOKEN, ()):
+            mask[..., position] = background
         if not self.guiding:
             mask[..., self.prompt.end_position] = ~background
         mask = mask[:, None].expand(self.images, -1, -1, -1)  # (images, 1, h*w, L)

@@ -1,0 +1,65 @@
+"""What `edit` writes: the candidates as whole pictures, best first, a contact sheet and a record.
+
+Knows edits and files. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from .edit import Candidate, Edit
+from .files import replace_files
+from .picture_file import Picture
+from .pictures import ASSET_COLORS, caption_below, grid, outline
+
+CELL = 256  # pixels of each picture on the contact sheet
+
+
+def save_edit(result: Edit, picture: Picture, output: Path, facts: dict[str, Any] | None = None) -> list[Path]:
+    """`edit00.png` (the best) and so on, each the whole picture with the recipe in its metadata; `contact.png`; `edit.json`.
+
+    All are written, or none. Raises InputError when the folder cannot be written.
+    """
+    recipe = {**result.recipe(), **(facts or {})}
+    names = [f"edit{k:02d}.png" for k in range(len(result.candidates))]
+    record = {
+        **recipe,
+        "candidates": [{"image": name, "seed": c.seed, "scores": _rounded(c)}
+                       for name, c in zip(names, result.candidates, strict=True)],
+        "seconds": round(result.seconds, 2),
+        "peak_gib": round(result.peak_gib, 3),
+    }  # fmt: skip
+    cells = [caption_below(_outlined_crop(result), "the mask")]
+    with replace_files(output) as temporary:
+        for k, (name, candidate) in enumerate(zip(names, result.candidates, strict=True)):
+            whole = result.picture(k)
+            info = PngInfo()
+            info.add_text("mifo", json.dumps({**recipe, "seed": candidate.seed, "batch_size": 1}))
+            picture.save(temporary / name, whole, result.mask, pnginfo=info)
+            scores = ", ".join(f"{n} {v:.2f}" for n, v in _rounded(candidate).items())
+            cells.append(caption_below(_cell(result, whole), f"{k + 1}. seed {candidate.seed}, {scores}"))
+        grid(cells, columns=min(4, len(cells))).save(temporary / "contact.png", "PNG")
+        (temporary / "edit.json").write_text(json.dumps(record, indent=2) + "\n")
+    return [output / name for name in names]
+
+
+def _rounded(candidate: Candidate) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in sorted(candidate.scores.items())}
+
+
+def _cell(result: Edit, whole: Image.Image) -> Image.Image:
+    """The part around the mask, its longer side CELL pixels."""
+    crop = whole.crop(result.frame.crop)
+    scale = CELL / max(crop.size)
+    size = (max(1, round(crop.width * scale)), max(1, round(crop.height * scale)))
+    return crop.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+
+
+def _outlined_crop(result: Edit) -> Image.Image:
+    mask = _cell(result, Image.fromarray(result.mask.astype("uint8") * 255))
+    return outline(_cell(result, result.image), mask, ASSET_COLORS[0])

@@ -1,0 +1,137 @@
+"""Looking at what was learned: the scene taken apart, and variations of it (Break-A-Scene, section 5).
+
+Knows bundles' tokens and prompts. Knows nothing of learning, boxes or masks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .base_model import BaseModel
+from .config import SynthesisConfig
+from .errors import InputError
+from .files import replace_files
+from .pictures import caption_below, enlarge, grid
+from .prompts import ASSET_PATTERN, BACKGROUND_TOKEN, check_prompt, join_assets, tokenize_prompt
+from .synthesize import synthesize
+
+MAX_PROMPTS_BYTES = 1 << 20
+#: `{}` stands for the scene or the asset. The toybox model knows its own few places only.
+VARIATIONS: dict[str, tuple[str, ...]] = {
+    "toybox": (
+        "a photo of {}", "a photo of {} at the beach", "a photo of {} in the snow", "a photo of {} on the grass",
+        "a photo of {} at night", "a photo of {} in front of a brick wall", "a photo of {} on a wooden floor",
+        "a photo of {} on a plain background",
+    ),
+    "stable-diffusion": (
+        "a photo of {}", "a photo of {} at the beach", "a photo of {} in the snow", "a photo of {} in the jungle",
+        "a photo of {} on a wooden table in a bright kitchen", "a photo of {} on a cobblestone street at night",
+        "a photo of {} with the Eiffel Tower in the background", "a photo of {} floating on water at sunset",
+        "a close-up photo of {} with a blurred background", "a watercolor painting of {}", "an oil painting of {}",
+        "a pencil sketch of {}", "a children's book illustration of {}", "a photo of {} made of wood",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One picture to be drawn."""
+
+    name: str
+    """Of its file, without the suffix."""
+    prompt: str
+    seed: int
+
+
+def decomposition(tokens: Sequence[str], seed: int) -> list[Shot]:
+    """Each asset alone, all of them together, and the background where it was learned."""
+    things = [t for t in tokens if t != BACKGROUND_TOKEN]
+    shots = [Shot(t.strip("<>"), join_assets([t]), seed) for t in things]
+    shots.append(Shot("all", join_assets(things), seed))
+    if BACKGROUND_TOKEN in tokens:
+        shots.append(Shot("background", join_assets([BACKGROUND_TOKEN]), seed))
+    return shots
+
+
+def variations(tokens: Sequence[str], templates: Sequence[str], count: int, seed: int) -> list[Shot]:
+    """`count` pictures, the templates taking turns, each with a seed of its own.
+
+    `tokens` are what `{}` stands for. A template that names assets itself stays as it is.
+    """
+    subject = " and ".join(tokens)
+    prompts = [template.replace("{}", subject) for template in templates]
+    width = max(2, len(str(count - 1)))
+    return [Shot(f"variation{k:0{width}d}", prompts[k % len(prompts)], seed + k) for k in range(count)]
+
+
+def choose_asset(name: str | None, tokens: Sequence[str]) -> list[str]:
+    """`<asset0>`, `asset0` or `0` -> its token; None is the whole scene. Raises InputError when there is no such asset."""
+    things = [t for t in tokens if t != BACKGROUND_TOKEN]
+    if name is None:
+        return things
+    bare = name.strip().lower().strip("<>")
+    token = f"<{bare}>" if not bare.isdigit() else f"<asset{int(bare[:9])}>"
+    if token not in tokens:
+        raise InputError(f"there is no asset '{name[:50]}'; the bundle has {', '.join(tokens)}")
+    return [token]
+
+
+def read_prompts(path: Path, tokens: Sequence[str]) -> list[str]:
+    """One prompt a line; empty lines and lines that start with '#' are left out.
+
+    Raises InputError for a file that cannot be read, has none, or has one that names neither `{}` nor an asset.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_PROMPTS_BYTES + 1)
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text; save the file as UTF-8") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"the prompts file {str(path)[:200]} cannot be read ({reason})") from None
+    if len(content) > MAX_PROMPTS_BYTES:
+        raise InputError(f"{path} is larger than {MAX_PROMPTS_BYTES >> 20} MiB; write one short prompt a line")
+    lines = [(n, line.strip()) for n, line in enumerate(text.splitlines(), 1) if line.strip() and line.strip()[0] != "#"]
+    if not lines:
+        raise InputError(f"{path} has no prompts; write one a line, such as: a photo of {{}} at the beach")
+    for number, line in lines:
+        check_prompt(line, tokens)
+        if "{}" not in line and not ASSET_PATTERN.search(line) and BACKGROUND_TOKEN not in line.lower():
+            raise InputError(f"{path}, line {number}, names no asset: write {{}} where the scene or the asset belongs")
+    return [line for _, line in lines]
+
+
+def draw_shots(base: BaseModel, shots: Sequence[Shot], tokens: Sequence[str], config: SynthesisConfig,
+               on_progress: Callable[[int, int], None] | None = None) -> list[Image.Image]:  # fmt: skip
+    """One picture per shot, without boxes. Raises InputError for a prompt that is too long, before anything is drawn."""
+    for shot in shots:
+        tokenize_prompt(base.tokenizer, shot.prompt, [t for t in tokens if t in shot.prompt.lower()])
+    images = []
+    for k, shot in enumerate(shots):
+
+        def progress(done: int, total: int, k: int = k) -> None:
+            if on_progress:
+                on_progress(k * total + done, len(shots) * total)
+
+        images += synthesize(base, shot.prompt, None, tokens, config, shot.seed, 1, progress).images
+    return images
+
+
+def save_shots(shots: Sequence[Shot], images: Sequence[Image.Image], output: Path, record_name: str,
+               facts: dict[str, Any]) -> list[Path]:  # fmt: skip
+    """A PNG per shot, `contact.png` and `<record_name>.json`. All are written, or none."""
+    cells = [caption_below(enlarge(i, 256), s.prompt) for s, i in zip(shots, images, strict=True)]
+    listed = [{"image": f"{s.name}.png", "prompt": s.prompt, "seed": s.seed} for s in shots]
+    with replace_files(output) as temporary:
+        for shot, image in zip(shots, images, strict=True):
+            image.save(temporary / f"{shot.name}.png", "PNG")
+        grid(cells, columns=min(4, len(cells))).save(temporary / "contact.png", "PNG")
+        (temporary / f"{record_name}.json").write_text(json.dumps({**facts, "images": listed}, indent=2) + "\n")
+    return [output / f"{s.name}.png" for s in shots]
