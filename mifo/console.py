@@ -121,6 +121,9 @@ class Bar:
     def denoising(self, done: int, total: int) -> None:
         self._show("denoising", done, total, {})
 
+    def drawing(self, done: int, total: int) -> None:
+        self._show("pictures", done, total, {})
+
 
 def say(message: str) -> None:
     """To standard error, beside progress."""

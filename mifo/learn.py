@@ -28,11 +28,13 @@ from .dataset import Batch, InstanceData
 from .embedding import AssetEmbedding, initial_rows, use_assets
 from .errors import InputError
 from .instance import Instance, fit_instance
+from .keep_best import KeepBest
 from .learn_report import attention_shares, environment, snapshot_maps, write_attention_sheet, write_preview
 from .losses import masked_diffusion_loss, match_loss, penalty_loss, reward_loss, separation_loss
 from .memory import peak_gib
 from .prior import PriorData, make_prior
 from .prompts import add_asset_tokens, asset_token, join_assets, tokenize_prompt
+from .references import keep_instance
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Progress:
 
 
 Report = Callable[[Progress], None]
+#: (base with assets and adapters as they stand, data, tokens, supervised sites) -> {"score": larger is better, ...}
+CheckpointJudge = Callable[[BaseModel, InstanceData, Sequence[str], AttentionTerms], dict[str, float]]
 
 
 @dataclass
@@ -66,8 +70,10 @@ class StepLosses:
 
 
 def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path, report: Report = lambda _: None,
-          initializer_words: Sequence[str | None] | None = None) -> Bundle:  # fmt: skip
+          initializer_words: Sequence[str | None] | None = None, judge: CheckpointJudge | None = None) -> Bundle:  # fmt: skip
     """Learns `instance` on `base` and writes the bundle to `folder`. The base model is handed back as it was.
+
+    `judge` scores checkpoints where `config.keep` is enabled.
 
     Raises InputError for input that cannot be learned from (too many assets for a prompt, masks that vanish).
     """
@@ -84,7 +90,7 @@ def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path
     words = initializer_words or [None] * instance.count
     rows = initial_rows(base.text_encoder.get_input_embeddings(), base.tokenizer, words)
     with use_assets(base.text_encoder, ids, rows) as embedding:
-        learner = Learner(base, data, config, embedding, accelerator, prior)
+        learner = Learner(base, data, config, embedding, accelerator, prior, judge)
         learner.train_rows(report)
         with lend_adapters(base, config.lora, config.seed) as adapters:
             learner.train_adapters(adapters, report)
@@ -94,12 +100,14 @@ def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path
                 "peak_gib": round(peak_gib(base.device), 3),
                 "attention_inside_mask": {t: round(s, 4) for t, s in zip(tokens, shares, strict=True)},
                 "losses": learner.curve,
+                **({"kept": learner.kept} if learner.kept else {}),
                 **environment(),
             }
 
             def write_pictures(target: Path) -> None:
                 write_preview(target / "preview.png", instance, base, tokens, config.seed)
                 write_attention_sheet(target / "attention.png", learner.snapshots, instance, tokens)
+                keep_instance(target, instance, config.resolution or base.resolution)
 
             return save_bundle(folder, base, tokens, instance.words, embedding.rows, adapters, config, facts, write_pictures)
 
@@ -139,13 +147,15 @@ class Learner:
     """Both phases' shared parts: the step, its losses, and what is kept to be shown."""
 
     def __init__(self, base: BaseModel, data: InstanceData, config: LearnConfig, embedding: AssetEmbedding,
-                 accelerator: Accelerator, prior: PriorData | None):  # fmt: skip
+                 accelerator: Accelerator, prior: PriorData | None, judge: CheckpointJudge | None = None):  # fmt: skip
         self.base, self.data, self.config = base, data, config
         self.embedding, self.accelerator, self.prior = embedding, accelerator, prior
         self.rng = np.random.default_rng(config.seed)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.curve: list[dict[str, float]] = []
         self.snapshots: list[tuple[str, torch.Tensor]] = []
+        self.judge = judge
+        self.kept: dict[str, Any] | None = None
         if config.gradient_checkpointing:
             base.unet.enable_gradient_checkpointing()
 
@@ -177,8 +187,11 @@ class Learner:
         scheduler = make_lr_schedule(optimizer, phase)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.base.unet.train(self.config.gradient_checkpointing)  # diffusers checkpoints in training mode only
+        keeper = self._keeper(name, phase.attention, parameters)
         with record_attention(self.base.unet, sites) as recorder:
             for step in range(phase.train_steps):
+                if keeper and step == 0:
+                    keeper.after(0, False)
                 if step % max(1, phase.train_steps // 3) == 0:
                     self._keep_snapshot(f"{name} {step}", phase.attention)
                 losses = self._losses(phase, step, sites, recorder, prior)
@@ -192,8 +205,20 @@ class Learner:
                 if step % 10 == 0:
                     self.curve.append({"phase": name, "step": step, **{k: round(v, 6) for k, v in parts.items()}})  # type: ignore[dict-item]
                 report(Progress(name, step + 1, phase.train_steps, parts))
+                if keeper and keeper.after(step + 1, step + 1 == phase.train_steps):
+                    break
         self.base.unet.eval()
+        if keeper:
+            self.kept = {"phase": name, **keeper.restore()}
         self._keep_snapshot(f"{name} {phase.train_steps}", phase.attention)
+
+    def _keeper(self, name: str, terms: AttentionTerms, parameters: Sequence[torch.Tensor]) -> KeepBest | None:
+        """In the last phase alone; its first candidate is what the phase before left."""
+        keep, judge = self.config.keep, self.judge
+        if not keep.enabled or judge is None or (name == "embedding" and self.config.lora.train_steps):
+            return None
+        tokens = [asset_token(i) for i in range(self.data.count)]
+        return KeepBest(parameters, lambda: judge(self.base, self.data, tokens, terms), keep.every_steps, keep.patience)
 
     def _keep_snapshot(self, label: str, terms: AttentionTerms) -> None:
         tokens = [asset_token(i) for i in range(self.data.count)]

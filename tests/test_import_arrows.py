@@ -14,11 +14,13 @@ PACKAGE = Path(mifo.__file__).parent
 ROWS = (
     ("errors",),
     ("config", "boxes", "prompts", "files", "memory", "console"),  # plain data and the machine
-    ("instance", "pictures", "embedding", "losses", "attention", "guidance", "denoise"),  # pixels, tensors, a bare UNet
+    # pixels, tensors, a bare UNet
+    ("instance", "references", "keep_best", "pictures", "embedding", "losses", "attention", "guidance", "denoise"),
     ("base_model",),
-    ("bundle", "dataset", "prior"),  # what a base model is dressed and fed with
+    ("bundle", "dataset", "prior", "mask_check"),  # what a base model is dressed and fed with
     ("learn_report", "learn", "synthesize"),
     ("toybox",),  # nothing that works on any base model may know the toybox's world
+    ("evaluate",),  # measures what the jobs made, in any world
     ("demo",),
     ("cli",),
 )
@@ -114,7 +116,7 @@ def test_the_toyboxs_world_stands_alone() -> None:
     for name in ("toybox.draw", "toybox.world"):
         assert {room(target) for target in reachable(name)} <= {"toybox"}, f"{name} reaches {reachable(name)}"
     used_by = {name for name, targets in GRAPH.items() if any(room(t) == "toybox" for t in targets)}
-    assert {room(name) for name in used_by} <= {"toybox", "demo", "cli"}
+    assert {room(name) for name in used_by} <= {"toybox", "evaluate", "demo", "cli"}
 
 
 def test_the_attention_folder_knows_neither_losses_nor_steps() -> None:

@@ -110,7 +110,8 @@ def _read_prompts(path: Path) -> list[str]:
         text = content.decode("utf-8-sig")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise InputError(f"the prompts file {str(path)[:200]} cannot be read ({reason}); give a text file, one prompt a line") from None
+        shown = str(path)[:200]
+        raise InputError(f"the prompts file {shown} cannot be read ({reason}); give a text file, one prompt a line") from None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines or len(content) > MAX_PROMPTS_BYTES:
         raise InputError(f"the prompts file {path} is {'too large' if lines else 'empty'}; write one prompt a line")
@@ -146,8 +147,8 @@ def _read_picture(path: Path, number: int, stated: Case | None, tokens: Sequence
         return Picture(stated, number, image, path.name)
     recipe = _recipe_of(path)
     if recipe is None:
-        raise InputError(f"{path} does not say what was asked for, because synthesize did not write it; give its prompt in a file "
-                         "with --prompts, and its --boxes")  # fmt: skip
+        raise InputError(f"{path} does not say what was asked for, because synthesize did not write it; give its prompt in a "
+                         "file with --prompts, and its --boxes")  # fmt: skip
     try:
         prompt, boxes, seed = str(recipe["prompt"]), recipe["boxes"], int(recipe["seed"])
         check_prompt(prompt, tokens)

@@ -94,7 +94,8 @@ def table(record: dict[str, Any]) -> str:
     lines.append(f"{'drift':20}{said(record['drift']):>{width}}")
     for token, outside in record["attention_outside"].items():
         inside = record["attention_in_others"][token]
-        lines.append(f"{token}: {100 * outside:.0f} % of its attention is outside its mask, {100 * inside:.0f} % inside the others'")
+        shares = f"{100 * outside:.0f} % of its attention is outside its mask, {100 * inside:.0f} % inside the others'"
+        lines.append(f"{token}: {shares}")
     if "edit_preservation" in record:
         edit = record["edit_preservation"]
         lines.append(f"edit: largest difference outside the mask {edit['largest_difference']} of 255, "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -15,7 +16,8 @@ from ..base_model import BaseModel
 from ..bundle import Bundle, attach
 from ..config import SynthesisConfig, to_dict
 from ..dataset import InstanceData
-from ..instance import Instance, fit_instance
+from ..errors import InputError
+from ..instance import Instance, fit_instance, load_image
 from ..synthesize import synthesize
 from . import metrics
 from .attention import attention_leakage
@@ -94,6 +96,21 @@ def evaluate(base: BaseModel, bundle: Bundle, instance: Instance, backend: Backe
         "pictures": records,
     }
     return Evaluation(record, taken)
+
+
+def measure_edit(original: Path | None, edited: Path | None, mask: Path | None) -> dict[str, int] | None:
+    """`metrics.edit_preservation` of three files; None when none is given. Raises InputError when one is missing or their sizes
+    differ."""
+    paths = {"--original": original, "--edited": edited, "--edit-mask": mask}
+    if not any(paths.values()):
+        return None
+    if missing := [name for name, path in paths.items() if path is None]:
+        raise InputError(f"{', '.join(missing)} is missing; to measure an edit give --original, --edited and --edit-mask")
+    images = [load_image(path) for path in paths.values() if path]
+    if len({image.size for image in images}) > 1:
+        sizes = ", ".join(f"{name} {i.width}x{i.height}" for name, i in zip(paths, images, strict=True))
+        raise InputError(f"the edit's pictures have different sizes ({sizes}); give all three at one size")
+    return metrics.edit_preservation(*images)
 
 
 def drift(before: Sequence[tuple[int, Image.Image]], after: Sequence[tuple[int, Image.Image]], backend: Backend) -> Record:
