@@ -59,7 +59,7 @@ class ToyboxBackend:
                 "instances": [list(look) for look in self.looks],
                 "instances_from": "truth.json" if self.from_truth else "the judge's reading of the instance's picture",
                 "distance": "root mean square difference of the pixels, each in [0, 1]",
-                "prompt_fit": "share of what the prompt says that the judge sees: each asset's class, the background"}  # fmt: skip
+                "prompt_fit": "share of what the prompt says that the judge sees: each asset's class, and the place"}  # fmt: skip
 
     def among_sources(self) -> Array:
         return np.array([[agreement(a, b) for b in self.looks] for a in self.looks])
