@@ -79,7 +79,7 @@ def sizes_by_name(name: str, resolution: int | None = None) -> MaskSizes:
     latent = (resolution or native * factor) // factor
     if latent < 1:
         raise InputError(f"the resolution {resolution} is below one latent pixel ({factor}); give at least {16 * factor}")
-    wanted = {m for terms in (config.embedding.attention, config.lora.attention) for m in terms.map_sizes}
+    wanted = {m for terms in (config.embedding.attention, config.lora.attention) for m in terms.map_sizes if m <= native}
     maps = sorted({max(1, -(-latent * m // native)) for m in wanted}, reverse=True)
     return MaskSizes(latent * factor, latent, tuple(maps))
 
