@@ -97,8 +97,8 @@ def run_job(job: Job) -> list[str]:
     base = base_of(job.model, job.device)
     scene = bench_scene(job.cell)
     plan = training(job.training, job.cell.seed % 1000, job.share)
-    job.work.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="job-", dir=job.work))
+    (job.work / "jobs").mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=job.work / "jobs"))
     try:
         write_instance(scene, folder / "instance", 256)
         instance = load_instance(folder / "instance")
@@ -111,7 +111,8 @@ def run_job(job: Job) -> list[str]:
                 key = item_key(base.fingerprint, job.cell, method, job.samples, job.share)
                 write_item(item_path(job.work, job.cell, method), {**identity(job, method, plan), "key": key, **cost, **found})
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        for path in (folder, folder.with_name(f"{folder.name}-bundle")):
+            shutil.rmtree(path, ignore_errors=True)
     return [f"{job.cell.name} {method}" for method in job.methods]
 
 

@@ -156,11 +156,14 @@ _CHANGES: dict[str, Callable[[LearnConfig], tuple[str, LearnConfig]]] = {
 
 @contextmanager
 def trained(base: BaseModel, instance: Instance, plan: Training, work: Path, backend: Backend) -> Iterator[dict[str, Any]]:
-    """The base model with `instance` learned, for as long as the block lasts; yields what training cost."""
+    """The base model with `instance` learned, for as long as the block lasts; yields what training cost.
+
+    Writes into `work`, and prior latents beside it, where the scene's other methods find them.
+    """
     started = time.monotonic()
     if plan.kind == "product":
         judge = checkpoint_judge(backend, plan.config.keep.samples) if plan.config.keep.enabled else None
-        bundle = learn(instance, base, plan.config, work / "bundle", judge=judge)
+        bundle = learn(instance, base, plan.config, work.with_name(f"{work.name}-bundle"), judge=judge)
         facts = {"learn_seconds": round(time.monotonic() - started, 1), "peak_gib": bundle.facts["peak_gib"]}
         if "kept" in bundle.facts:
             facts["kept_step"] = bundle.facts["kept"]["step"]
@@ -175,7 +178,7 @@ def trained(base: BaseModel, instance: Instance, plan: Training, work: Path, bac
     rows = initial_rows(base.text_encoder.get_input_embeddings(), base.tokenizer, [None] * instance.count)
     config = plan.config
     with_prior = config.prior.enabled and config.lora.train_steps > 0
-    prior = make_prior(base, config.prior, base.resolution, config.seed, work / ".prior") if with_prior else None
+    prior = make_prior(base, config.prior, base.resolution, config.seed, work.parent / ".prior") if with_prior else None
     with use_assets(base.text_encoder, ids, rows) as embedding:
         accelerator = Accelerator(cpu=base.device.type == "cpu", mixed_precision="no")
         learner = Learner(base, data, config, embedding, accelerator, prior)
