@@ -36,7 +36,10 @@ def kept_instance(bundle: Path, tokens: tuple[str, ...]) -> Instance:
     """The instance a bundle was learned from. Raises InputError when the bundle is older and has none, or it does not fit."""
     folder = bundle / FOLDER
     if not os.path.isdir(folder):
-        raise InputError(f"{bundle} does not hold the picture it was learned from; give that folder with --instance")
+        raise InputError(
+            f"{bundle} does not hold the picture it was learned from, as bundles do now; learn it again, or give evaluate that "
+            "folder with --instance"
+        )
     instance = load_instance(folder)
     check_count(instance, tokens)
     return instance

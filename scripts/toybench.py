@@ -91,6 +91,17 @@ def base_of(model: str, device: str) -> BaseModel:
     return _BASES[model, device]
 
 
+_BEFORE: dict[tuple[str, str, int], list[tuple[int, Any]]] = {}
+
+
+def pictures_before(job: Job, base: BaseModel, prompts: Sequence[str]) -> list[tuple[int, Any]]:
+    """What the base model itself draws for the unrelated prompts: the same for every scene, so each process draws it once."""
+    key = (job.model, job.device, job.samples)
+    if key not in _BEFORE:
+        _BEFORE[key] = draw_prompts(base, prompts, (), synthesis_preset("toybox"), SEED, job.samples)
+    return _BEFORE[key]
+
+
 def run_job(job: Job) -> list[str]:
     """Learns once and measures each of the job's methods; every finished item is on disk at once. Returns their names."""
     torch.set_num_threads(1)
@@ -104,7 +115,7 @@ def run_job(job: Job) -> list[str]:
         instance = load_instance(folder / "instance")
         backend = ToyboxBackend(instance, scene.things)
         data = InstanceData(fit_instance(instance, base.resolution), base)
-        before = draw_prompts(base, backend.unrelated_prompts, (), synthesis_preset("toybox"), SEED, job.samples)
+        before = pictures_before(job, base, backend.unrelated_prompts)
         with trained(base, instance, plan, folder, backend) as cost:
             for method in job.methods:
                 found = measure(base, instance, backend, data, method, before, job.samples)

@@ -146,7 +146,7 @@ def test_photo_back_end_wiring(photo_models: dict[str, str], tmp_path: Path):
     rows = backend.similarity(Seen(cup, ()), [(x0 / 96, y0 / 64, x1 / 96, y1 / 64), None])
     assert rows[0, 1] == pytest.approx(1, abs=1e-5) and rows[0, 0] < rows[0, 1]  # the source crop itself
     assert rows[1].tolist() == [0, 0] and np.allclose(np.diag(backend.among_sources()), 1)
-    assert backend.distance(seen, seen) == pytest.approx(0, abs=1e-5) < backend.distance(seen, blank)
+    assert abs(backend.distance(seen, seen)) < 1e-5 < backend.distance(seen, blank)
     with_words = backend.prompt_fit(seen, "a photo of red mug", [])
     assert backend.prompt_fit(seen, "a photo of <asset0>", [0]) == pytest.approx(with_words)
     picture = Picture(Case(PROMPT, Layout(TOKENS[:2], (Box(0, 0, 0.5, 1), Box(0.5, 0, 1, 1)))), 0, instance.image, "cups.png")

@@ -49,7 +49,9 @@ def contact_sheet(result: Evaluation) -> Image.Image:
     step = max(1, -(-len(pairs) // MAX_CELLS))
     cells = []
     for picture, record in pairs[::step]:
-        large = enlarge(picture.image, 192) if picture.image.width < 192 else picture.image.resize((192, 192))
+        image = picture.image
+        height = max(1, round(192 * image.height / image.width))
+        large = enlarge(image, 192) if image.width < 192 else image.resize((192, height))
         large = draw_boxes(large, picture.case.layout) if picture.case.layout else large
         margins = [m for m in record["identity_margin"] if m is not None]
         shown = [f"seed {picture.seed}", *([f"margin {sum(margins) / len(margins):.2f}"] if margins else [])]
