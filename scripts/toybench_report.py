@@ -22,6 +22,7 @@ OURS = "mifo"
 #: name in the table -> (column title, values of one item, larger is better)
 MEASURES: dict[str, tuple[str, Callable[[Item], list[float]], bool]] = {
     "margin_in_boxes": ("identity margin in boxes", lambda i: i["in_boxes"].get("identity_margin", []), True),
+    "identity_in_boxes": ("looks right in boxes", lambda i: i["in_boxes"].get("identity", []), True),
     "confused_in_boxes": ("confused in boxes", lambda i: i["in_boxes"].get("confused", []), False),
     "right_in_boxes": ("right instance in boxes", lambda i: i["in_boxes"].get("right_instance", []), True),
     "margin_alone": ("identity margin alone", lambda i: i["alone"].get("identity_margin", []), True),
@@ -33,8 +34,9 @@ MEASURES: dict[str, tuple[str, Callable[[Item], list[float]], bool]] = {
     "drift": ("drift", lambda i: [i["drift"]] if "drift" in i else [], False),
     "attention_in_others": ("attention in others' masks", lambda i: [i["attention_in_others"]], False),
 }
-IN_TABLE = ("margin_in_boxes", "confused_in_boxes", "margin_alone", "confused_alone", "iou", "prompt_fit", "drift")
-BARS = ("margin_in_boxes", "confused_in_boxes", "margin_alone", "confused_alone")
+IN_TABLE = ("margin_in_boxes", "confused_in_boxes", "identity_in_boxes", "margin_alone", "confused_alone", "identity_alone", "iou",
+            "prompt_fit", "drift")  # fmt: skip
+BARS = ("margin_in_boxes", "confused_in_boxes", "identity_in_boxes", "margin_alone", "confused_alone")
 
 
 def load_items(folder: Path, methods: Sequence[str], levels: Sequence[str], counts: Sequence[int]) -> list[Item]:

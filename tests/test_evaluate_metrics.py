@@ -33,6 +33,7 @@ def test_instances_that_cannot_be_told_apart_give_no_margin():
     assert metrics.identity_margin(twins[0], 0, twins) is None
     assert metrics.identity_margin(np.array([0.9]), 0, np.eye(1)) is None
     assert metrics.raw_margin(np.array([0.9]), 0) is None
+    assert metrics.identity_margin(np.array([0.25, 0.0]), 0, np.array([[1, 0.75], [0.75, 1]])) == 1  # a poor copy, set apart
     assert metrics.raw_margin(np.array([0.9, 0.5, 0.1]), 0) == pytest.approx(0.6)
 
 

@@ -1,6 +1,8 @@
 """`synthesize --best-of N`: N seeds, ranked by layout and leakage, the best kept.
 
-score = mean IoU (where boxes were given) + mean identity margin + 0.5 if the count is right
+score = mean IoU (where boxes were given) + mean identity + 0.5 * mean identity margin + 0.5 if the count is right
+
+The margin alone would not do: a smear that has nothing but the instance's own pattern is set apart too.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from .backend import Backend
 from .cases import Case, Picture
 from .measure import Record, measure_pictures
 
+MARGIN_WEIGHT = 0.5
 COUNT_BONUS = 0.5
 
 
@@ -45,10 +48,11 @@ def draw_best(base: BaseModel, prompt: str, layout: Layout | None, tokens: Seque
 def score(record: Record) -> dict[str, Any]:
     """The parts of a picture's score and their sum."""
     ious = record.get("ious") or []
-    margins = [m for m in record["identity_margin"] if m is not None] or record["identity"]
+    margins = [m for m in record["identity_margin"] if m is not None]
+    identity = float(np.mean(record["identity"])) if record["identity"] else 0.0
     iou = float(np.mean(ious)) if ious else None
     margin = float(np.mean(margins)) if margins else 0.0
     count = bool(record.get("count_right", False))
-    total = (iou or 0.0) + margin + COUNT_BONUS * count
+    total = (iou or 0.0) + identity + MARGIN_WEIGHT * margin + COUNT_BONUS * count
     return {"seed": record["seed"], "score": round(total, 4), "iou": None if iou is None else round(iou, 4),
-            "identity_margin": round(margin, 4), "count_right": count, "confused": record.get("confused", [])}  # fmt: skip
+            "identity": round(identity, 4), "identity_margin": round(margin, 4), "count_right": count, "confused": record.get("confused", [])}  # fmt: skip

@@ -1,9 +1,10 @@
 """The judge behind `learn --keep best`: attention leakage and a few samples, instead of the loss.
 
-score = mean identity margin of the samples - mean share of attention inside the others' masks - 0.5 * share outside its own
+score = mean identity + 0.5 * mean identity margin of the samples
+        - mean share of attention inside the others' masks - 0.5 * mean share outside its own
 
-The margin (metrics.identity_margin) is what learning is for; leakage is measured in the learned picture and moves more smoothly
-than a few samples do.
+Identity and margin are what learning is for; leakage is measured in the learned picture and moves more smoothly than a few
+samples do.
 """
 
 from __future__ import annotations
@@ -39,10 +40,11 @@ def checkpoint_judge(backend: Backend, samples: int) -> Callable[[BaseModel, Ins
             images = sample_prompts(base, prompts, tokens, CHECK_SEED + 100 * k, SAMPLE_STEPS)
             pictures += [Picture(Case(p, None), k, image, f"{k}") for p, image in zip(prompts, images, strict=True)]
         records: list[dict[str, Any]] = measure_pictures(pictures, backend, tokens)
-        margins = [m for r in records for m in (r["identity_margin"] if len(tokens) > 1 else r["identity"]) if m is not None]
+        margins = [m for r in records for m in r["identity_margin"] if m is not None]
         margin = float(np.mean(margins)) if margins else 0.0
+        identity = float(np.mean([v for r in records for v in r["identity"]]))
         leak, out = float(np.mean(in_others)), float(np.mean(outside))
-        return {"score": margin - leak - 0.5 * out, "identity_margin": margin, "attention_in_others": leak,
-                "attention_outside": out}  # fmt: skip
+        return {"score": identity + 0.5 * margin - leak - 0.5 * out, "identity": identity, "identity_margin": margin,
+                "attention_in_others": leak, "attention_outside": out}  # fmt: skip
 
     return judge

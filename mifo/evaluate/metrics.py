@@ -26,7 +26,8 @@ DEFINITIONS = {
     "identity": "similarity of the crop that stands for an asset to its own source crop; 0 where nothing stands for it",
     "raw_margin": "similarity to the own source crop minus the mean similarity to the other instances' crops",
     "identity_margin": "mean over the other instances j of (L[i,i] - L[i,j]) / (1 - G[i,j]), G the source crops' similarity "
-                       "among themselves: 1 a perfect copy, 0 as like the others as itself, -1 swapped",
+                       "among themselves: 1 set apart as far as the source crops are, 0 as like the others as itself, -1 "
+                       "swapped; how good the copy is, identity says",
     "right_instance": "the crop is more like its own instance than like any other (a tie of k counts 1/k); 0 where there is none",
     "confused": "the crop is more like another instance than like its own",
     "detect_and_compare": "1 - ||S - G||_2 over the asked instances, not below 0; 0 if the count is wrong (MuDI, "
@@ -49,8 +50,9 @@ def identity_margin(row: Array, own: int, among: Array) -> float | None:
     """Corrected margin of one crop: mean over j != own of (L[own] - L[j]) / (1 - G[own, j]).
 
     `row` (N,) similarities of the crop to every instance, `among` (N, N) = G. A perfect copy of instance `own` scores 1
-    however alike the instances are, a blend of all 0, a perfect copy of the other -1. None when no other instance can be
-    told apart by this similarity (1 - G below MIN_GAP), or there is none.
+    however alike the instances are, a blend of all 0, a perfect copy of the other -1. It tells instances apart and nothing else: a
+    poor copy may score 1 too, if all that it has is what sets the instance apart, so read it beside the identity. None when no
+    other instance can be told apart by this similarity (1 - G below MIN_GAP), or there is none.
     """
     gaps = 1 - among[own]
     others = [j for j in range(len(row)) if j != own and gaps[j] > MIN_GAP]

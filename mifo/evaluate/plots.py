@@ -5,6 +5,7 @@ Knows numbers and labels. Knows nothing of what they mean.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from ..pictures import ASSET_COLORS, PAPER, TEXT
 GRID_LINE = (222, 222, 226)
 BAR_HEIGHT = 18
 ROW_GAP = 8
+TICK = 0.25
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ def bar_chart(title: str, bars: Sequence[Bar], span: tuple[float, float] = (0.0,
         cut = min(max(value, span[0]), span[1])
         return left + (right - left) * (cut - span[0]) / (span[1] - span[0])
 
-    for k in range(5):
-        tick = span[0] + (span[1] - span[0]) * k / 4
+    for k in range(math.ceil(span[0] / TICK), math.floor(span[1] / TICK) + 1):
+        tick = k * TICK
         draw.line([at(tick), 32, at(tick), chart.height - 22], GRID_LINE)
         draw.text((at(tick), chart.height - 20), f"{tick:g}", TEXT, font, anchor="ma")
     for k, bar in enumerate(bars):
