@@ -34,8 +34,8 @@ MEASURES: dict[str, tuple[str, Callable[[Item], list[float]], bool]] = {
     "drift": ("drift", lambda i: [i["drift"]] if "drift" in i else [], False),
     "attention_in_others": ("attention in others' masks", lambda i: [i["attention_in_others"]], False),
 }
-IN_TABLE = ("margin_in_boxes", "confused_in_boxes", "identity_in_boxes", "margin_alone", "confused_alone", "identity_alone", "iou",
-            "prompt_fit", "drift")  # fmt: skip
+IN_TABLE = ("margin_in_boxes", "confused_in_boxes", "identity_in_boxes", "margin_alone", "confused_alone", "identity_alone",
+            "iou", "prompt_fit", "drift")  # fmt: skip
 BARS = ("margin_in_boxes", "confused_in_boxes", "identity_in_boxes", "margin_alone", "confused_alone")
 
 

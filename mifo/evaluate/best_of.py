@@ -55,4 +55,5 @@ def score(record: Record) -> dict[str, Any]:
     count = bool(record.get("count_right", False))
     total = (iou or 0.0) + identity + MARGIN_WEIGHT * margin + COUNT_BONUS * count
     return {"seed": record["seed"], "score": round(total, 4), "iou": None if iou is None else round(iou, 4),
-            "identity": round(identity, 4), "identity_margin": round(margin, 4), "count_right": count, "confused": record.get("confused", [])}  # fmt: skip
+            "identity": round(identity, 4), "identity_margin": round(margin, 4),
+            "count_right": count, "confused": record.get("confused", [])}  # fmt: skip

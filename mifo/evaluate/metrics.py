@@ -50,7 +50,7 @@ def identity_margin(row: Array, own: int, among: Array) -> float | None:
     """Corrected margin of one crop: mean over j != own of (L[own] - L[j]) / (1 - G[own, j]).
 
     `row` (N,) similarities of the crop to every instance, `among` (N, N) = G. A perfect copy of instance `own` scores 1
-    however alike the instances are, a blend of all 0, a perfect copy of the other -1. It tells instances apart and nothing else: a
+    however alike the instances are, a blend of all 0, a perfect copy of the other -1. It tells instances apart, nothing else: a
     poor copy may score 1 too, if all that it has is what sets the instance apart, so read it beside the identity. None when no
     other instance can be told apart by this similarity (1 - G below MIN_GAP), or there is none.
     """
