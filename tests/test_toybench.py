@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from toybench_methods import METHODS, PairData, choose_methods, pair_picture, tr
 from toybench_scenes import COUNTS, LARGE_COUNTS, LEVELS, Cell, bench_scene
 
 from mifo.boxes import Box
-from mifo.config import learn_preset
+from mifo.config import learn_preset, synthesis_preset
 from mifo.embedding import initial_rows, use_assets
 from mifo.evaluate.toybox_backend import agreement, thing_looks
 from mifo.instance import fit_instance, load_instance
@@ -101,6 +102,9 @@ def test_full_fine_tuning_trains_the_model_and_gives_it_back():
 
 
 def test_a_run_goes_on_where_it_was_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    preset = synthesis_preset("toybox")
+    short = replace(preset, steps=2, guidance=replace(preset.guidance, max_iterations=1))
+    monkeypatch.setattr("toybench.synthesis_preset", lambda family: short)
     model, work = str(tiny_base_folder()), tmp_path / "work"
     methods = ["textual-inversion-masked", "textual-inversion-pairs"]
     cells = [Cell("colors", 2, k, "dev") for k in range(2)]
