@@ -1,6 +1,6 @@
 """The learned bundle on disk: whole or absent, no pickle, readable by peft and (exported) by diffusers.
 
-    Model_ours/<name>/  bundle.json, assets.safetensors, unet_lora/, text_lora/, preview.png, attention.png, crops/
+    Model_ours/<name>/  bundle.json, assets.safetensors, unet_lora/, text_lora/, preview.png, attention.png, instance/
 
 Knows files and adapters. Knows nothing of how they were learned or what they will draw.
 """

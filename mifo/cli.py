@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from .base_model import BaseModel
     from .bundle import Bundle
     from .config import LearnConfig, MemoryConfig, SynthesisConfig
+    from .evaluate.backend import Backend as MeasuredBy
+    from .instance import Instance
     from .planner import Plan
 
 app = typer.Typer(
@@ -67,6 +69,17 @@ class PlannedJob(str, Enum):
     edit = "edit"
 
 
+class Keep(str, Enum):
+    last = "last"
+    best = "best"
+
+
+class Judge(str, Enum):
+    auto = "auto"
+    toybox = "toybox"
+    photo = "photo"
+
+
 def _finite(value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number.")
@@ -83,6 +96,10 @@ Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="The same seed giv
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; empty picks what is there.")]
 VramGib = Annotated[float | None, _number(0.5, 1024, "GPU memory to stay within; see 'plan'.")]
 AttentionBackend = Annotated[Attention, typer.Option(help="auto: xformers where it works, else PyTorch's own.")]
+Backend = Annotated[Judge, typer.Option(help="What measures pictures; auto: toybox for the toybox, photo for all else.")]
+Dino = Annotated[str | None, typer.Option(help="DINOv2 model of the photo back end: hub id or folder.")]
+Clip = Annotated[str | None, typer.Option(help="CLIP model of the photo back end.")]
+Detector = Annotated[str | None, typer.Option(help="OWL-ViT or OWLv2 detector of the photo back end.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -110,6 +127,11 @@ def learn(
     gradient_checkpointing: bool = False,
     resume: Annotated[bool | None, typer.Option(help="Go on from the last checkpoint of an interrupted run.")] = None,
     checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints, at most 2 minutes; 0: none.")] = 50,
+    keep: Annotated[Keep, typer.Option(help="best: the checkpoint with the least leakage and the best samples.")] = Keep.last,
+    backend: Backend = Judge.auto,
+    dino: Dino = None,
+    clip: Clip = None,
+    detector: Detector = None,
     mixed_precision: Precision = Precision.auto,
     vram_gib: VramGib = None,
     attention_backend: AttentionBackend = Attention.auto,
@@ -138,24 +160,28 @@ def learn(
         from .checkpoints import Checkpointing
         from .config import MemoryConfig, learn_preset
         from .learn import learn as run_learn
+        from .mask_check import check_masks, sizes_of
 
         checkpointing = Checkpointing(checkpoint_every, resume=resume)
 
         chosen = _device(device)
         dtype = _dtype(mixed_precision, chosen)
-        backend = _attention(attention_backend, chosen, dtype)
+        attention = _attention(attention_backend, chosen, dtype)
         results = []
         for each, target, initial in zip(instances, targets, words, strict=True):
-            for warning in each.warnings:
-                say(f"note: {warning}")
             config = _learn_overrides(learn_preset(_family(model_path), recipe.value), given, _accelerate_name(dtype))
-            plan = _plan("learn", model_path, chosen, dtype, resolution, vram_gib, backend.name, config, assets=each.count)
+            plan = _plan("learn", model_path, chosen, dtype, resolution, vram_gib, attention.name, config, assets=each.count)
             base = load_base_model(model_path, chosen, dtype, plan.settings.memory if plan else MemoryConfig())
             config = plan.settings.learn if plan else config
+            if config.resolution is not None:
+                base.check_side("the resolution", config.resolution)
+            for warning in check_masks(each, sizes_of(base, config)).warnings:
+                say(f"note: {warning}")
+            judge = _checkpoint_judge(config, each, base, given)
             job.hint = lambda target=target: _resume_hint(target)
             _say_what_is_resumed(target, resume)
-            with use_backend(base.unet, backend), Bar() as bar, job.keeping(target if os.path.lexists(target) else None):
-                bundle = run_learn(each, base, config, target, bar.learning, initial, checkpointing)
+            with use_backend(base.unet, attention), Bar() as bar, job.keeping(target if os.path.lexists(target) else None):
+                bundle = run_learn(each, base, config, target, bar.learning, initial, checkpointing, judge)
             job.kept.append(target)
             results.append(_learn_summary(bundle))
             job.text(_learned_text(results[-1]))
@@ -181,6 +207,11 @@ def synthesize(
     guidance: Annotated[bool, typer.Option(help="Move the latents until the assets lie in their boxes.")] = True,
     refine: Annotated[bool, typer.Option(help="Tighten the boxes to the things' own shapes.")] = True,
     bounded: Annotated[bool, typer.Option(help="Mask attention to the boxes.")] = True,
+    best_of: Annotated[int | None, typer.Option(min=2, max=1000, help="Draw so many seeds, keep the best.")] = None,
+    backend: Backend = Judge.auto,
+    dino: Dino = None,
+    clip: Clip = None,
+    detector: Detector = None,
     subject_token_indices: Annotated[str | None, typer.Option(help="Accepted for compatibility; never needed.")] = None,
     mixed_precision: Precision = Precision.auto,
     vram_gib: VramGib = None,
@@ -197,6 +228,8 @@ def synthesize(
 
         check_characters(negative_prompt, "The negative prompt")
         check_writable(output_path)
+        if best_of and batch_size > 1:
+            raise InputError(f"--best-of {best_of} keeps one picture, but --batch-size is {batch_size}; leave one of them out")
         if subject_token_indices:
             say("note: --subject-token-indices is not needed; the assets' positions are found in the prompt")
 
@@ -211,20 +244,113 @@ def synthesize(
         layout = parse_layout(boxes, assets_in(prompt)) if boxes is not None else None
         chosen = _device(device)
         dtype, wanted = _dtype(mixed_precision, chosen), model_path or _own_base(bundle)
-        backend = _attention(attention_backend, chosen, dtype)
+        attention = _attention(attention_backend, chosen, dtype)
         config = _synthesis_overrides(synthesis_preset(_family(wanted)), given)
-        plan = _plan("synthesize", wanted, chosen, dtype, max(width or 0, height or 0) or None, vram_gib, backend.name,
+        plan = _plan("synthesize", wanted, chosen, dtype, max(width or 0, height or 0) or None, vram_gib, attention.name,
                      bundle.config, config, len(bundle.tokens), batch_size)  # fmt: skip
         base = _load_base_of(bundle, model_path, chosen, dtype, plan.settings.memory if plan else None)
-        with use_backend(base.unet, backend), attach(base, bundle, config.lora_scale), Bar() as bar:
-            result = run_synthesize(base, prompt, layout, bundle.tokens, config, seed, batch_size, bar.denoising)
-        paths = save_synthesis(result, output_path, {"bundle": bundle.name, "base_model": base.name})
+        measured_by = _backend_of(bundle, base, None, given) if best_of else None
+        facts: dict[str, Any] = {"bundle": bundle.name, "base_model": base.name}
+        with use_backend(base.unet, attention), attach(base, bundle, config.lora_scale), Bar() as bar:
+            if best_of and measured_by:
+                from .evaluate.best_of import draw_best
+
+                result, facts["best_of"] = draw_best(base, prompt, layout, bundle.tokens, config, seed, best_of, measured_by,
+                                                     bar.drawing)  # fmt: skip
+            else:
+                result = run_synthesize(base, prompt, layout, bundle.tokens, config, seed, batch_size, bar.denoising)
+        paths = save_synthesis(result, output_path, facts)
         contact = output_path / "contact.png"
         seconds, peak = round(result.seconds, 2), round(result.peak_gib, 3)
         pictures = f"{len(paths)} picture{'s' if len(paths) > 1 else ''}"
+        if best_of:
+            best = facts["best_of"][0]
+            worst = facts["best_of"][-1]["score"]
+            job.text(f"the best of {best_of} is seed {best['seed']}, score {best['score']} (the worst has {worst})")
         job.text(f"{pictures} in {output_path} ({seconds} s, peak {peak} GiB)\ncontact sheet: {contact}")
         job.json({"images": [str(p) for p in paths], "contact_sheet": str(contact), "json": str(output_path / "synthesis.json"),
-                  "seconds": seconds, "peak_gib": peak})  # fmt: skip
+                  "seconds": seconds, "peak_gib": peak,
+                  **({"best_of": facts["best_of"]} if best_of else {})})  # fmt: skip
+
+
+@app.command()
+def evaluate(
+    model_id: Annotated[str, typer.Argument(help="A bundle's name under --output-dir, or its folder.")],
+    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line; without it, each asset and all.")] = None,
+    boxes: Annotated[str | None, typer.Option(help="JSON file or text, as for synthesize; for all prompts.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Measure this folder's pictures instead of drawing.")] = None,
+    samples: Annotated[int, typer.Option(min=1, max=1000, help="Pictures of each prompt.")] = 4,
+    instance: Annotated[Path | None, typer.Option(help="What the bundle was learned from; its own copy by default.")] = None,
+    original: Annotated[Path | None, typer.Option(help="With --edited and --edit-mask: is all outside the mask kept?")] = None,
+    edited: Annotated[Path | None, typer.Option(help="The picture after the edit.")] = None,
+    edit_mask: Annotated[Path | None, typer.Option(help="White where the edit was allowed.")] = None,
+    backend: Backend = Judge.auto,
+    dino: Dino = None,
+    clip: Clip = None,
+    detector: Detector = None,
+    model_path: Annotated[str | None, typer.Option(help="The base model; the bundle's own by default.")] = None,
+    output_dir: OutputDir = Path("Model_ours"),
+    output_path: Annotated[Path, typer.Option(help="Folder to write.")] = Path("output/evaluation"),
+    steps: Annotated[int | None, typer.Option(min=1, max=1000)] = None,
+    mixed_precision: Precision = Precision.auto,
+    seed: Seed = 0,
+    device: Device = "",
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Measure a bundle: identity, leakage, layout, prompt fit and drift, with intervals. The same seed, the same JSON."""
+    given = dict(locals())
+    with running(as_json) as job:
+        from .bundle import find_bundle, load_bundle
+        from .evaluate.cases import mask_aspects, read_cases, read_pictures
+        from .evaluate.report import is_evaluation, save_evaluation, table
+        from .evaluate.run import evaluate as run_evaluate
+        from .evaluate.run import measure_edit
+
+        check_writable(output_path.parent)
+        check_replaceable(output_path, is_evaluation)
+        edit = measure_edit(original, edited, edit_mask)
+        bundle = load_bundle(find_bundle(model_id, output_dir))
+        source = _instance_of(bundle, instance)
+        cases = read_cases(prompts, boxes, bundle.tokens, mask_aspects(source))
+        pictures = read_pictures(images, prompts, boxes, bundle.tokens) if images else None
+        chosen = _device(device)
+        base = _load_base_of(bundle, model_path, chosen, _dtype(mixed_precision, chosen))
+        from .config import synthesis_preset
+
+        config = _override(synthesis_preset(base.family), steps=steps)
+        measured_by = _backend_of(bundle, base, instance, given)
+        with Bar() as bar:
+            result = run_evaluate(base, bundle, source, measured_by, config, cases, pictures, seed, samples, bar.drawing)
+        if edit:
+            result.record["edit_preservation"] = edit
+        paths = save_evaluation(result, output_path, keep_pictures=pictures is None)
+        job.text("\n".join([table(result.record), *(f"{kind.replace('_', ' ')}: {path}" for kind, path in paths.items())]))
+        job.json({**paths, **{k: v for k, v in result.record.items() if k not in ("pictures", "definitions", "synthesis")}})
+
+
+@app.command()
+def check(
+    instance: Annotated[str, typer.Argument(help="Folder name under --folder-path, or a folder.")],
+    folder_path: Annotated[Path, typer.Option(help="Holds the instance folders.")] = Path("example"),
+    model_path: ModelPath = "toybox",
+    resolution: Annotated[int | None, typer.Option(min=32, help="Pixels; the model's own by default.")] = None,
+    output_path: Annotated[Path, typer.Option(help="PNG to write: what the model will really see.")] = Path("output/check.png"),
+    as_json: AsJson = False,
+) -> None:
+    """Look for what is wrong with an instance's masks before learning it; no model is loaded."""
+    with running(as_json) as job:
+        from .files import replace_files
+        from .instance import load_instance
+        from .mask_check import check_lines, check_masks, check_sheet, sizes_by_name
+
+        if not output_path.name:
+            raise InputError(f"--output-path is '{output_path}', expected a file's name, such as output/check.png")
+        (folder,) = _instance_folders(instance, folder_path)
+        report = check_masks(load_instance(folder), sizes_by_name(model_path, resolution))
+        with replace_files(output_path.parent) as temporary:
+            check_sheet(report).save(temporary / output_path.name, "PNG")
+        job.text(f"{check_lines(report, report.warnings)}\nlook at {output_path}")
+        job.json({**report.facts, "sheet": str(output_path)})
 
 
 @app.command()
@@ -410,6 +536,35 @@ def _load_base_of(bundle: Bundle, model_path: str | None, device: str, dtype: to
         text = str(error)
         own = f"the bundle '{bundle.name}' needs its own base model: "
         raise InputError(text if text.startswith(own) else own + text) from None
+def _instance_of(bundle: Bundle, folder: Path | None) -> Instance:
+    """What the bundle was learned from: the folder given, or the copy that the bundle keeps."""
+    from .instance import load_instance
+    from .references import check_count, kept_instance
+
+    if folder is None:
+        return kept_instance(bundle.folder, bundle.tokens)
+    instance = load_instance(folder)
+    check_count(instance, bundle.tokens)
+    return instance
+
+
+def _backend_of(bundle: Bundle, base: BaseModel, folder: Path | None, given: dict[str, Any]) -> MeasuredBy:
+    """The back end that --backend, --dino, --clip and --detector ask for."""
+    from .evaluate.choose import make_backend
+
+    models = [given[name] for name in ("dino", "clip", "detector")]
+    return make_backend(given["backend"].value, base.family, _instance_of(bundle, folder), str(base.device), *models)
+
+
+def _checkpoint_judge(config: LearnConfig, instance: Instance, base: BaseModel, given: dict[str, Any]) -> Any:
+    if not config.keep.enabled:
+        return None
+    from .evaluate.checkpoints import checkpoint_judge
+    from .evaluate.choose import make_backend
+
+    models = [given[name] for name in ("dino", "clip", "detector")]
+    return checkpoint_judge(make_backend(given["backend"].value, base.family, instance, str(base.device), *models),
+                            config.keep.samples)  # fmt: skip
 
 
 def _instance_folders(instance: str | None, folder_path: Path) -> list[Path]:
@@ -479,6 +634,7 @@ def _learn_overrides(config: LearnConfig, given: dict[str, Any], precision: str)
         lora = replace(lora, attention=replace(lora.attention, penalty_weight=weight))
     prior = _override(config.prior, class_prompt=given["class_prompt"], num_class_images=given["num_class_images"])
     prior = replace(prior, enabled=given["prior_preservation"])
+    config = replace(config, keep=replace(config.keep, enabled=given["keep"] is Keep.best))
     return replace(config, embedding=embedding, lora=lora, prior=prior, resolution=given["resolution"], seed=given["seed"],
                    gradient_checkpointing=given["gradient_checkpointing"], mixed_precision=precision)  # fmt: skip
 

@@ -99,6 +99,18 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True)
+class KeepConfig:
+    """Keeping the best checkpoint of the last phase by attention leakage and a few samples, instead of its last step."""
+
+    enabled: bool = False
+    every_steps: int = 50
+    patience: int = 3
+    """Checks without improvement after which the phase stops."""
+    samples: int = 2
+    """Pictures of each asset alone, at every check."""
+
+
+@dataclass(frozen=True)
 class LearnConfig:
     """All that decides what `learn` does. Saved whole in the bundle."""
 
@@ -106,6 +118,7 @@ class LearnConfig:
     embedding: EmbeddingPhase = field(default_factory=EmbeddingPhase)
     lora: LoraPhase = field(default_factory=LoraPhase)
     prior: PriorConfig = field(default_factory=PriorConfig)
+    keep: KeepConfig = field(default_factory=KeepConfig)
     union_sampling: bool = True
     """Draw a random subset of the assets each step; otherwise all of them, always."""
     flip_probability: float = 0.5

@@ -127,6 +127,9 @@ class Bar:
     def denoising(self, done: int, total: int) -> None:
         self._show("denoising", done, total, {})
 
+    def drawing(self, done: int, total: int) -> None:
+        self._show("pictures", done, total, {})
+
 
 def shown(message: str) -> str:
     """One printable line of at most MAX_MESSAGE characters: names from files may hold escapes for terminals, or be huge."""

@@ -241,12 +241,18 @@ def _attached(attach: Any, base: BaseModel, bundle: Bundle | None, config: EditC
 
 
 def _crops(bundle: Bundle | None) -> dict[str, Any]:
-    from .asset_crops import read_crop
+    """The assets' own pictures; none for a bundle that does not hold its photo: the ranking then does without."""
+    from .asset_crops import cut_out
+    from .references import kept_instance
 
     if bundle is None:
         return {}
-    crops = {token: read_crop(bundle.folder, token) for token in bundle.tokens}
-    return {token: crop for token, crop in crops.items() if crop is not None}
+    try:
+        instance = kept_instance(bundle.folder, bundle.tokens)
+    except InputError:
+        return {}
+    side = max(instance.image.size)
+    return {t: cut_out(instance.image, mask, side) for t, mask in zip(instance.tokens, instance.masks, strict=True)}
 
 
 def _edit_overrides(config: EditConfig, given: dict[str, Any]) -> EditConfig:

@@ -20,7 +20,6 @@ from accelerate import Accelerator
 from diffusers.optimization import get_constant_schedule_with_warmup, get_cosine_with_hard_restarts_schedule_with_warmup
 from peft import PeftModel
 
-from .asset_crops import write_crops
 from .attention.record import AttentionRecorder, record_attention, token_maps
 from .attention.sites import Site, choose_sites
 from .base_model import BaseModel
@@ -32,6 +31,7 @@ from .embedding import AssetEmbedding, initial_rows, use_assets
 from .errors import InputError
 from .instance import Instance, fit_instance
 from .interrupts import stop_between_steps
+from .keep_best import KeepBest
 from .learn_report import attention_shares, environment, snapshot_maps, write_attention_sheet, write_preview
 from .learn_state import capture, identity_of, place, restore
 from .losses import masked_diffusion_loss, match_loss, penalty_loss, reward_loss, separation_loss
@@ -39,6 +39,7 @@ from .memory import peak_gib
 from .prior import PriorData, make_prior
 from .prompts import add_asset_tokens, join_assets, tokenize_prompt
 from .quantize import why_no_8bit_adam
+from .references import keep_instance
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Progress:
 
 
 Report = Callable[[Progress], None]
+#: (base with assets and adapters as they stand, data, tokens, supervised sites) -> {"score": larger is better, ...}
+CheckpointJudge = Callable[[BaseModel, InstanceData, Sequence[str], AttentionTerms], dict[str, float]]
 
 
 @dataclass
@@ -72,24 +75,25 @@ class StepLosses:
 
 
 def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path, report: Report = lambda _: None,
-          initializer_words: Sequence[str | None] | None = None,
-          checkpointing: Checkpointing | None = None) -> Bundle:  # fmt: skip
+          initializer_words: Sequence[str | None] | None = None, checkpointing: Checkpointing | None = None,
+          judge: CheckpointJudge | None = None) -> Bundle:  # fmt: skip
     """Learns `instance` on `base` and writes the bundle to `folder`. The base model is handed back as it was.
 
     State is kept beside `folder` as `checkpointing` says, until the bundle is written. Ctrl-C and SIGTERM take effect after
-    the step that runs, and the state is kept then too.
+    the step that runs, and the state is kept then too. `judge` scores checkpoints where `config.keep` is enabled.
     Raises InputError for input that cannot be learned from (too many assets for a prompt, masks that vanish), when another
     process learns to `folder`, and when a checkpoint that should be resumed is another run's.
     """
     identity = identity_of(instance, base, config, initializer_words)
     with open_checkpoints(folder, identity, checkpointing or Checkpointing()) as checkpoints:
-        bundle = _learn(instance, base, config, folder, report, initializer_words, checkpoints)
+        bundle = _learn(instance, base, config, folder, report, initializer_words, checkpoints, judge)
         checkpoints.clear()
     return bundle
 
 
 def _learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path, report: Report,
-           initializer_words: Sequence[str | None] | None, checkpoints: Checkpoints) -> Bundle:  # fmt: skip
+           initializer_words: Sequence[str | None] | None, checkpoints: Checkpoints,
+           judge: CheckpointJudge | None) -> Bundle:  # fmt: skip
     started = time.monotonic()
     resumed = checkpoints.load()
     accelerator = Accelerator(cpu=base.device.type == "cpu", mixed_precision=config.mixed_precision)
@@ -104,7 +108,7 @@ def _learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Pat
     words = initializer_words or [None] * instance.count
     rows = initial_rows(base.text_encoder.get_input_embeddings(), base.tokenizer, words)
     with use_assets(base.text_encoder, ids, rows) as embedding, checkpointed(base, config.gradient_checkpointing):
-        learner = Learner(base, data, config, embedding, accelerator, prior, checkpoints, started, resumed)
+        learner = Learner(base, data, config, embedding, accelerator, prior, checkpoints, started, resumed, judge)
         learner.train_rows(report)
         with lend_adapters(base, config.lora, config.seed) as adapters:
             learner.train_adapters(adapters, report)
@@ -116,13 +120,14 @@ def _learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Pat
                 "losses": learner.curve,
                 "skipped_steps": learner.skipped_steps,
                 "memory": to_dict(base.memory),
+                **({"kept": learner.kept} if learner.kept else {}),
                 **environment(),
             }
 
             def write_pictures(target: Path) -> None:
                 write_preview(target / "preview.png", instance, base, tokens, config.seed)
                 write_attention_sheet(target / "attention.png", learner.snapshots, instance, tokens)
-                write_crops(target, instance, config.resolution or base.resolution)
+                keep_instance(target, instance, config.resolution or base.resolution)
 
             return save_bundle(folder, base, tokens, instance.words, embedding.rows, adapters, config, facts, write_pictures)
 
@@ -175,7 +180,7 @@ class Learner:
 
     def __init__(self, base: BaseModel, data: InstanceData, config: LearnConfig, embedding: AssetEmbedding,
                  accelerator: Accelerator, prior: PriorData | None, checkpoints: Checkpoints, started: float,
-                 resumed: dict[str, Any] | None):  # fmt: skip
+                 resumed: dict[str, Any] | None, judge: CheckpointJudge | None = None):  # fmt: skip
         self.checkpoints, self.started, self.resumed = checkpoints, started, resumed
         self.skipped_steps = 0
         self.base, self.data, self.config = base, data, config
@@ -184,6 +189,9 @@ class Learner:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.curve: list[dict[str, float]] = []
         self.snapshots: list[tuple[str, torch.Tensor]] = []
+        self.judge = judge
+        self.keeper: KeepBest | None = None
+        self.kept: dict[str, Any] | None = None
 
     def seconds(self) -> float:
         """Since the run began, without the time between an interruption and the resumption."""
@@ -218,8 +226,11 @@ class Learner:
         optimizer = self.accelerator.prepare(optimizer)
         scheduler = make_lr_schedule(optimizer, phase)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.keeper = self._make_keeper(name, phase.attention, parameters)
         first = self._resume(name, parameters, optimizer, scheduler)
         with stop_between_steps() as stop, record_attention(self.base.unet, sites) as recorder:
+            if self.keeper and first == 0:
+                self.keeper.after(0, False)
             for step in range(first, phase.train_steps):
                 if step % max(1, phase.train_steps // 3) == 0:
                     self._keep_snapshot(f"{name} {step}", phase.attention)
@@ -237,14 +248,25 @@ class Learner:
                 if step % 10 == 0:
                     self.curve.append({"phase": name, "step": step, **{k: round(v, 6) for k, v in parts.items()}})  # type: ignore[dict-item]
                 report(Progress(name, step + 1, phase.train_steps, parts))
+                finished = self.keeper is not None and self.keeper.after(step + 1, step + 1 == phase.train_steps)
                 if self.checkpoints.due(step + 1, stop.asked is not None or step + 1 == phase.train_steps):
                     size = max(float(p.detach().abs().max()) for p in parameters)
                     self._refuse_nonfinite({"weight": size}, name, step)
                     state = capture(self, name, step + 1, parameters, optimizer, scheduler)
                     self.checkpoints.save(state, place(name, step + 1, phase.train_steps))
-                if stop.asked is not None:
-                    break  # the signal takes effect as the block ends
+                if stop.asked is not None or finished:
+                    break  # a signal takes effect as the block ends
+        if self.keeper:
+            self.kept = {"phase": name, **self.keeper.restore()}
         self._keep_snapshot(f"{name} {phase.train_steps}", phase.attention)
+
+    def _make_keeper(self, name: str, terms: AttentionTerms, parameters: Sequence[torch.Tensor]) -> KeepBest | None:
+        """In the last phase alone; its first candidate is what the phase before left."""
+        keep, judge = self.config.keep, self.judge
+        if not keep.enabled or judge is None or (name == "embedding" and self.config.lora.train_steps):
+            return None
+        tokens = self.data.tokens
+        return KeepBest(parameters, lambda: judge(self.base, self.data, tokens, terms), keep.every_steps, keep.patience)
 
     def _resume(self, name: str, parameters: list[torch.Tensor], optimizer: Any, scheduler: Any) -> int:
         """The number of this phase's steps that are done already."""

@@ -55,6 +55,7 @@ def capture(learner: Learner, phase: str, step: int, parameters: Sequence[torch.
         "curve": learner.curve,
         "snapshots": learner.snapshots,
         "skipped_steps": learner.skipped_steps,
+        "keeper": learner.keeper.state() if learner.keeper else None,
     }
 
 
@@ -69,6 +70,8 @@ def restore(learner: Learner, state: dict[str, Any], parameters: Sequence[torch.
         learner.accelerator.scaler.load_state_dict(state["scaler"])
     learner.curve, learner.snapshots = state["curve"], state["snapshots"]
     learner.skipped_steps = state["skipped_steps"]
+    if state["keeper"] is not None and learner.keeper is not None:
+        learner.keeper.load_state(state["keeper"])
     learner.started = time.monotonic() - state["seconds"]
     _set_random_states(learner, state["random"])
     return state["step"]

@@ -84,7 +84,20 @@ def base_model_table() -> str:
     return "\n".join([*lines, "", source("base_model", result)])
 
 
-TABLES = {"main_job": main_job_table, "base_model": base_model_table}
+def toybench_table(name: str) -> str:
+    result = load(name)
+    if result is None:
+        return "Not measured yet."
+    from toybench_report import table
+
+    held = " that were never used for choosing anything" if result["split"] == "holdout" else ""
+    scenes = f"{result['scenes']} scenes{held}, the same scenes and seeds for every method; 95 % bootstrap intervals over scenes."
+    figure = f"![{name}: a bar with its interval for every method and level](scripts/results/{name}.png)"
+    return "\n".join([scenes, "", table(result["methods"]), "", figure, "", source(name, result)])
+
+
+TABLES = {"main_job": main_job_table, "base_model": base_model_table, "toybench": lambda: toybench_table("toybench"),
+          "toybench_holdout": lambda: toybench_table("toybench_holdout")}  # fmt: skip
 
 
 def filled(text: str) -> str:

@@ -15,13 +15,14 @@ ROWS = (
     ("errors",),
     ("config", "boxes", "prompts", "files", "memory", "console", "interrupts", "options"),  # plain data and the machine
     ("memory_trace", "known_models", "quantize", "half_precision"),
-    ("instance", "pictures", "picture_file", "edit_frame", "asset_crops", "blending", "ranking"),  # pixels
-    ("embedding", "losses", "attention", "guidance", "denoise"),  # tensors, a bare UNet
+    ("instance", "references", "pictures", "picture_file", "edit_frame", "asset_crops", "blending", "ranking"),  # pixels
+    ("keep_best", "embedding", "losses", "attention", "guidance", "denoise"),  # tensors, a bare UNet
     ("base_model",),
-    ("bundle", "dataset", "prior", "checkpoints", "batch"),  # what a base model is dressed and fed with
+    ("bundle", "dataset", "prior", "mask_check", "checkpoints", "batch"),  # what a base model is dressed and fed with
     ("learn_report", "learn_state", "learn", "synthesize", "edit", "edit_files", "scenes"),
     ("plan_trace", "planner", "plan_report"),  # counts what the jobs above will need
     ("toybox",),  # nothing that works on any base model may know the toybox's world
+    ("evaluate",),  # measures what the jobs made, in any world
     ("demo", "edit_commands"),
     ("cli",),
 )
@@ -117,7 +118,7 @@ def test_the_toyboxs_world_stands_alone() -> None:
     for name in ("toybox.draw", "toybox.world"):
         assert {room(target) for target in reachable(name)} <= {"toybox"}, f"{name} reaches {reachable(name)}"
     used_by = {name for name, targets in GRAPH.items() if any(room(t) == "toybox" for t in targets)}
-    assert {room(name) for name in used_by} <= {"toybox", "demo", "cli"}
+    assert {room(name) for name in used_by} <= {"toybox", "evaluate", "demo", "cli"}
 
 
 def test_the_attention_folder_knows_neither_losses_nor_steps() -> None:

@@ -1,0 +1,126 @@
+"""The evaluation of one bundle: draws (or takes) pictures, measures, and hands on everything that evaluation.json holds.
+
+Knows the base model, a bundle, an instance and a back end. Knows nothing of files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..base_model import BaseModel
+from ..bundle import Bundle, attach
+from ..config import SynthesisConfig, to_dict
+from ..dataset import InstanceData
+from ..errors import InputError
+from ..instance import Instance, fit_instance, load_image
+from ..synthesize import synthesize
+from . import metrics
+from .attention import attention_leakage
+from .backend import Backend
+from .cases import Case, Picture
+from .measure import Record, leakage_matrix, measure_pictures, summarize
+
+BATCH = 4  # pictures drawn together
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`record` is evaluation.json; `pictures[k]` belongs to `record["pictures"][k]`."""
+
+    record: dict[str, Any]
+    pictures: list[Picture]
+
+
+def draw_cases(base: BaseModel, cases: Sequence[Case], tokens: Sequence[str], config: SynthesisConfig, seed: int, samples: int,
+               report: Report = lambda done, total: None) -> list[Picture]:  # fmt: skip
+    """`samples` pictures of each case, of the seeds from `seed` on. The assets must be attached."""
+    pictures: list[Picture] = []
+    for index, case in enumerate(cases):
+        for first in range(0, samples, BATCH):
+            count = min(BATCH, samples - first)
+            result = synthesize(base, case.prompt, case.layout, tokens, config, seed + first, count)
+            for k, image in enumerate(result.images, seed + first):
+                pictures.append(Picture(case, k, image, f"{index:02d}-{k:06d}.png"))
+            report(len(pictures), len(cases) * samples)
+    return pictures
+
+
+def draw_prompts(base: BaseModel, prompts: Sequence[str], tokens: Sequence[str], config: SynthesisConfig, seed: int,
+                 samples: int) -> list[tuple[int, Image.Image]]:  # fmt: skip
+    """(seed, picture) of each prompt without assets, `samples` each."""
+    drawn = []
+    for prompt in prompts:
+        images = synthesize(base, prompt, None, tokens, config, seed, samples).images
+        drawn += list(enumerate(images, seed))
+    return drawn
+
+
+def evaluate(base: BaseModel, bundle: Bundle, instance: Instance, backend: Backend, config: SynthesisConfig,
+             cases: Sequence[Case], pictures: Sequence[Picture] | None = None, seed: int = 0, samples: int = 4,
+             report: Report = lambda done, total: None) -> Evaluation:  # fmt: skip
+    """Draws `samples` pictures of each case, or takes `pictures`, and measures everything that DEFINITIONS names.
+
+    The same seed gives the same record. Raises InputError when the bundle does not fit the base model, or a prompt is too long.
+    """
+    drawn: list[tuple[int, Image.Image]] = []
+    before = draw_prompts(base, backend.unrelated_prompts, (), config, seed, min(samples, BATCH))
+    data = InstanceData(fit_instance(instance, bundle.config.resolution or base.resolution), base)
+    with attach(base, bundle, config.lora_scale):
+        drawn = draw_prompts(base, backend.unrelated_prompts, bundle.tokens, config, seed, min(samples, BATCH))
+        attention = attention_leakage(base, data, bundle.tokens, bundle.config.lora.attention)
+        taken = list(pictures) if pictures is not None else draw_cases(base, cases, bundle.tokens, config, seed, samples, report)
+    records = measure_pictures(taken, backend, bundle.tokens)
+    among = backend.among_sources()
+    record = {
+        "bundle": bundle.name,
+        "base_model": {"name": bundle.base_name, "fingerprint": bundle.base_fingerprint},
+        "backend": backend.facts(),
+        "seed": seed,
+        "samples": samples,
+        "synthesis": to_dict(config),
+        "cases": [case.to_json() for case in dict.fromkeys(p.case for p in taken)],
+        "summary": summarize(records, backend.thresholds),
+        "tokens": list(bundle.tokens),
+        "leakage_matrix": leakage_matrix(records, len(among)),
+        "source_similarity": [[round(float(v), 4) for v in row] for row in among],
+        "attention_outside": _by_token(bundle.tokens, attention[0]),
+        "attention_in_others": _by_token(bundle.tokens, attention[1]),
+        "drift": drift(before, drawn, backend),
+        "definitions": metrics.DEFINITIONS,
+        "pictures": records,
+    }
+    return Evaluation(record, taken)
+
+
+def measure_edit(original: Path | None, edited: Path | None, mask: Path | None) -> dict[str, int] | None:
+    """`metrics.edit_preservation` of three files; None when none is given. Raises InputError when one is missing or their sizes
+    differ."""
+    paths = {"--original": original, "--edited": edited, "--edit-mask": mask}
+    if not any(paths.values()):
+        return None
+    if missing := [name for name, path in paths.items() if path is None]:
+        raise InputError(f"{', '.join(missing)} is missing; to measure an edit give --original, --edited and --edit-mask")
+    images = [load_image(path) for path in paths.values() if path]
+    if len({image.size for image in images}) > 1:
+        sizes = ", ".join(f"{name} {i.width}x{i.height}" for name, i in zip(paths, images, strict=True))
+        raise InputError(f"the edit's pictures have different sizes ({sizes}); give all three at one size")
+    return metrics.edit_preservation(*images)
+
+
+def drift(before: Sequence[tuple[int, Image.Image]], after: Sequence[tuple[int, Image.Image]], backend: Backend) -> Record:
+    """Mean distance of pictures with equal prompts and seeds, with its interval over seeds."""
+    by_seed: dict[int, list[float]] = {}
+    seen = [backend.see([image for _, image in drawn]) for drawn in (before, after)]
+    for (seed, _), first, second in zip(before, *seen, strict=True):
+        by_seed.setdefault(seed, []).append(backend.distance(first, second))
+    return metrics.interval(by_seed)
+
+
+def _by_token(tokens: Sequence[str], values: Sequence[float]) -> dict[str, float]:
+    return {token: round(value, 4) for token, value in zip(tokens, values, strict=True)}

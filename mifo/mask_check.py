@@ -1,0 +1,220 @@
+"""The mask linter: what learning will really see of each mask, and what looks wrong about it, before anything long starts.
+
+Knows an instance and the sizes at which a base model looks at masks. Knows no weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from .attention.sites import choose_sites
+from .base_model import TOYBOX_FOLDER, BaseModel
+from .config import LearnConfig, learn_preset
+from .errors import InputError
+from .instance import FORMATS, MASK_PATTERN, MAX_OVERLAP, FittedInstance, Instance, fit_instance
+from .pictures import ASSET_COLORS, caption_below, grid, outline
+
+SHARED = 0.05  # overlap, as a share of the smaller mask, that is worth a warning; load_instance warns above MAX_OVERLAP
+SOFT = 0.02  # share of grey pixels above which a mask is not black and white
+SIDE = 128  # pixels of a cell on the contact sheet
+
+
+@dataclass(frozen=True)
+class MaskSizes:
+    """Pixels of the square picture, and the heights (= widths) of its latents and of the supervised attention maps."""
+
+    resolution: int
+    latent: int
+    maps: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class MaskReport:
+    """`facts` is what --json prints. `warnings` are about what can be used but probably is not meant."""
+
+    sizes: MaskSizes
+    fitted: FittedInstance
+    facts: dict[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+# --- sizes --------------------------------------------------------------------------------------
+
+
+def sizes_of(base: BaseModel, config: LearnConfig) -> MaskSizes:
+    """At which sizes this model supervises masks under this configuration."""
+    resolution = config.resolution or base.resolution
+    latent = resolution // base.vae_factor
+    maps = set()
+    for terms in (config.embedding.attention, config.lora.attention):
+        if terms.loss != "none":
+            maps |= {site.map_size(latent, latent)[0] for site in choose_sites(base.unet, terms.blocks, terms.map_sizes)}
+    return MaskSizes(resolution, latent, tuple(sorted(maps, reverse=True)))
+
+
+def sizes_by_name(name: str, resolution: int | None = None) -> MaskSizes:
+    """The same for a model that is not loaded: from its configuration files where it is local, as Stable Diffusion 1.x and 2.x
+    otherwise. Raises InputError for a folder without them."""
+    folder = TOYBOX_FOLDER if name == "toybox" else Path(name).expanduser()
+    config = learn_preset("toybox" if name == "toybox" else "stable-diffusion")
+    native, factor = 64, 8
+    if os.path.isdir(folder):
+        try:
+            native = int(json.loads((folder / "unet" / "config.json").read_text())["sample_size"])
+            factor = 2 ** (len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"]) - 1)
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(f"{folder} is not a Stable Diffusion folder: its unet/config.json or vae/config.json cannot be "
+                             "read; give another --model-path") from None  # fmt: skip
+    latent = (resolution or native * factor) // factor
+    if latent < 1:
+        raise InputError(f"the resolution {resolution} is below one latent pixel ({factor}); give at least {16 * factor}")
+    wanted = {m for terms in (config.embedding.attention, config.lora.attention) for m in terms.map_sizes if m <= native}
+    maps = sorted({max(1, -(-latent * m // native)) for m in wanted}, reverse=True)
+    return MaskSizes(latent * factor, latent, tuple(maps))
+
+
+# --- checks -------------------------------------------------------------------------------------
+
+
+def check_masks(instance: Instance, sizes: MaskSizes) -> MaskReport:
+    """Areas at every size, overlaps, inversions, and what the mask files really hold.
+
+    Raises InputError, as learning would, for a mask that has no pixel left at the model's resolution.
+    """
+    fitted = fit_instance(instance, sizes.resolution)
+    warnings: list[str] = list(instance.warnings)
+    masks = []
+    files = _mask_files(instance)
+    for index, mask in enumerate(fitted.masks):
+        name = files.get(index, f"mask{index}.png")
+        entry = {"mask": name, **_areas(mask, fitted.valid, sizes)}
+        warnings += _area_warnings(entry, sizes)
+        if _looks_inverted(instance.masks[index]):
+            warnings.append(f"{name} looks inverted: it covers the picture's border and most of its area; paint the asset white "
+                            "and the rest black")  # fmt: skip
+        warnings += _file_warnings(Path(instance.source) / name)
+        masks.append(entry)
+    overlaps = _overlaps(instance)
+    for pair in overlaps:
+        if SHARED < pair["share_of_smaller"] <= MAX_OVERLAP:
+            first, second = pair["masks"]
+            share = f"{pair['pixels']} pixels, {100 * pair['share_of_smaller']:.0f} % of the smaller one"
+            warnings.append(f"mask{first}.png and mask{second}.png share {share}; both tokens will learn what is there")
+    facts = {"instance": instance.name, "image": list(instance.image.size), "resolution": sizes.resolution,
+             "latent_size": sizes.latent, "supervised_map_sizes": list(sizes.maps), "masks": masks, "overlaps": overlaps,
+             "warnings": warnings}  # fmt: skip
+    return MaskReport(sizes, fitted, facts, tuple(warnings))
+
+
+def resized(mask: Image.Image, size: int) -> torch.Tensor:
+    """(size, size) in [0, 1], exactly as the attention losses resize it."""
+    full = torch.from_numpy(np.asarray(mask).copy()).float()[None, None] / 255
+    return F.interpolate(full, (size, size), mode="bilinear", antialias=True)[0, 0]
+
+
+def _areas(mask: Image.Image, valid: Image.Image, sizes: MaskSizes) -> dict[str, Any]:
+    """`cells`: those that are at least half the asset's; `largest`: the fullest cell, 1 if it is all the asset's."""
+    at_sizes = {}
+    for size in dict.fromkeys((sizes.latent, *sizes.maps)):
+        cells = resized(mask, size)
+        at_sizes[str(size)] = {"cells": int((cells >= 0.5).sum()), "largest": round(float(cells.max()), 3)}
+    inside, picture = np.asarray(mask) > 0, np.asarray(valid) > 0
+    return {"share_of_picture": round(float(inside.sum() / picture.sum()), 4), "pixels": int(inside.sum()), "at": at_sizes}
+
+
+def _area_warnings(entry: dict[str, Any], sizes: MaskSizes) -> list[str]:
+    found = []
+    for size in dict.fromkeys((sizes.latent, *sizes.maps)):
+        at = entry["at"][str(size)]
+        if at["cells"] == 0:
+            what = "the diffusion loss" if size == sizes.latent else "the attention losses"
+            found.append(f"{entry['mask']} vanishes at {size}x{size}, where {what} look: it fills at most "
+                         f"{100 * at['largest']:.0f} % of a cell; crop the photo closer to the assets")  # fmt: skip
+    return found
+
+
+def _looks_inverted(mask: Image.Image) -> bool:
+    inside = np.asarray(mask) > 0
+    border = np.concatenate([inside[0], inside[-1], inside[:, 0], inside[:, -1]])
+    return bool(inside.mean() > 0.5 and border.mean() > 0.75)
+
+
+def _overlaps(instance: Instance) -> list[dict[str, Any]]:
+    """Every two masks that share pixels, in the photo's own pixels."""
+    arrays = [np.asarray(mask) > 0 for mask in instance.masks]
+    found = []
+    for i, j in combinations(range(len(arrays)), 2):
+        pixels = int((arrays[i] & arrays[j]).sum())
+        if pixels:
+            share = pixels / min(int(arrays[i].sum()), int(arrays[j].sum()))
+            found.append({"masks": [i, j], "pixels": pixels, "share_of_smaller": round(share, 4)})
+    return found
+
+
+def _mask_files(instance: Instance) -> dict[int, str]:
+    return {int(m[1]): name for name in sorted(os.listdir(instance.source)) if (m := MASK_PATTERN.fullmatch(name))}
+
+
+def _file_warnings(path: Path) -> list[str]:
+    """What the file holds besides black and white; how it is read is told, so that nobody has to guess."""
+    with Image.open(path, formats=FORMATS) as file:
+        file.load()
+        if file.has_transparency_data:
+            return [f"{path.name} has transparency: where its colours are all one, the shape is read from the transparency, "
+                    "else from the colours over black"]  # fmt: skip
+        deep = file.mode.startswith("I")  # 16 bits
+        grey = np.asarray(file if deep else file.convert("L")).astype(float) / (257 if deep else 1)
+    soft = float(((grey > 16) & (grey < 239)).mean())
+    if soft > SOFT:
+        return [f"{path.name} is {100 * soft:.0f} % grey; greys from half up count as the asset, darker ones do not"]
+    return []
+
+
+# --- the sheet ----------------------------------------------------------------------------------
+
+
+def check_sheet(report: MaskReport) -> Image.Image:
+    """What the model will really see: the fitted picture with all outlines, then per asset its cut-out and its mask at the
+    latents' size and at every supervised map size."""
+    fitted, sizes = report.fitted, report.sizes
+    outlined = _cell(fitted.image)
+    for index, mask in enumerate(fitted.masks):
+        outlined = outline(outlined, _cell(mask), ASSET_COLORS[index % len(ASSET_COLORS)])
+    shown = list(dict.fromkeys((sizes.latent, *sizes.maps)))
+    blank = Image.new("RGB", (SIDE, SIDE), "white")
+    cells = [caption_below(_cell(fitted.image), f"{sizes.resolution}x{sizes.resolution}"), caption_below(outlined, "masks")]
+    cells += [caption_below(blank, "") for _ in range(len(shown) - 1)]
+    for entry, mask in zip(report.facts["masks"], fitted.masks, strict=True):
+        alone = Image.new("RGB", fitted.image.size, (127, 127, 127))
+        alone.paste(fitted.image, (0, 0), mask)
+        cells.append(caption_below(_cell(alone), entry["mask"]))
+        for size in shown:
+            values = (resized(mask, size) * 255).round().byte().numpy()
+            small = Image.fromarray(values).convert("RGB").resize((SIDE, SIDE), Image.Resampling.NEAREST)
+            cells.append(caption_below(small, f"{size}x{size}: {entry['at'][str(size)]['cells']} cells"))
+    return grid(cells, columns=1 + len(shown))
+
+
+def _cell(image: Image.Image) -> Image.Image:
+    return image.resize((SIDE, SIDE), Image.Resampling.NEAREST if image.mode == "L" else Image.Resampling.BICUBIC)
+
+
+def check_lines(report: MaskReport, warnings: Sequence[str]) -> str:
+    """For people."""
+    lines = []
+    for entry in report.facts["masks"]:
+        at = ", ".join(f"{found['cells']} cells at {size}x{size}" for size, found in entry["at"].items())
+        lines.append(f"{entry['mask']}: {100 * entry['share_of_picture']:.1f} % of the picture, {at}")
+    lines += [f"warning: {w}" for w in warnings] or ["nothing looks wrong"]
+    return "\n".join(lines)

@@ -1,0 +1,236 @@
+"""The methods that toybench compares, as changes of this project's own configuration, and how each is trained.
+
+Baselines follow Break-A-Scene (arXiv 2305.16311, section 4.1): textual inversion and DreamBooth, each with the masked loss and
+with pairs, a small collection made from the one picture: random subsets of the assets cut out, on random plain backgrounds,
+flipped at random. DreamBooth is trained as LoRA, like everything here but the full fine-tuning.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from mifo.base_model import BaseModel
+from mifo.bundle import attach
+from mifo.config import AttentionTerms, LearnConfig, SynthesisConfig, learn_preset
+from mifo.dataset import Batch, InstanceData, encode, pixels_to_tensor
+from mifo.embedding import initial_rows, use_assets
+from mifo.evaluate.backend import Backend
+from mifo.evaluate.checkpoints import checkpoint_judge
+from mifo.instance import FittedInstance, Instance, fit_instance
+from mifo.learn import Learner, learn, lend_adapters
+from mifo.prior import make_prior
+from mifo.prompts import add_asset_tokens, join_assets
+
+PAIRS = 24
+
+
+@dataclass(frozen=True)
+class Training:
+    """`kind`: 'product' (learn and a bundle), 'pairs' or 'full' (trained in memory: no bundle holds them)."""
+
+    kind: str
+    config: LearnConfig
+
+
+@dataclass(frozen=True)
+class Method:
+    """How assets are learned (a name in `trainings`), how pictures are drawn, and what else stands in the table for it."""
+
+    training: str
+    drawing: Callable[[SynthesisConfig], SynthesisConfig] = lambda config: config
+    with_boxes: bool = True
+    only_boxes: bool = False
+    """An ablation of drawing in boxes: assets alone are the same as its training's own method draws."""
+
+
+def _no_boxes(config: SynthesisConfig) -> SynthesisConfig:
+    return replace(config, bounded=False, guidance=replace(config.guidance, enabled=False))
+
+
+#: the table's rows; the first six are the comparison, the others ablations
+MAIN = ("mifo", "break-a-scene", "textual-inversion-masked", "textual-inversion-pairs", "dreambooth-lora-masked",
+        "dreambooth-lora-pairs")  # fmt: skip
+ABLATIONS = ("no-penalty", "separation-instead", "separation-beside", "no-reward", "no-union-sampling", "no-prior", "full-3e-5",
+             "full-1e-4", "full-3e-4", "rank-1", "rank-4", "rank-64", "keep-best", "loss-by-picture")  # fmt: skip
+METHODS: dict[str, Method] = {name: Method(name) for name in (*MAIN, *ABLATIONS)}
+METHODS |= {
+    "no-box-control": Method("mifo", _no_boxes, with_boxes=False, only_boxes=True),
+    "masks-only": Method("mifo", lambda c: replace(c, guidance=replace(c.guidance, enabled=False)), only_boxes=True),
+    "guidance-only": Method("mifo", lambda c: replace(c, bounded=False), only_boxes=True),
+    "no-refinement": Method("mifo", lambda c: replace(c, refinement=replace(c.refinement, enabled=False)), only_boxes=True),
+}
+DRAWING_ABLATIONS = tuple(name for name, method in METHODS.items() if method.only_boxes)
+
+
+def choose_methods(text: str) -> list[str]:
+    """'main', 'ablations', 'all', or names with commas; raises KeyError for a name that does not exist."""
+    groups = {"main": MAIN, "ablations": ("mifo", *ABLATIONS, *DRAWING_ABLATIONS), "all": tuple(METHODS)}
+    names = [name for part in text.split(",") for name in groups.get(part.strip(), (part.strip(),))]
+    for name in names:
+        METHODS[name]
+    return list(dict.fromkeys(names))
+
+
+# --- configurations -----------------------------------------------------------------------------
+
+
+def training(name: str, seed: int, share: float = 1.0) -> Training:
+    """What a method trains with; `share` of the steps, for quick runs."""
+    base = learn_preset("toybox", "break-a-scene" if name == "break-a-scene" else "mifo")
+    kind, config = _CHANGES[name](base) if name in _CHANGES else ("product", base)
+    embedding = replace(config.embedding, train_steps=_scaled(config.embedding.train_steps, share))
+    embedding = replace(embedding, attention=_terms(embedding.attention, reward_steps=_scaled(
+        embedding.attention.reward_steps, share)))  # fmt: skip
+    lora = replace(config.lora, train_steps=_scaled(config.lora.train_steps, share))
+    return Training(kind, replace(config, embedding=embedding, lora=lora, seed=seed))
+
+
+def _scaled(steps: int, share: float) -> int:
+    return max(1, round(steps * share)) if steps else 0
+
+
+def _terms(terms: AttentionTerms, **changes: Any) -> AttentionTerms:
+    return replace(terms, **changes)
+
+
+def _both(config: LearnConfig, **changes: Any) -> LearnConfig:
+    """The same change of the attention terms in both phases."""
+    return replace(config, embedding=replace(config.embedding, attention=_terms(config.embedding.attention, **changes)),
+                   lora=replace(config.lora, attention=_terms(config.lora.attention, **changes)))  # fmt: skip
+
+
+def _textual_inversion(config: LearnConfig) -> LearnConfig:
+    config = _both(config, loss="none")
+    steps = config.embedding.train_steps + config.lora.train_steps
+    return replace(config, embedding=replace(config.embedding, train_steps=steps), lora=replace(config.lora, train_steps=0),
+                   prior=replace(config.prior, enabled=False))  # fmt: skip
+
+
+def _dreambooth(config: LearnConfig) -> LearnConfig:
+    """Tokens stay as they start; only the weights learn, for all the steps."""
+    config = _both(config, loss="none")
+    steps = config.embedding.train_steps + config.lora.train_steps
+    return replace(config, embedding=replace(config.embedding, train_steps=0),
+                   lora=replace(config.lora, train_steps=steps, row_learning_rate=0.0))  # fmt: skip
+
+
+def _full(rate: float) -> Callable[[LearnConfig], tuple[str, LearnConfig]]:
+    return lambda c: ("full", replace(c, lora=replace(c.lora, learning_rate=rate, full_unet=True)))
+
+
+def _rank(rank: int) -> Callable[[LearnConfig], tuple[str, LearnConfig]]:
+    return lambda c: ("product", replace(c, lora=replace(c.lora, rank=rank)))
+
+
+_CHANGES: dict[str, Callable[[LearnConfig], tuple[str, LearnConfig]]] = {
+    "textual-inversion-masked": lambda c: ("product", _textual_inversion(c)),
+    "textual-inversion-pairs": lambda c: ("pairs", _textual_inversion(c)),
+    "dreambooth-lora-masked": lambda c: ("product", _dreambooth(c)),
+    "dreambooth-lora-pairs": lambda c: ("pairs", _dreambooth(c)),
+    "no-penalty": lambda c: ("product", _both(c, penalty_weight=0.0)),
+    "separation-instead": lambda c: ("product", _both(c, penalty_weight=0.0, separation_weight=0.1)),
+    "separation-beside": lambda c: ("product", _both(c, separation_weight=0.1)),
+    "no-reward": lambda c: ("product", _both(c, reward_steps=0)),
+    "no-union-sampling": lambda c: ("product", replace(c, union_sampling=False)),
+    "no-prior": lambda c: ("product", replace(c, prior=replace(c.prior, enabled=False))),
+    "full-3e-5": _full(3e-5), "full-1e-4": _full(1e-4), "full-3e-4": _full(3e-4),
+    "rank-1": _rank(1), "rank-4": _rank(4), "rank-64": _rank(64),
+    "keep-best": lambda c: ("product", replace(c, keep=replace(c.keep, enabled=True))),
+    "loss-by-picture": lambda c: ("product", replace(c, masked_loss_by_area=False)),
+}  # fmt: skip
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def trained(base: BaseModel, instance: Instance, plan: Training, work: Path, backend: Backend) -> Iterator[dict[str, Any]]:
+    """The base model with `instance` learned, for as long as the block lasts; yields what training cost.
+
+    Writes into `work`, and prior latents beside it, where the scene's other methods find them.
+    """
+    started = time.monotonic()
+    if plan.kind == "product":
+        judge = checkpoint_judge(backend, plan.config.keep.samples) if plan.config.keep.enabled else None
+        bundle = learn(instance, base, plan.config, work.with_name(f"{work.name}-bundle"), judge=judge)
+        facts = {"learn_seconds": round(time.monotonic() - started, 1), "peak_gib": bundle.facts["peak_gib"]}
+        if "kept" in bundle.facts:
+            facts["kept_step"] = bundle.facts["kept"]["step"]
+        with attach(base, bundle):
+            yield facts
+        return
+    fitted = fit_instance(instance, base.resolution)
+    data = PairData(fitted, base, plan.config.seed) if plan.kind == "pairs" else InstanceData(fitted, base)
+    known = base.tokenizer.get_added_vocab()
+    add_asset_tokens(base.tokenizer, [t for t in instance.tokens if t not in known])
+    ids = [base.tokenizer.get_added_vocab()[t] for t in instance.tokens]
+    rows = initial_rows(base.text_encoder.get_input_embeddings(), base.tokenizer, [None] * instance.count)
+    config = plan.config
+    with_prior = config.prior.enabled and config.lora.train_steps > 0
+    prior = make_prior(base, config.prior, base.resolution, config.seed, work.parent / ".prior") if with_prior else None
+    with use_assets(base.text_encoder, ids, rows) as embedding:
+        accelerator = Accelerator(cpu=base.device.type == "cpu", mixed_precision="no")
+        learner = Learner(base, data, config, embedding, accelerator, prior)
+        learner.train_rows(lambda _: None)
+        lend = whole_model(base, embedding.table) if plan.kind == "full" else lend_adapters(base, config.lora, config.seed)
+        with lend as parts:
+            learner.train_adapters(parts, lambda _: None)
+            yield {"learn_seconds": round(time.monotonic() - started, 1)}
+
+
+@contextmanager
+def whole_model(base: BaseModel, table: torch.nn.Module) -> Iterator[dict[str, Any]]:
+    """UNet and text encoder themselves as what is trained, as published; afterwards their weights are as they were."""
+    parts: dict[str, Any] = {"unet": base.unet, "text_encoder": base.text_encoder}
+    before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+    for part in parts.values():
+        part.requires_grad_(True)
+    table.requires_grad_(False)
+    try:
+        yield parts
+    finally:
+        for name, part in parts.items():
+            part.load_state_dict(before[name])
+            part.requires_grad_(False)
+
+
+class PairData(InstanceData):
+    """Break-A-Scene's adaptation of single-concept methods: whole pictures of random subsets on plain backgrounds."""
+
+    def __init__(self, fitted: FittedInstance, base: BaseModel, seed: int):
+        super().__init__(fitted, base)
+        rng = np.random.default_rng(seed)
+        self.pairs = []
+        for _ in range(PAIRS):
+            size = int(rng.integers(1, self.count + 1))
+            assets = tuple(int(i) for i in rng.permutation(self.count)[:size])
+            color = tuple(int(v) for v in rng.integers(0, 256, 3))
+            self.pairs.append((assets, encode(base, pixels_to_tensor(pair_picture(fitted, assets, color, rng.random() < 0.5)))))
+
+    def sample(self, rng: np.random.Generator, generator: torch.Generator, draws: int, union_sampling: bool,
+               flip_probability: float) -> Batch:  # fmt: skip
+        """One of the pairs; the loss covers the whole picture."""
+        assets, (mean, std) = self.pairs[int(rng.integers(len(self.pairs)))]
+        noise = torch.randn((draws, *mean.shape[1:]), generator=generator).to(mean)
+        everything = torch.ones((1, 1, *mean.shape[-2:]), device=mean.device)
+        return Batch(assets, join_assets([f"<asset{i}>" for i in assets]), mean + std * noise, everything,
+                     self.masks[False][list(assets)])  # fmt: skip
+
+
+def pair_picture(fitted: FittedInstance, assets: tuple[int, ...], color: tuple[int, ...], flip: bool) -> Image.Image:
+    """The assets cut out, at their own places, on one colour."""
+    picture = Image.new("RGB", fitted.image.size, color)
+    for index in assets:
+        picture.paste(fitted.image, (0, 0), fitted.masks[index])
+    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else picture

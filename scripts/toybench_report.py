@@ -1,0 +1,140 @@
+"""toybench's items as one JSON, one Markdown table and one figure, with intervals over scenes."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from results import FOLDER, write_result
+from toybench_methods import METHODS
+from toybench_scenes import LEVELS
+
+from mifo.evaluate.metrics import interval
+from mifo.evaluate.plots import Bar, bar_chart, below
+
+Item = dict[str, Any]
+OURS = "mifo"
+
+#: name in the table -> (column title, values of one item, larger is better)
+MEASURES: dict[str, tuple[str, Callable[[Item], list[float]], bool]] = {
+    "margin_in_boxes": ("identity margin in boxes", lambda i: i["in_boxes"].get("identity_margin", []), True),
+    "identity_in_boxes": ("looks right in boxes", lambda i: i["in_boxes"].get("identity", []), True),
+    "confused_in_boxes": ("confused in boxes", lambda i: i["in_boxes"].get("confused", []), False),
+    "right_in_boxes": ("right instance in boxes", lambda i: i["in_boxes"].get("right_instance", []), True),
+    "margin_alone": ("identity margin alone", lambda i: i["alone"].get("identity_margin", []), True),
+    "confused_alone": ("confused alone", lambda i: i["alone"].get("confused", []), False),
+    "identity_alone": ("looks right alone", lambda i: i["alone"].get("identity", []), True),
+    "iou": ("IoU", lambda i: i["in_boxes"].get("ious", []), True),
+    "count_right": ("count right in boxes", lambda i: i["in_boxes"].get("count_right", []), True),
+    "prompt_fit": ("prompt fit", lambda i: i["alone"].get("prompt_fit", []) + i["in_boxes"].get("prompt_fit", []), True),
+    "drift": ("drift", lambda i: [i["drift"]] if "drift" in i else [], False),
+    "attention_in_others": ("attention in others' masks", lambda i: [i["attention_in_others"]], False),
+}
+IN_TABLE = ("margin_in_boxes", "confused_in_boxes", "identity_in_boxes", "margin_alone", "confused_alone", "identity_alone",
+            "iou", "prompt_fit", "drift")  # fmt: skip
+BARS = ("margin_in_boxes", "confused_in_boxes", "identity_in_boxes", "margin_alone", "confused_alone")
+
+
+def load_items(folder: Path, methods: Sequence[str], levels: Sequence[str], counts: Sequence[int]) -> list[Item]:
+    """Every finished item of these methods and cells."""
+    items = [json.loads(path.read_text()) for path in sorted(folder.glob("*/*.json"))]
+    return [i for i in items if i["method"] in methods and i["level"] in levels and i["count"] in counts]
+
+
+def by_scene(items: Sequence[Item], measure: str) -> dict[str, list[float]]:
+    values = {item["scene"]: [float(v) for v in MEASURES[measure][1](item)] for item in items}
+    return {scene: found for scene, found in values.items() if found}
+
+
+def compare(ours: Sequence[Item], theirs: Sequence[Item], measure: str) -> dict[str, Any] | None:
+    """Ours minus theirs on the scenes that both have, scene by scene; and whether the two intervals stay apart in our favour."""
+    a, b = by_scene(ours, measure), by_scene(theirs, measure)
+    both = sorted(set(a) & set(b))
+    if not both:
+        return None
+    difference = interval({s: [float(np.mean(a[s]) - np.mean(b[s]))] for s in both})
+    own, other = interval({s: a[s] for s in both})["interval_95"], interval({s: b[s] for s in both})["interval_95"]
+    larger = MEASURES[measure][2]
+    apart = None if own is None or other is None else bool(own[0] > other[1] if larger else own[1] < other[0])
+    return {"difference": difference, "ahead_with_intervals_apart": apart, "scenes": len(both)}
+
+
+def summarize(items: Sequence[Item]) -> dict[str, Any]:
+    """Per method: every measure over all cells, per level and per count; what it costs; and this project against it."""
+    methods: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        methods[item["method"]].append(item)
+    found: dict[str, Any] = {}
+    for name in [m for m in METHODS if m in methods]:
+        own = methods[name]
+        groups = {"all": own, **{level: [i for i in own if i["level"] == level] for level in LEVELS}}
+        groups |= {f"{n} instances": [i for i in own if i["count"] == n] for n in sorted({i["count"] for i in own})}
+        entry: dict[str, Any] = {"items": len(own), "cost": costs(own)}
+        for group, chosen in groups.items():
+            if chosen:
+                entry[group] = {m: interval(by_scene(chosen, m)) for m in MEASURES if by_scene(chosen, m)}
+        if name != OURS and OURS in methods:
+            entry["mifo_against_it"] = {
+                level: {m: compare([i for i in methods[OURS] if level in ("all", i["level"])],
+                                   [i for i in own if level in ("all", i["level"])], m) for m in MEASURES}
+                for level in ("all", *LEVELS)
+            }  # fmt: skip
+        found[name] = entry
+    return found
+
+
+def costs(items: Sequence[Item]) -> dict[str, float]:
+    """Median seconds: of learning one scene, of drawing one picture."""
+    drawn = [i["draw_seconds"] / i["pictures"] for i in items]
+    return {"learn_seconds": round(float(np.median([i["learn_seconds"] for i in items])), 1),
+            "seconds_per_picture": round(float(np.median(drawn)), 2)}  # fmt: skip
+
+
+def write_report(name: str, items: Sequence[Item], facts: dict[str, Any], device: str) -> str:
+    """scripts/results/<name>.json and <name>.png; returns the Markdown table."""
+    summary = summarize(items)
+    scenes = len({i["scene"] for i in items})
+    write_result(name, {**facts, "scenes": scenes, "items": len(items), "measures": {m: t for m, (t, _, _) in MEASURES.items()},
+                        "methods": summary}, device)  # fmt: skip
+    figure(summary, scenes).save(FOLDER / f"{name}.png", "PNG")
+    return table(summary)
+
+
+def table(summary: dict[str, Any]) -> str:
+    """All levels together, one row per method."""
+    titles = [MEASURES[m][0] for m in IN_TABLE]
+    lines = [f"| method | {' | '.join(titles)} | learn, s | draw, s |", "|---" * (len(titles) + 3) + "|"]
+    for name, entry in summary.items():
+        cells = [shown(entry["all"].get(m)) for m in IN_TABLE]
+        cost = entry["cost"]
+        lines.append(f"| {name} | {' | '.join(cells)} | {cost['learn_seconds']:.0f} | {cost['seconds_per_picture']:.1f} |")
+    return "\n".join(lines)
+
+
+def shown(entry: dict[str, Any] | None) -> str:
+    if not entry or entry["mean"] is None:
+        return "-"
+    low_high = entry["interval_95"]
+    return f"{entry['mean']:.2f}" + (f" ({low_high[0]:.2f} to {low_high[1]:.2f})" if low_high else "")
+
+
+def figure(summary: dict[str, Any], scenes: int) -> Any:
+    """Per measure and level, a bar with its interval for each method."""
+    charts = []
+    for measure in BARS:
+        bars = []
+        for level in LEVELS:
+            for k, (method, entry) in enumerate(summary.items()):
+                found = entry.get(level, {}).get(measure)
+                if found and found["mean"] is not None:
+                    low, high = found["interval_95"] or (None, None)
+                    bars.append(Bar(f"{level}: {method}", found["mean"], low, high, k))
+        if bars:
+            better = "larger is better" if MEASURES[measure][2] else "smaller is better"
+            title = f"{MEASURES[measure][0]} ({better}), {scenes} scenes, 95 % intervals over scenes"
+            charts.append(bar_chart(title, bars, (-0.5, 1.0) if "margin" in measure else (0.0, 1.0), 820))
+    return below(charts)
