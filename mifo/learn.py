@@ -229,7 +229,7 @@ class Learner:
                     state = capture(self, name, step + 1, parameters, optimizer, scheduler)
                     self.checkpoints.save(state, place(name, step + 1, phase.train_steps))
                 if stop.asked is not None:
-                    break  # the signal takes effect as the block ends
+                    stop.take_effect()
         self.base.unet.eval()
         self._keep_snapshot(f"{name} {phase.train_steps}", phase.attention)
 
