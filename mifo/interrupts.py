@@ -30,17 +30,26 @@ class Stop:
 
     def _take(self) -> None:
         if threading.current_thread() is threading.main_thread():  # signals reach no other
-            self._previous = {s: signal.signal(s, self._note) for s in SIGNALS}
+            heard = [s for s in SIGNALS if signal.getsignal(s) not in (signal.SIG_IGN, None)]  # nohup's ignored ones stay so
+            self._previous = {s: signal.signal(s, self._note) for s in heard}
+
+    def take_effect(self) -> None:
+        """What the signal would have done at once; returns only if its handler does, and then goes on listening."""
+        number, self.asked = self.asked, None
+        self._give_back()
+        if number is not None:
+            signal.raise_signal(number)
+        self._take()
 
     def _give_back(self) -> None:
         while self._previous:
             number, handler = self._previous.popitem()
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            signal.signal(number, handler)
 
 
 @contextmanager
 def stop_between_steps() -> Iterator[Stop]:
-    """Within the block a signal only sets `asked`; it takes effect when the block ends, a second one takes effect at once."""
+    """Within the block a signal only sets `asked`, until `take_effect()` or the block's end; a second one acts at once."""
     stop = Stop()
     stop._take()
     try:

@@ -254,8 +254,10 @@ class Learner:
                     self._refuse_nonfinite({"weight": size}, name, step)
                     state = capture(self, name, step + 1, parameters, optimizer, scheduler)
                     self.checkpoints.save(state, place(name, step + 1, phase.train_steps))
-                if stop.asked is not None or finished:
-                    break  # a signal takes effect as the block ends
+                if stop.asked is not None:
+                    stop.take_effect()
+                if finished:
+                    break
         if self.keeper:
             self.kept = {"phase": name, **self.keeper.restore()}
         self._keep_snapshot(f"{name} {phase.train_steps}", phase.attention)

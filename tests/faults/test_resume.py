@@ -194,13 +194,14 @@ def test_a_signal_keeps_the_state_after_the_step(tmp_path: Path, monkeypatch: py
             signal.raise_signal(number)
         return losses(*given)
 
-    earlier = signal.signal(signal.SIGTERM, terminate)
+    earlier = [signal.signal(signal.SIGTERM, terminate), signal.signal(signal.SIGINT, signal.default_int_handler)]
     try:
         monkeypatch.setattr(Learner, "_losses", interrupted)
         result = mifo(*learn_arguments(cups, tmp_path / "out", *arguments), exit_code=status)
         assert signal.getsignal(signal.SIGTERM) is terminate
     finally:
-        signal.signal(signal.SIGTERM, earlier)
+        signal.signal(signal.SIGTERM, earlier[0])
+        signal.signal(signal.SIGINT, earlier[1])
     assert result.stderr.splitlines()[-1] == (
         f"{verb}: nothing half-written is left; files from before are as they were; the state at phase 1, step 2 of 2 is kept: "
         "the same command with --resume goes on from there"
@@ -211,13 +212,31 @@ def test_a_signal_keeps_the_state_after_the_step(tmp_path: Path, monkeypatch: py
     assert learned(tmp_path / "out" / "cups") == learned(tmp_path / "whole" / "cups")
 
 
-def test_a_second_ctrl_c_does_not_wait_for_the_step():
+@pytest.fixture
+def on_ctrl_c() -> Iterator[Callable[[Any], None]]:
+    """Sets what Ctrl-C does for one test; a test run in the background may ignore it altogether."""
+    earlier = signal.getsignal(signal.SIGINT)
+    yield lambda handler: signal.signal(signal.SIGINT, handler)  # type: ignore[misc]
+    signal.signal(signal.SIGINT, earlier)
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(on_ctrl_c: Callable[[Any], None]):
+    on_ctrl_c(signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt), stop_between_steps() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.asked == signal.SIGINT
         signal.raise_signal(signal.SIGINT)
         pytest.fail("went on")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_that_is_ignored_or_only_noted_does_not_end_the_run(on_ctrl_c: Callable[[Any], None], whole: Path,
+                                                                     instance: Instance, tmp_path: Path):  # fmt: skip
+    """Half a run must never become a bundle."""
+    for handler in (signal.SIG_IGN, lambda *_: None):
+        on_ctrl_c(handler)
+        folder = run(instance, tmp_path / "cups", lambda _: signal.raise_signal(signal.SIGINT))
+        assert learned(folder) == learned(whole) and signal.getsignal(signal.SIGINT) is handler
 
 
 # --- two runs at once ---------------------------------------------------------------------------
