@@ -35,7 +35,7 @@ from mifo.known_models import shape_of
 from mifo.losses import masked_diffusion_loss, penalty_loss
 from mifo.memory import peak_gib
 from mifo.memory_trace import LiveBytes
-from mifo.plan_trace import Model, trace_learning
+from mifo.plan_trace import Model, build, trace_learning
 
 GIB = 2**30
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -72,43 +72,45 @@ def planned(model: Model, case: Case) -> dict[str, float]:
 # --- fake tensors -------------------------------------------------------------------------------
 
 
-def measured_on_fake_tensors(shape: dict[str, Any], case: Case) -> dict[str, float]:
+def measured_on_fake_tensors(model: Model, case: Case) -> dict[str, float]:
     """GiB by MemTracker's own categories at its peak."""
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
-    from transformers import CLIPTextConfig, CLIPTextModel
 
-    config, before = learn_preset("stable-diffusion"), torch.get_default_dtype()
-    swapping = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(False)  # PEFT converts modules, and fake tensors cannot be swapped
-    torch.set_default_dtype(DTYPES[case.dtype])
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            unet = UNet2DConditionModel(**shape["unet"]).requires_grad_(False)
-            text = CLIPTextModel(CLIPTextConfig(**shape["text_encoder"])).requires_grad_(False)
-            vae = AutoencoderKL(**shape["vae"]).requires_grad_(False)
-            torch.set_default_dtype(before)
-            scheduler: Any = DDIMScheduler(**shape["scheduler"])
-            base = BaseModel("fake", "fake", None, "", None, text, vae, unet, scheduler)  # type: ignore[arg-type]
-            if case.phase == "phase2":
-                add_adapters(base, config.lora.rank, True)
-            if case.checkpointing:
-                unet.enable_gradient_checkpointing()
-            first, width = shape["text_encoder"]["vocab_size"], shape["text_encoder"]["hidden_size"]
-            with use_assets(text, range(first, first + case.assets), torch.zeros(case.assets, width)):
-                tracker = MemTracker()
-                tracker.track_external(unet, text, vae)
-                with tracker:
-                    _fake_step(base, case, case.settings(config).attention)
-                snapshot = tracker.get_tracker_snapshot("peak")
-    finally:
-        torch.set_default_dtype(before)
-        torch.__future__.set_swap_module_params_on_conversion(swapping)
-    found = next(iter(snapshot.values()))
-    named = {str(getattr(k, "value", k)): v / GIB for k, v in found.items()}
+    config = learn_preset("stable-diffusion")
+    base = build(model, DTYPES[case.dtype])
+    if case.phase == "phase2":
+        for adapter in add_adapters(base, config.lora.rank, True).values():
+            adapter.to("meta")
+    if case.checkpointing:
+        base.unet.enable_gradient_checkpointing()
+    text = model.configs["text_encoder"]
+    with FakeTensorMode():
+        parts = (base.unet, base.text_encoder, base.vae)
+        for part in parts:
+            _fill_with_fakes(part)
+        tokens = range(text["vocab_size"], text["vocab_size"] + case.assets)
+        with use_assets(base.text_encoder, tokens, torch.zeros(case.assets, text["hidden_size"])):
+            tracker = MemTracker()
+            tracker.track_external(*parts)
+            with tracker:
+                _fake_step(base, case, case.settings(config).attention)
+            snapshot = tracker.get_tracker_snapshot("peak")
+    named = {str(getattr(k, "value", k)): v / GIB for k, v in next(iter(snapshot.values())).items()}
     weights = sum(v for k, v in named.items() if k in ("Parameter", "Buffer"))
     return {"total": named["Total"] - weights, **{k: v for k, v in named.items() if v and k != "Total"}}
+
+
+def _fill_with_fakes(part: torch.nn.Module) -> None:
+    """CPU fakes for meta tensors. Converting a module of fakes would have to swap them, which PyTorch refuses."""
+    for module in part.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                fake = torch.empty(weight.shape, dtype=weight.dtype)
+                module._parameters[name] = torch.nn.Parameter(fake, requires_grad=weight.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
 
 
 def _fake_step(base: BaseModel, case: Case, terms: Any) -> None:
@@ -210,7 +212,7 @@ def main(
             case = Case(phase, checkpointing, dtype, resolution)
             plan = planned(model, case)
             if kind == "fake":
-                found = measured_on_fake_tensors(shape_of(shape, width_divisor), case)
+                found = measured_on_fake_tensors(model, case)
             else:
                 found = measured_for_real(shape, width_divisor, case, "cuda" if gpu else "cpu")
             off = 100 * (plan["total"] / found["total"] - 1)
