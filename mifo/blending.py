@@ -63,8 +63,8 @@ def clone(source: Pixels, drawn: npt.NDArray[np.float32], mask: BoolArray) -> Pi
         return drawn_bytes
     # OpenCV wants the patch to lie clear of the picture's border; a repeated edge is out of the mask and cut off again
     margin = 2
-    padded = [cv2.copyMakeBorder(a, *[margin] * 4, cv2.BORDER_REPLICATE) for a in (source, drawn_bytes)]
-    grey = cv2.copyMakeBorder(mask.astype(np.uint8) * 255, *[margin] * 4, cv2.BORDER_CONSTANT, value=0)
+    padded = [cv2.copyMakeBorder(a, margin, margin, margin, margin, cv2.BORDER_REPLICATE) for a in (source, drawn_bytes)]
+    grey = cv2.copyMakeBorder(mask.astype(np.uint8) * 255, margin, margin, margin, margin, cv2.BORDER_CONSTANT, value=0)
     x, y, width, height = cv2.boundingRect(grey)
     center = (x + width // 2, y + height // 2)
     cloned = cv2.seamlessClone(padded[1], padded[0], grey, center, cv2.NORMAL_CLONE)[margin:-margin, margin:-margin]

@@ -13,6 +13,7 @@ import sys
 import warnings
 from dataclasses import replace
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -96,7 +97,7 @@ Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="The same seed giv
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; empty picks what is there.")]
 VramGib = Annotated[float | None, _number(0.5, 1024, "GPU memory to stay within; see 'plan'.")]
 AttentionBackend = Annotated[Attention, typer.Option(help="auto: xformers where it works, else PyTorch's own.")]
-Backend = Annotated[Judge, typer.Option(help="What measures pictures; auto: toybox for the toybox, photo for all else.")]
+JudgedBy = Annotated[Judge, typer.Option(help="What measures pictures; auto: toybox for the toybox, photo for all else.")]
 Dino = Annotated[str | None, typer.Option(help="DINOv2 model of the photo back end: hub id or folder.")]
 Clip = Annotated[str | None, typer.Option(help="CLIP model of the photo back end.")]
 Detector = Annotated[str | None, typer.Option(help="OWL-ViT or OWLv2 detector of the photo back end.")]
@@ -128,7 +129,7 @@ def learn(
     resume: Annotated[bool | None, typer.Option(help="Go on from the last checkpoint of an interrupted run.")] = None,
     checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints, at most 2 minutes; 0: none.")] = 50,
     keep: Annotated[Keep, typer.Option(help="best: the checkpoint with the least leakage and the best samples.")] = Keep.last,
-    backend: Backend = Judge.auto,
+    backend: JudgedBy = Judge.auto,
     dino: Dino = None,
     clip: Clip = None,
     detector: Detector = None,
@@ -178,7 +179,7 @@ def learn(
             for warning in check_masks(each, sizes_of(base, config)).warnings:
                 say(f"note: {warning}")
             judge = _checkpoint_judge(config, each, base, given)
-            job.hint = lambda target=target: _resume_hint(target)
+            job.hint = partial(_resume_hint, target)
             _say_what_is_resumed(target, resume)
             with use_backend(base.unet, attention), Bar() as bar, job.keeping(target if os.path.lexists(target) else None):
                 bundle = run_learn(each, base, config, target, bar.learning, initial, checkpointing, judge)
@@ -208,7 +209,7 @@ def synthesize(
     refine: Annotated[bool, typer.Option(help="Tighten the boxes to the things' own shapes.")] = True,
     bounded: Annotated[bool, typer.Option(help="Mask attention to the boxes.")] = True,
     best_of: Annotated[int | None, typer.Option(min=2, max=1000, help="Draw so many seeds, keep the best.")] = None,
-    backend: Backend = Judge.auto,
+    backend: JudgedBy = Judge.auto,
     dino: Dino = None,
     clip: Clip = None,
     detector: Detector = None,
@@ -284,7 +285,7 @@ def evaluate(
     original: Annotated[Path | None, typer.Option(help="With --edited and --edit-mask: is all outside the mask kept?")] = None,
     edited: Annotated[Path | None, typer.Option(help="The picture after the edit.")] = None,
     edit_mask: Annotated[Path | None, typer.Option(help="White where the edit was allowed.")] = None,
-    backend: Backend = Judge.auto,
+    backend: JudgedBy = Judge.auto,
     dino: Dino = None,
     clip: Clip = None,
     detector: Detector = None,

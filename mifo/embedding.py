@@ -34,7 +34,7 @@ class AssetEmbedding(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """(B, L) -> (B, L, D) in the table's dtype."""
-        matches = ids[..., None] == self.token_ids  # (B, L, N)
+        matches = torch.eq(ids[..., None], self.token_ids)  # (B, L, N)
         is_asset = matches.any(-1)
         words = self.table(ids.masked_fill(is_asset, 0))
         own = self.rows[matches.int().argmax(-1)].to(words.dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -30,6 +31,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MIN_SIDE = 16
 MAX_MEGAPIXELS = 50
 MAX_MASK_MEGAPIXELS = 500  # of all masks together
+#: What PIL's decoders raise for damaged files, beside its own UnidentifiedImageError (an OSError).
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, struct.error)
 MAX_WORDS_BYTES = 1 << 16
 MAX_OVERLAP = 0.5
 MASK_PATTERN = re.compile(r"mask([0-9]+)\.png", re.IGNORECASE)

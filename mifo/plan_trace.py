@@ -224,7 +224,7 @@ def trace_placing(model: Model, resolution: int, dtype: torch.dtype, batch: int,
     tokens = tuple(asset_token(i) for i in range(assets))
     layout = Layout(tokens, (Box(0.0, 0.0, 0.5, 0.5),) * assets)  # masks are dense: their bytes do not depend on the boxes
     length = int(model.configs["text_encoder"]["max_position_embeddings"])
-    positions = {token: (1 + i,) for i, token in enumerate(tokens)}
+    positions: dict[str, tuple[int, ...]] = {token: (1 + i,) for i, token in enumerate(tokens)}
     prompt = TokenizedPrompt(list(range(length)), positions, (), assets + 1, assets + 2)
     control = _TaggedControl(prompt, layout, (side, side), "meta")
     control.images, control.bounded = batch, config.bounded

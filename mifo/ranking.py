@@ -57,12 +57,12 @@ def edge_directions(image: npt.NDArray[np.uint8], mask: BoolArray) -> npt.NDArra
     grey = image.astype(np.float64) @ np.array([0.299, 0.587, 0.114])
     dy, dx = np.gradient(grey)
     turns = (np.arctan2(dy, dx) / np.pi) % 1.0
-    return np.bincount((turns * ANGLES).astype(int)[mask] % ANGLES, np.hypot(dx, dy)[mask], ANGLES)
+    return np.bincount((turns * ANGLES).astype(int)[mask] % ANGLES, np.hypot(dx, dy)[mask], ANGLES).astype(np.float64)
 
 
 def _cosine(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
     """0 where either is nothing."""
-    return float(a @ b / max(1e-12, np.linalg.norm(a) * np.linalg.norm(b)))
+    return float(a @ b) / max(1e-12, float(np.linalg.norm(a)) * float(np.linalg.norm(b)))
 
 
 @torch.no_grad()
