@@ -19,6 +19,9 @@ class AssetEmbedding(nn.Module):
     `rows` (N, D) stays fp32 whatever the table's dtype: the optimizer and the gradient scaler need it so.
     """
 
+    token_ids: torch.Tensor
+    rows: nn.Parameter
+
     def __init__(self, table: nn.Embedding, token_ids: Sequence[int], rows: torch.Tensor):
         super().__init__()
         if len(token_ids) != len(rows) or len(set(token_ids)) != len(rows):
@@ -34,7 +37,7 @@ class AssetEmbedding(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """(B, L) -> (B, L, D) in the table's dtype."""
-        matches = torch.eq(ids[..., None], self.token_ids)  # (B, L, N)
+        matches = ids[..., None] == self.token_ids  # (B, L, N)
         is_asset = matches.any(-1)
         words = self.table(ids.masked_fill(is_asset, 0))
         own = self.rows[matches.int().argmax(-1)].to(words.dtype)
