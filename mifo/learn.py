@@ -103,7 +103,8 @@ def _learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Pat
     add_asset_tokens(base.tokenizer, [t for t in tokens if t not in known])
     ids = [base.tokenizer.get_added_vocab()[t] for t in tokens]
     _check_longest_prompt(base, tokens)
-    data = InstanceData(fit_instance(instance, config.resolution or base.resolution), base)
+    fitted = fit_instance(instance, config.resolution or base.resolution)
+    data = InstanceData(fitted, base, config.placements, config.seed)
     prior = _draw_prior(base, config, folder.parent / ".prior", report)
     words = initializer_words or [None] * instance.count
     rows = initial_rows(base.text_encoder.get_input_embeddings(), base.tokenizer, words)

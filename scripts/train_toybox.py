@@ -16,6 +16,7 @@ Resumable: run the same command again (`--no-resume` begins anew). A checkpoint 
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -442,6 +443,9 @@ def export(workdir: Path, stage: str, vae: AutoencoderKL, tokenizer: CLIPTokeniz
     ema.load_state_dict(torch.load(workdir / f"{stage}.pt", map_location="cpu", weights_only=False)["state"]["ema"])
     ema.copy_to(model.parameters())
     as_pipeline(model, vae.cpu(), tokenizer).to(dtype=torch.float16).save_pretrained(output, safe_serialization=True)
+    for config in output.glob("*/config.json"):  # where this machine had the parts is nobody's business
+        entries = {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}
+        config.write_text(json.dumps(entries, indent=2) + "\n")
 
 
 def main(
