@@ -124,6 +124,8 @@ class LearnConfig:
     flip_probability: float = 0.5
     placements: int = 0
     """Shifted copies of the picture per asset: a token then learns its asset, not where it stood; 0 as published."""
+    locality_weight: float = 0.0
+    """Weight of keeping to the prediction without the assets' tokens outside the masks; 0 as published."""
     masked_loss_by_area: bool = False
     """Divide the masked loss by the mask's area instead of the picture's."""
     weight_decay: float = 1e-2

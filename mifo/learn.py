@@ -315,8 +315,22 @@ class Learner:
         positions = tokenized[-1].asset_positions
         attention = attention_terms(maps, sites, phase.attention, batch, positions, timesteps, own.start, step, latent_size)
         zero = torch.zeros((), device=latents.device)
+        if config.locality_weight:
+            diffusion = diffusion + config.locality_weight * self._locality(prediction[own], noisy[own], timesteps[own], batch)
         prior_loss = zero if prior is None else config.prior.weight * F.mse_loss(prediction[:1].float(), target[:1])
         return StepLosses(diffusion, attention, prior_loss)
+
+
+    def _locality(self, prediction: torch.Tensor, noisy: torch.Tensor, timesteps: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Outside the masks the assets' tokens must change nothing: there the prediction keeps to the one without them.
+
+        The masked loss alone says nothing about the outside, so a token may fill it with its asset as well.
+        """
+        with torch.no_grad():
+            ids = tokenize_prompt(self.base.tokenizer, "a photo", []).input_ids
+            states = self.base.encode_prompt(torch.tensor([ids])).expand(len(noisy), -1, -1)
+            without = self.base.unet(noisy.to(self.base.dtype), timesteps, states).sample
+        return masked_diffusion_loss(prediction, without, 1 - batch.union_mask, self.config.masked_loss_by_area)
 
 
 def _assets_of(prompt: str, batch: Batch) -> list[str]:
