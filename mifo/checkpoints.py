@@ -256,6 +256,7 @@ def hold_lock(folder: Path, target: Path) -> Iterator[None]:
 
     Raises InputError when another run has it, or the folder cannot be made.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     file = _acquire(folder, target)
     try:
         yield
@@ -264,7 +265,7 @@ def hold_lock(folder: Path, target: Path) -> Iterator[None]:
             if _is_still(folder / "lock", file):
                 os.unlink(folder / "lock")
         file.close()
-        for empty in (folder, folder.parent):
+        for empty in dict.fromkeys((folder, folder.parent, *made)):
             with suppress(OSError):
                 empty.rmdir()
 

@@ -180,9 +180,11 @@ class Learner:
     """Both phases' shared parts: the step, its losses, and what is kept to be shown."""
 
     def __init__(self, base: BaseModel, data: InstanceData, config: LearnConfig, embedding: AssetEmbedding,
-                 accelerator: Accelerator, prior: PriorData | None, checkpoints: Checkpoints, started: float,
-                 resumed: dict[str, Any] | None, judge: CheckpointJudge | None = None):  # fmt: skip
-        self.checkpoints, self.started, self.resumed = checkpoints, started, resumed
+                 accelerator: Accelerator, prior: PriorData | None, checkpoints: Checkpoints | None = None,
+                 started: float | None = None, resumed: dict[str, Any] | None = None,
+                 judge: CheckpointJudge | None = None):  # fmt: skip
+        self.checkpoints, self.resumed = checkpoints, resumed
+        self.started = time.monotonic() if started is None else started
         self.skipped_steps = 0
         self.base, self.data, self.config = base, data, config
         self.embedding, self.accelerator, self.prior = embedding, accelerator, prior
@@ -250,7 +252,7 @@ class Learner:
                     self.curve.append({"phase": name, "step": step, **{k: round(v, 6) for k, v in parts.items()}})  # type: ignore[dict-item]
                 report(Progress(name, step + 1, phase.train_steps, parts))
                 finished = self.keeper is not None and self.keeper.after(step + 1, step + 1 == phase.train_steps)
-                if self.checkpoints.due(step + 1, stop.asked is not None or step + 1 == phase.train_steps):
+                if self.checkpoints and self.checkpoints.due(step + 1, stop.asked is not None or step + 1 == phase.train_steps):
                     size = max(float(p.detach().abs().max()) for p in parameters)
                     self._refuse_nonfinite({"weight": size}, name, step)
                     state = capture(self, name, step + 1, parameters, optimizer, scheduler)
@@ -279,7 +281,7 @@ class Learner:
     def _refuse_nonfinite(self, parts: dict[str, float], phase: str, step: int) -> None:
         bad = [name for name, value in parts.items() if not np.isfinite(value)]
         if bad:
-            kept = self.checkpoints.last_saved
+            kept = self.checkpoints.last_saved if self.checkpoints else None
             raise InputError(
                 f"the {' and the '.join(bad)} is not finite at step {step} of the {phase} phase; lower the learning rate or use "
                 f"--mixed-precision no{f'. The last good checkpoint, {kept}, is kept' if kept else ''}"

@@ -96,7 +96,7 @@ def check_masks(instance: Instance, sizes: MaskSizes) -> MaskReport:
     warnings: list[str] = list(instance.warnings)
     masks = []
     files = _mask_files(instance)
-    for index, mask in enumerate(fitted.masks):
+    for index, mask in enumerate(fitted.masks[: instance.count - instance.has_background]):
         name = files.get(index, f"mask{index}.png")
         entry = {"mask": name, **_areas(mask, fitted.valid, sizes)}
         warnings += _area_warnings(entry, sizes)

@@ -224,7 +224,8 @@ class PairData(InstanceData):
         assets, (mean, std) = self.pairs[int(rng.integers(len(self.pairs)))]
         noise = torch.randn((draws, *mean.shape[1:]), generator=generator).to(mean)
         everything = torch.ones((1, 1, *mean.shape[-2:]), device=mean.device)
-        return Batch(assets, join_assets([f"<asset{i}>" for i in assets]), mean + std * noise, everything,
+        tokens = tuple(self.tokens[i] for i in assets)
+        return Batch(assets, tokens, join_assets(tokens), mean + std * noise, everything,
                      self.masks[False][list(assets)])  # fmt: skip
 
 

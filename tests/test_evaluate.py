@@ -246,7 +246,7 @@ def test_keep_best_returns_to_the_best_checkpoint(tmp_path: Path):
 
     best = learned("best", 4, KeepConfig(enabled=True, every_steps=1, patience=2))
     assert best.facts["kept"]["step"] == 1 and [c["step"] for c in best.facts["kept"]["checks"]] == [0, 1, 2, 3]
-    assert seen[0] == ["<asset0>", "<asset1>"]
+    assert list(seen[0]) == ["<asset0>", "<asset1>"]
     one = learned("one", 1, KeepConfig())
     assert torch.equal(best.rows, one.rows)
     for part in ("unet_lora", "text_lora"):

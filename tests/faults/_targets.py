@@ -66,16 +66,20 @@ def _with_file(folder: Path, name: str, content: bytes, use: Callable[[Path], ob
 
 
 def boxes(data: bytes) -> None:
+    refused: InputError | None = None
     path = _scratch() / "boxes.json"
     path.write_bytes(data)
     for parse in (lambda: parse_layout(path, TOKENS), lambda: parse_boxes_alone(path), lambda: parse_layout(
             data.decode("utf-8", "surrogateescape"), TOKENS)):  # fmt: skip
         try:
             layout = parse()
-        except InputError:
+        except InputError as error:
+            refused = error
             continue
         for _, box in layout:
             assert box.rasterize(64, 64).shape == (64, 64) and 0 < box.x1 <= 1
+    if refused:
+        raise refused
 
 
 def prompt(data: bytes) -> None:
