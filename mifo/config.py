@@ -214,6 +214,10 @@ class EditConfig:
 # --- presets ------------------------------------------------------------------------------------
 
 
+SINGLE_TOYS = "|".join(f"a photo of a toy {place}" for place in (
+    "at the beach", "in the snow", "on the grass", "at night", "on a wooden floor", "on a plain background"))  # fmt: skip
+
+
 def learn_preset(family: str, recipe: str = "mifo") -> LearnConfig:
     """`family`: 'stable-diffusion' (published numbers; LoRA's rate found by others) or 'toybox' (measured, LOG.md)."""
     if recipe not in ("mifo", "break-a-scene"):
@@ -225,7 +229,9 @@ def learn_preset(family: str, recipe: str = "mifo") -> LearnConfig:
             config,
             embedding=replace(config.embedding, attention=replace(terms, reward_steps=200)),
             lora=replace(config.lora, learning_rate=1e-3, row_learning_rate=1e-3, attention=terms),
-            prior=PriorConfig(num_class_images=16, sampling_steps=15, guidance_scale=3.0),
+            prior=PriorConfig(num_class_images=16, sampling_steps=15, guidance_scale=3.0, class_prompt=SINGLE_TOYS),
+            placements=8,
+            locality_weight=1.0,
             masked_loss_by_area=True,
         )
     if recipe == "break-a-scene":
@@ -241,6 +247,9 @@ def _as_break_a_scene(config: LearnConfig) -> LearnConfig:
     return replace(
         config,
         recipe="break-a-scene",
+        placements=0,
+        locality_weight=0.0,
+        prior=replace(config.prior, class_prompt=PriorConfig.class_prompt),
         embedding=replace(config.embedding, train_steps=400, learning_rate=5e-4, cosine_restarts=False, attention=match),
         lora=replace(config.lora, train_steps=400, attention=match),
     )

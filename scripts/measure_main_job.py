@@ -28,7 +28,7 @@ from mifo.learn import learn
 from mifo.learn_report import sample_prompts
 from mifo.pictures import caption_below, draw_boxes, enlarge, grid
 from mifo.synthesize import synthesize
-from mifo.toybox.judge import Verdict, judge_images, load_judge
+from mifo.toybox.judge import Finding, Verdict, judge_images, load_judge
 from mifo.toybox.scoring import best_in_box, compare, nearest, surest
 from mifo.toybox.world import BACKGROUND_PHRASES, Thing
 
@@ -60,6 +60,7 @@ def arrangement(things: list[Thing], corners: tuple[tuple[float, float], ...]) -
 def measure_alone(base: BaseModel, bundle: Bundle, things: list[Thing], judge: Any, seeds: int) -> tuple[dict, list]:
     """'a photo of <asset_i> PLACE' on three backgrounds: is it the right thing, is it ever another of them."""
     right, classes, colors, patterns, own, places, single, images = [], [], [], [], [], [], [], []
+    either_order = []
     for index, token in enumerate(bundle.tokens):
         for place in PLACES:
             prompts = [f"a photo of {token} {BACKGROUND_PHRASES[place]}"] * seeds
@@ -72,13 +73,21 @@ def measure_alone(base: BaseModel, bundle: Bundle, things: list[Thing], judge: A
                 classes.append(look.class_name)
                 colors.append(look.colors)
                 patterns.append(look.pattern)
+                either_order.append(looks_right_in_either_order(found, things[index]))
                 own.append(nearest(found, things) == index)
                 places.append(verdict.background == place)
                 single.append(len(verdict.findings) == 1)
     return {
-        "right": share(right), "class": share(classes), "colors": share(colors), "pattern": share(patterns),
+        "right": share(right), "right_colors_in_either_order": share(either_order), "class": share(classes),
+        "colors": share(colors), "pattern": share(patterns),
         "not_confused": share(own), "background": share(places), "one_thing": share(single),
     }, images  # fmt: skip
+
+
+def looks_right_in_either_order(found: Finding | None, thing: Thing) -> bool:
+    """As `right`, but red and white stripes may be white and red ones: on small pictures their order is hard to see."""
+    swapped = replace(thing, main=thing.second, second=thing.main)
+    return compare(found, thing).all or (thing.pattern != "plain" and compare(found, swapped).all)
 
 
 def measure_boxes(base: BaseModel, bundle: Bundle, things: list[Thing], judge: Any, config: SynthesisConfig, images: int,

@@ -54,6 +54,8 @@ def main_job_table() -> str:
         ("bundle, MiB", lambda e, b: f"{e['bundle_mib']:.1f}"),
         ("synthesize, seconds an image (median)", lambda e, b: f"{b['seconds_per_image']['median']:.1f}"),
         ("alone: class, both colours and pattern right", lambda e, b: percent(e["alone"]["right"])),
+        ("alone: the same, the two colours in either order", lambda e, b: percent(e["alone"]["right_colors_in_either_order"])),
+        ("alone: one thing in the picture", lambda e, b: percent(e["alone"]["one_thing"])),
         ("alone: never confused with another", lambda e, b: percent(e["alone"]["not_confused"])),
         ("alone: background as asked", lambda e, b: percent(e["alone"]["background"])),
         ("in boxes: right instance in its box", lambda e, b: percent(b["right_instance"])),

@@ -35,7 +35,7 @@ def test_the_bundle_is_small_and_says_where_attention_fell(learned):
     there = {p.name for p in bundle.folder.iterdir()}
     assert {"bundle.json", "assets.safetensors", "unet_lora", "preview.png", "attention.png"} <= there
     shares = bundle.facts["attention_inside_mask"]
-    assert sum(shares.values()) / len(shares) > 0.25, shares  # each mask covers a tenth of the picture
+    assert sum(shares.values()) / len(shares) > 0.6, shares  # measured 0.82; each mask covers a tenth of the picture
 
 
 def test_each_car_alone_is_the_right_one(learned):
@@ -56,6 +56,6 @@ def test_three_cars_stand_in_their_boxes(learned):
 
 
 # Set a little below what scripts/results/main_job.json has for 72 and 24 pictures, for the small samples here.
-MIN_NOT_CONFUSED = 50
-MIN_IOU = 0.3
-MIN_RIGHT_INSTANCE = 40
+MIN_NOT_CONFUSED = 85  # 98.6 %
+MIN_IOU = 0.65  # 0.78
+MIN_RIGHT_INSTANCE = 88  # 100 %: two of eighteen may fail

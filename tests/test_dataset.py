@@ -1,0 +1,70 @@
+"""What a learning step sees: shifted copies, and the loss that keeps a token to its mask."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from _tiny import load_base, write_instance
+
+from mifo.config import learn_preset
+from mifo.dataset import InstanceData, random_shifts, shift
+from mifo.instance import fit_instance, load_instance
+from mifo.learn import Learner
+from mifo.prompts import tokenize_prompt
+
+
+def test_a_shift_moves_pixels_and_fills_what_comes_in():
+    pixels = torch.arange(9.0).view(1, 1, 3, 3)
+    assert shift(pixels, 1, -1, fill=-1.0)[0, 0].tolist() == [[-1, 3, 4], [-1, 6, 7], [-1, -1, -1]]
+    assert shift(pixels, -2, 0)[0, 0].tolist() == [[2, 4, 4], [5, 4, 4], [8, 4, 4]]  # the mean is 4
+    assert torch.equal(shift(pixels, 0, 0), pixels)
+
+
+def test_shifts_leave_their_asset_inside_and_reach_every_side():
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., 2:4, 5:7] = 1
+    moved = [shift(mask, dx, dy, fill=0.0) for dx, dy in random_shifts(mask, 200, np.random.default_rng(0))]
+    assert all(m.sum() == 4 for m in moved)
+    seen = torch.cat(moved).amax(0)[0]
+    assert seen.all()  # the mask has been everywhere
+
+
+def test_a_step_takes_only_views_in_which_its_assets_are_whole(tmp_path: Path):
+    fitted = fit_instance(load_instance(write_instance(tmp_path / "cups")), 64)
+    base = load_base()
+    data, still = InstanceData(fitted, base, placements=6), InstanceData(fitted, base)
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    places: dict[int, set[tuple[int, ...]]] = {0: set(), 1: set()}
+    for _ in range(60):
+        batch = data.sample(rng, generator, 1, True, 0.0)
+        for asset, mask in zip(batch.assets, batch.asset_masks, strict=True):
+            assert mask.sum() == still.masks[False][asset].sum()
+            places[asset].add(tuple(mask[0].nonzero()[0].tolist()))
+    assert min(len(found) for found in places.values()) > 3
+    fixed = {tuple(still.sample(rng, generator, 1, False, 0.0).asset_masks.amax(0)[0].nonzero()[0].tolist()) for _ in range(5)}
+    assert len(fixed) == 1
+
+
+def test_locality_counts_what_the_tokens_change_outside_the_masks_and_nothing_else():
+    base = load_base()
+    size = base.resolution // base.vae_factor
+    noisy = torch.randn(1, base.unet.config["in_channels"], size, size, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([700])
+    ids = tokenize_prompt(base.tokenizer, "a photo", []).input_ids
+    with torch.no_grad():
+        without = base.unet(noisy, timesteps, base.encode_prompt(torch.tensor([ids]))).sample
+    union = torch.zeros(1, 1, size, size)
+    union[..., : size // 2] = 1
+    learner = SimpleNamespace(base=base, config=replace(learn_preset("toybox"), masked_loss_by_area=True))
+    batch = SimpleNamespace(union_mask=union)
+
+    def locality(prediction: torch.Tensor) -> float:
+        return float(Learner._locality(learner, prediction, noisy, timesteps, batch))  # type: ignore[arg-type]
+
+    assert locality(without) < 1e-9
+    assert locality(without + 3 * union) < 1e-9  # inside, a token may do what it likes
+    assert abs(locality(without + 2 * (1 - union)) - 4) < 1e-3  # outside, the squared change counts
