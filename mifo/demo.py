@@ -27,8 +27,9 @@ from .synthesize import synthesize
 from .toybox.examples import write_example
 
 BOXES = "[[0.04, 0.08, 0.46, 0.36], [0.54, 0.30, 0.96, 0.58], [0.10, 0.64, 0.52, 0.92]]"
-PLACES = ("at the beach", "in the snow")
+PLACES = ("on the grass", "in the snow")
 GO_ON = Checkpointing(resume=True, strict=False)
+ALONE = "at the beach"
 SIDE = 192  # pixels of each picture on the sheet
 
 
@@ -46,7 +47,7 @@ def run_demo(output: Path, seed: int, device: str, bar: Any) -> dict[str, Any]:
     layout = parse_layout(BOXES, bundle.tokens)
     seconds = []
     with attach(base, bundle):
-        alone = sample_prompts(base, [f"a photo of {t}" for t in bundle.tokens], bundle.tokens, seed)
+        alone = sample_prompts(base, [f"a photo of {t} {ALONE}" for t in bundle.tokens], bundle.tokens, seed)
         placed = []
         for prompt in prompts:
             result = synthesize(base, prompt, layout, bundle.tokens, control, seed, 1, bar.denoising)
@@ -76,11 +77,11 @@ def _without_penalty(instance: Instance, base: BaseModel, config: Any, output: P
 def _sheet(instance: Instance, tokens: Sequence[str], layout: Layout, prompts: Sequence[str], alone: list[Image.Image],
            placed: list[Image.Image], free: list[Image.Image], without: list[Image.Image]) -> Image.Image:  # fmt: skip
     """Row 1: the input, and each asset alone. Then a row per prompt: the boxes, the result, and the two comparisons."""
-    source = enlarge(instance.image, SIDE)
+    source = instance.image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     for index, mask in enumerate(instance.masks):
         source = outline(source, mask.resize(source.size, Image.Resampling.NEAREST), ASSET_COLORS[index])
     rows = [[(source, "the one photo, with its masks")]]
-    rows[0] += [(enlarge(image, SIDE), f'"a photo of {t}"') for image, t in zip(alone, tokens, strict=True)]
+    rows[0] += [(enlarge(image, SIDE), f'"a photo of {t} {ALONE}"') for image, t in zip(alone, tokens, strict=True)]
     blank = Image.new("RGB", (SIDE, SIDE), (236, 236, 236))
     for k, prompt in enumerate(prompts):
         rows.append([
