@@ -241,18 +241,9 @@ def _attached(attach: Any, base: BaseModel, bundle: Bundle | None, config: EditC
 
 
 def _crops(bundle: Bundle | None) -> dict[str, Any]:
-    """The assets' own pictures; none for a bundle that does not hold its photo: the ranking then does without."""
-    from .asset_crops import cut_out
-    from .references import kept_instance
+    from .references import kept_crops
 
-    if bundle is None:
-        return {}
-    try:
-        instance = kept_instance(bundle.folder, bundle.tokens)
-    except InputError:
-        return {}
-    side = max(instance.image.size)
-    return {t: cut_out(instance.image, mask, side) for t, mask in zip(instance.tokens, instance.masks, strict=True)}
+    return kept_crops(bundle.folder, bundle.tokens) if bundle else {}
 
 
 def _edit_overrides(config: EditConfig, given: dict[str, Any]) -> EditConfig:

@@ -11,6 +11,9 @@ import os
 import shutil
 from pathlib import Path
 
+from PIL import Image
+
+from .asset_crops import cut_out
 from .errors import InputError
 from .instance import Instance, fit_instance, load_instance, with_background
 from .prompts import BACKGROUND_TOKEN
@@ -47,6 +50,16 @@ def kept_instance(bundle: Path, tokens: tuple[str, ...]) -> Instance:
         instance = with_background(instance)
     check_count(instance, tokens)
     return instance
+
+
+def kept_crops(bundle: Path, tokens: tuple[str, ...]) -> dict[str, Image.Image]:
+    """Each asset's own picture, RGBA; none for a bundle that does not hold its photo: a ranking then does without."""
+    try:
+        instance = kept_instance(bundle, tokens)
+    except InputError:
+        return {}
+    side = max(instance.image.size)
+    return {t: cut_out(instance.image, mask, side) for t, mask in zip(instance.tokens, instance.masks, strict=True)}
 
 
 def check_count(instance: Instance, tokens: tuple[str, ...]) -> None:

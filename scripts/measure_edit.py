@@ -24,7 +24,6 @@ from PIL import Image
 from results import share, spread, write_result
 from tqdm import tqdm
 
-from mifo.asset_crops import read_crop
 from mifo.base_model import BaseModel, load_base_model
 from mifo.boxes import Box
 from mifo.bundle import Bundle, attach
@@ -34,6 +33,7 @@ from mifo.instance import load_instance, with_background
 from mifo.learn import learn
 from mifo.learn_report import sample_prompts
 from mifo.pictures import caption_below, enlarge, grid
+from mifo.references import kept_crops
 from mifo.toybox.draw import BACKGROUNDS, COLORS
 from mifo.toybox.judge import Verdict, judge_images, load_judge, match
 from mifo.toybox.scoring import best_in_box, compare, nearest
@@ -67,8 +67,7 @@ def free_places(thing: Thing, scenes: int, first_seed: int = FIRST_SEED) -> list
 
 
 def crops_of(bundle: Bundle) -> dict[str, Image.Image]:
-    crops = {t: read_crop(bundle.folder, t) for t in bundle.tokens}
-    return {t: c for t, c in crops.items() if c is not None}
+    return kept_crops(bundle.folder, bundle.tokens)
 
 
 def learned(example: str, base: BaseModel, folder: Path, background: bool = False) -> Bundle:
