@@ -6,6 +6,7 @@ Exit status: 0 done, 2 the input is wrong, 1 our fault, 130 interrupted, 143 ter
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import signal
@@ -711,6 +712,7 @@ def main() -> None:
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "error")  # advice to programmers
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional kernel that is not used here
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)

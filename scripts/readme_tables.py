@@ -98,7 +98,51 @@ def toybench_table(name: str) -> str:
     return "\n".join([scenes, "", table(result["methods"]), "", figure, "", source(name, result)])
 
 
-TABLES = {"main_job": main_job_table, "base_model": base_model_table, "toybench": lambda: toybench_table("toybench"),
+def edit_table() -> str:
+    result = load("edit")
+    if result is None:
+        return "Editing: not measured yet."
+    title = f"Assets inserted into {result['scenes']} drawn scenes each, toybox on a CPU, by the judge."
+    lines = [title, "", "| | measured | aimed at |", "|---|---|---|"]
+    for name in ("toy_car", "shelf"):
+        if found := result.get(name, {}).get("insert"):
+            unchanged = percent(found["objects_unchanged_pixels"])
+            lines += [f"| {name}: right instance in the mask | {percent(found['right_instance'])} | 85 % |",
+                      f"| {name}: the scene's own things, unchanged bytes | {unchanged} | 100 % |",
+                      f"| {name}: largest difference outside the mask | {found['max_difference_outside']} | 0 |",
+                      f"| {name}: seconds an edit (median) | {found['seconds']['median']:.1f} | 10 |"]  # fmt: skip
+    if thin := result.get("thin"):
+        lines += [f"| thin mask, progressive dilation: right colour | {percent(thin['right_color_dilated'])} | 70 % |",
+                  f"| thin mask, without dilation | {percent(thin['right_color_without'])} | |"]  # fmt: skip
+    return "\n".join([*lines, "", source("edit", result)])
+
+
+def bench_table() -> str:
+    result = load("bench_guidance")
+    if result is None:
+        return "Speed on Stable Diffusion's shape: not measured yet."
+    found = result["guidance"]
+    ours, (dtype, theirs) = found["ours"], next(iter(found["baseline"].items()))
+    pixels = result["options"]["resolution"]
+    lines = [
+        f"One guidance pass with its gradient on the sd2.1 shape (random weights), {pixels} pixels, {dtype}.",
+        "", "| | ours | as published |", "|---|---|---|",
+        f"| seconds, median (min-max) | {_seconds(ours)} | {_seconds(theirs)} |",
+        f"| GiB of tensors beside the weights | {ours['peak_gib']:.2f} | {theirs['peak_gib']:.2f} |",
+        f"| times faster | {found['times_faster_than_baseline_in'][dtype]:.1f} | |",
+        f"| relative difference of the gradients | {found['relative_gradient_error'][dtype]:.0e} | |",
+        "| on a GPU | not measured | not measured |",
+    ]  # fmt: skip
+    return "\n".join([*lines, "", source("bench_guidance", result)])
+
+
+def _seconds(entry: dict) -> str:
+    seconds = entry["seconds"]
+    return f"{seconds['median']:.1f} ({seconds['min']:.1f}-{seconds['max']:.1f})"
+
+
+TABLES = {"main_job": main_job_table, "base_model": base_model_table, "edit": edit_table, "bench": bench_table,
+          "toybench": lambda: toybench_table("toybench"),
           "toybench_holdout": lambda: toybench_table("toybench_holdout")}  # fmt: skip
 
 
