@@ -118,7 +118,7 @@ def edit_table() -> str:
 
 
 def bench_table() -> str:
-    result = load("bench_guidance")
+    result = load("bench_guidance_384")
     if result is None:
         return "Speed on Stable Diffusion's shape: not measured yet."
     found = result["guidance"]
@@ -133,7 +133,7 @@ def bench_table() -> str:
         f"| relative difference of the gradients | {found['relative_gradient_error'][dtype]:.0e} | |",
         "| on a GPU | not measured | not measured |",
     ]  # fmt: skip
-    return "\n".join([*lines, "", source("bench_guidance", result)])
+    return "\n".join([*lines, "", source("bench_guidance_384", result)])
 
 
 def _seconds(entry: dict) -> str:
