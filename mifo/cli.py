@@ -7,36 +7,68 @@ Exit status: 0 done, 2 the input is wrong, 1 our fault, 130 interrupted, 143 ter
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 import sys
 import warnings
 from dataclasses import replace
-from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import __version__
+from . import __version__, edit_commands, measure_commands
+from .command_parts import (
+    choose_attention,
+    choose_device,
+    choose_dtype,
+    family_of,
+    instance_folders,
+    load_base_of,
+    measured_by,
+    override,
+    own_base,
+    plan_within,
+)
 from .console import Bar, running, say, terminate
-from .edit_commands import Tools, add_commands
 from .errors import InputError
 from .files import check_replaceable, check_writable
-from .options import Precision
+from .options import (
+    AsJson,
+    Attention,
+    AttentionBackend,
+    BundleName,
+    Clip,
+    Detector,
+    Device,
+    Dino,
+    Judge,
+    JudgedBy,
+    Keep,
+    LoraScale,
+    ModelPath,
+    OutputDir,
+    OutputPath,
+    OwnBase,
+    Precision,
+    Recipe,
+    Resolution,
+    Sampler,
+    Scale,
+    Seed,
+    Steps,
+    VramGib,
+    number,
+)
 
 if TYPE_CHECKING:
     import torch
 
-    from .attention.backend import Backend
     from .base_model import BaseModel
     from .bundle import Bundle
-    from .config import LearnConfig, MemoryConfig, SynthesisConfig
-    from .evaluate.backend import Backend as MeasuredBy
+    from .config import LearnConfig, SynthesisConfig
     from .instance import Instance
-    from .planner import Plan
 
 app = typer.Typer(
     name="mifo",
@@ -45,64 +77,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-class Recipe(str, Enum):
-    mifo = "mifo"
-    break_a_scene = "break-a-scene"
-
-
-class Sampler(str, Enum):
-    ddim = "ddim"
-    dpm = "dpm"
-    unipc = "unipc"
-
-
-class Attention(str, Enum):
-    auto = "auto"
-    sdpa = "sdpa"
-    xformers = "xformers"
-    materialized = "materialized"
-
-
-class PlannedJob(str, Enum):
-    learn = "learn"
-    synthesize = "synthesize"
-    edit = "edit"
-
-
-class Keep(str, Enum):
-    last = "last"
-    best = "best"
-
-
-class Judge(str, Enum):
-    auto = "auto"
-    toybox = "toybox"
-    photo = "photo"
-
-
-def _finite(value: float | None) -> float | None:
-    if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is not a finite number.")
-    return value
-
-
-def _number(minimum: float, maximum: float | None = None, help: str | None = None) -> Any:
-    return typer.Option(min=minimum, max=maximum, callback=_finite, help=help)
-
-
-ModelPath = Annotated[str, typer.Option(help="toybox (embedded), sd1.5, sd2.1, a hub id, or a folder.")]
-OutputDir = Annotated[Path, typer.Option(help="Where learned bundles are kept.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="The same seed gives the same result.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; empty picks what is there.")]
-VramGib = Annotated[float | None, _number(0.5, 1024, "GPU memory to stay within; see 'plan'.")]
-AttentionBackend = Annotated[Attention, typer.Option(help="auto: xformers where it works, else PyTorch's own.")]
-JudgedBy = Annotated[Judge, typer.Option(help="What measures pictures; auto: toybox for the toybox, photo for all else.")]
-Dino = Annotated[str | None, typer.Option(help="DINOv2 model of the photo back end: hub id or folder.")]
-Clip = Annotated[str | None, typer.Option(help="CLIP model of the photo back end.")]
-Detector = Annotated[str | None, typer.Option(help="OWL-ViT or OWLv2 detector of the photo back end.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
 @app.command()
@@ -116,16 +90,16 @@ def learn(
     recipe: Annotated[Recipe, typer.Option(help="break-a-scene: that paper's losses, for comparison.")] = Recipe.mifo,
     phase1_train_steps: Annotated[int | None, typer.Option(min=1)] = None,
     phase2_train_steps: Annotated[int | None, typer.Option(min=0, help="0 leaves LoRA out.")] = None,
-    phase1_learning_rate: Annotated[float | None, _number(0)] = None,
-    phase2_learning_rate: Annotated[float | None, _number(0)] = None,
+    phase1_learning_rate: Annotated[float | None, number(0)] = None,
+    phase2_learning_rate: Annotated[float | None, number(0)] = None,
     lora_rank: Annotated[int | None, typer.Option(min=1, max=256)] = None,
     train_text_encoder: Annotated[bool | None, typer.Option(help="LoRA in the text encoder too.")] = None,
-    penalty_weight: Annotated[float | None, _number(0, help="Weight of the penalty attention loss.")] = None,
+    penalty_weight: Annotated[float | None, number(0, help="Weight of the penalty attention loss.")] = None,
     class_prompt: Annotated[str | None, typer.Option(help="For prior preservation; several, separated by '|'.")] = None,
     num_class_images: Annotated[int | None, typer.Option(min=1, max=10_000)] = None,
     prior_preservation: Annotated[bool, typer.Option(help="Keep the base model's knowledge with its own pictures.")] = True,
     background_asset: Annotated[bool, typer.Option("--background-asset", help="Learn <background>, outside all masks.")] = False,
-    resolution: Annotated[int | None, typer.Option(min=32, help="Pixels; the model's own by default.")] = None,
+    resolution: Resolution = None,
     gradient_checkpointing: bool = False,
     resume: Annotated[bool | None, typer.Option(help="Go on from the last checkpoint of an interrupted run.")] = None,
     checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints, at most 2 minutes; 0: none.")] = 50,
@@ -146,7 +120,7 @@ def learn(
     with running(as_json) as job:
         from .instance import load_instance, with_background
 
-        folders = _instance_folders(instance, folder_path)
+        folders = instance_folders(instance, folder_path)
         if name and len(folders) > 1:
             raise InputError(f"--name {name} fits one instance, but {len(folders)} would be learned; name the INSTANCE too")
         instances = [load_instance(folder) for folder in folders]  # all input is checked before anything long starts
@@ -166,13 +140,14 @@ def learn(
 
         checkpointing = Checkpointing(checkpoint_every, resume=resume)
 
-        chosen = _device(device)
-        dtype = _dtype(mixed_precision, chosen)
-        attention = _attention(attention_backend, chosen, dtype)
+        chosen = choose_device(device)
+        dtype = choose_dtype(mixed_precision, chosen)
+        attention = choose_attention(attention_backend, chosen, dtype)
         results = []
         for each, target, initial in zip(instances, targets, words, strict=True):
-            config = _learn_overrides(learn_preset(_family(model_path), recipe.value), given, _accelerate_name(dtype))
-            plan = _plan("learn", model_path, chosen, dtype, resolution, vram_gib, attention.name, config, assets=each.count)
+            config = _learn_overrides(learn_preset(family_of(model_path), recipe.value), given, _accelerate_name(dtype))
+            plan = plan_within("learn", model_path, chosen, dtype, resolution, vram_gib, attention.name, config,
+                               assets=each.count)  # fmt: skip
             base = load_base_model(model_path, chosen, dtype, plan.settings.memory if plan else MemoryConfig())
             config = plan.settings.learn if plan else config
             if config.resolution is not None:
@@ -192,20 +167,20 @@ def learn(
 
 @app.command()
 def synthesize(
-    model_id: Annotated[str, typer.Argument(help="A bundle's name under --output-dir, or its folder.")],
+    model_id: BundleName,
     prompt: Annotated[str, typer.Option(help='Such as "a photo of <asset0> and <asset1> at the beach".')],
     boxes: Annotated[str | None, typer.Option(help="JSON file or text: one [x0, y0, x1, y1] per asset, 0 to 1.")] = None,
-    model_path: Annotated[str | None, typer.Option(help="The base model; the bundle's own by default.")] = None,
+    model_path: OwnBase = None,
     output_dir: OutputDir = Path("Model_ours"),
-    output_path: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("output"),
+    output_path: OutputPath = Path("output"),
     batch_size: Annotated[int, typer.Option(min=1, max=64)] = 1,
-    steps: Annotated[int | None, typer.Option(min=1, max=1000)] = None,
-    guidance_scale: Annotated[float | None, _number(1)] = None,
+    steps: Steps = None,
+    guidance_scale: Scale = None,
     negative_prompt: str = "",
     scheduler: Annotated[Sampler | None, typer.Option()] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels; the model's own by default.")] = None,
     height: Annotated[int | None, typer.Option(min=1)] = None,
-    lora_scale: Annotated[float | None, _number(0, 4)] = None,
+    lora_scale: LoraScale = None,
     guidance: Annotated[bool, typer.Option(help="Move the latents until the assets lie in their boxes.")] = True,
     refine: Annotated[bool, typer.Option(help="Tighten the boxes to the things' own shapes.")] = True,
     bounded: Annotated[bool, typer.Option(help="Mask attention to the boxes.")] = True,
@@ -244,20 +219,20 @@ def synthesize(
         bundle = load_bundle(find_bundle(model_id, output_dir))
         check_prompt(prompt, bundle.tokens)
         layout = parse_layout(boxes, assets_in(prompt)) if boxes is not None else None
-        chosen = _device(device)
-        dtype, wanted = _dtype(mixed_precision, chosen), model_path or _own_base(bundle)
-        attention = _attention(attention_backend, chosen, dtype)
-        config = _synthesis_overrides(synthesis_preset(_family(wanted)), given)
-        plan = _plan("synthesize", wanted, chosen, dtype, max(width or 0, height or 0) or None, vram_gib, attention.name,
+        chosen = choose_device(device)
+        dtype, wanted = choose_dtype(mixed_precision, chosen), model_path or own_base(bundle)
+        attention = choose_attention(attention_backend, chosen, dtype)
+        config = _synthesis_overrides(synthesis_preset(family_of(wanted)), given)
+        plan = plan_within("synthesize", wanted, chosen, dtype, max(width or 0, height or 0) or None, vram_gib, attention.name,
                      bundle.config, config, len(bundle.tokens), batch_size)  # fmt: skip
-        base = _load_base_of(bundle, model_path, chosen, dtype, plan.settings.memory if plan else None)
-        measured_by = _backend_of(bundle, base, None, given) if best_of else None
+        base = load_base_of(bundle, model_path, chosen, dtype, plan.settings.memory if plan else None)
+        judge = measured_by(bundle, base, None, given) if best_of else None
         facts: dict[str, Any] = {"bundle": bundle.name, "base_model": base.name}
         with use_backend(base.unet, attention), attach(base, bundle, config.lora_scale), Bar() as bar:
-            if best_of and measured_by:
+            if best_of and judge:
                 from .evaluate.best_of import draw_best
 
-                result, facts["best_of"] = draw_best(base, prompt, layout, bundle.tokens, config, seed, best_of, measured_by,
+                result, facts["best_of"] = draw_best(base, prompt, layout, bundle.tokens, config, seed, best_of, judge,
                                                      bar.drawing)  # fmt: skip
             else:
                 result = run_synthesize(base, prompt, layout, bundle.tokens, config, seed, batch_size, bar.denoising)
@@ -273,86 +248,6 @@ def synthesize(
         job.json({"images": [str(p) for p in paths], "contact_sheet": str(contact), "json": str(output_path / "synthesis.json"),
                   "seconds": seconds, "peak_gib": peak,
                   **({"best_of": facts["best_of"]} if best_of else {})})  # fmt: skip
-
-
-@app.command()
-def evaluate(
-    model_id: Annotated[str, typer.Argument(help="A bundle's name under --output-dir, or its folder.")],
-    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line; without it, each asset and all.")] = None,
-    boxes: Annotated[str | None, typer.Option(help="JSON file or text, as for synthesize; for all prompts.")] = None,
-    images: Annotated[Path | None, typer.Option(help="Measure this folder's pictures instead of drawing.")] = None,
-    samples: Annotated[int, typer.Option(min=1, max=1000, help="Pictures of each prompt.")] = 4,
-    instance: Annotated[Path | None, typer.Option(help="What the bundle was learned from; its own copy by default.")] = None,
-    original: Annotated[Path | None, typer.Option(help="With --edited and --edit-mask: is all outside the mask kept?")] = None,
-    edited: Annotated[Path | None, typer.Option(help="The picture after the edit.")] = None,
-    edit_mask: Annotated[Path | None, typer.Option(help="White where the edit was allowed.")] = None,
-    backend: JudgedBy = Judge.auto,
-    dino: Dino = None,
-    clip: Clip = None,
-    detector: Detector = None,
-    model_path: Annotated[str | None, typer.Option(help="The base model; the bundle's own by default.")] = None,
-    output_dir: OutputDir = Path("Model_ours"),
-    output_path: Annotated[Path, typer.Option(help="Folder to write.")] = Path("output/evaluation"),
-    steps: Annotated[int | None, typer.Option(min=1, max=1000)] = None,
-    mixed_precision: Precision = Precision.auto,
-    seed: Seed = 0,
-    device: Device = "",
-    as_json: AsJson = False,
-) -> None:  # fmt: skip
-    """Measure a bundle: identity, leakage, layout, prompt fit and drift, with intervals. The same seed, the same JSON."""
-    given = dict(locals())
-    with running(as_json) as job:
-        from .bundle import find_bundle, load_bundle
-        from .evaluate.cases import mask_aspects, read_cases, read_pictures
-        from .evaluate.report import is_evaluation, save_evaluation, table
-        from .evaluate.run import evaluate as run_evaluate
-        from .evaluate.run import measure_edit
-
-        check_writable(output_path.parent)
-        check_replaceable(output_path, is_evaluation)
-        edit = measure_edit(original, edited, edit_mask)
-        bundle = load_bundle(find_bundle(model_id, output_dir))
-        source = _instance_of(bundle, instance)
-        cases = read_cases(prompts, boxes, bundle.tokens, mask_aspects(source))
-        pictures = read_pictures(images, prompts, boxes, bundle.tokens) if images else None
-        chosen = _device(device)
-        base = _load_base_of(bundle, model_path, chosen, _dtype(mixed_precision, chosen))
-        from .config import synthesis_preset
-
-        config = _override(synthesis_preset(base.family), steps=steps)
-        measured_by = _backend_of(bundle, base, instance, given)
-        with Bar() as bar:
-            result = run_evaluate(base, bundle, source, measured_by, config, cases, pictures, seed, samples, bar.drawing)
-        if edit:
-            result.record["edit_preservation"] = edit
-        paths = save_evaluation(result, output_path, keep_pictures=pictures is None)
-        job.text("\n".join([table(result.record), *(f"{kind.replace('_', ' ')}: {path}" for kind, path in paths.items())]))
-        job.json({**paths, **{k: v for k, v in result.record.items() if k not in ("pictures", "definitions", "synthesis")}})
-
-
-@app.command()
-def check(
-    instance: Annotated[str, typer.Argument(help="Folder name under --folder-path, or a folder.")],
-    folder_path: Annotated[Path, typer.Option(help="Holds the instance folders.")] = Path("example"),
-    model_path: ModelPath = "toybox",
-    resolution: Annotated[int | None, typer.Option(min=32, help="Pixels; the model's own by default.")] = None,
-    output_path: Annotated[Path, typer.Option(help="PNG to write: what the model will really see.")] = Path("output/check.png"),
-    as_json: AsJson = False,
-) -> None:
-    """Look for what is wrong with an instance's masks before learning it; no model is loaded."""
-    with running(as_json) as job:
-        from .files import replace_files
-        from .instance import load_instance
-        from .mask_check import check_lines, check_masks, check_sheet, sizes_by_name
-
-        if not output_path.name:
-            raise InputError(f"--output-path is '{output_path}', expected a file's name, such as output/check.png")
-        (folder,) = _instance_folders(instance, folder_path)
-        report = check_masks(load_instance(folder), sizes_by_name(model_path, resolution))
-        with replace_files(output_path.parent) as temporary:
-            check_sheet(report).save(temporary / output_path.name, "PNG")
-        job.text(f"{check_lines(report, report.warnings)}\nlook at {output_path}")
-        job.json({**report.facts, "sheet": str(output_path)})
 
 
 @app.command()
@@ -387,7 +282,7 @@ def boxes(
 
 @app.command()
 def export(
-    model_id: Annotated[str, typer.Argument(help="A bundle's name under --output-dir, or its folder.")],
+    model_id: BundleName,
     output_path: Annotated[Path, typer.Option(help="Folder to write.")],
     output_dir: OutputDir = Path("Model_ours"),
     as_json: AsJson = False,
@@ -405,44 +300,6 @@ def export(
 
 
 @app.command()
-def plan(
-    model_path: ModelPath = "sd2.1",
-    job: Annotated[PlannedJob, typer.Option()] = PlannedJob.learn,
-    resolution: Annotated[int | None, typer.Option(min=32, help="Pixels; the model's own by default.")] = None,
-    vram_gib: VramGib = None,
-    assets: Annotated[int, typer.Option(min=1, max=64)] = 3,
-    batch_size: Annotated[int, typer.Option(min=1, max=64, help="Pictures drawn together.")] = 1,
-    lora_rank: Annotated[int, typer.Option(min=1, max=256)] = 16,
-    gradient_checkpointing: bool = False,
-    prior_preservation: bool = True,
-    mixed_precision: Annotated[Precision, typer.Option(help="auto: bf16, as on a GPU.")] = Precision.auto,
-    attention_backend: Annotated[Attention, typer.Option(help="materialized shows what fused attention saves.")] = Attention.auto,
-    as_json: AsJson = False,
-) -> None:  # fmt: skip
-    """Count a job's GPU memory before it runs, without loading any weights, and what to give up to fit a budget."""
-    with running(as_json) as out:
-        import torch
-
-        from .config import learn_preset, synthesis_preset
-        from .plan_report import plan_facts, plan_text
-        from .planner import Settings, make_plan, read_model
-
-        model = read_model(model_path)
-        dtypes = {"no": torch.float32, "fp16": torch.float16}
-        family = _family(model_path)
-        config = learn_preset(family)
-        config = replace(config, lora=replace(config.lora, rank=lora_rank), gradient_checkpointing=gradient_checkpointing,
-                         prior=replace(config.prior, enabled=prior_preservation))  # fmt: skip
-        backend = "materialized" if attention_backend is Attention.materialized else "sdpa"
-        settings = Settings(job.value, model.check_side(resolution), dtypes.get(mixed_precision.value, torch.bfloat16), config,
-                            synthesis_preset(family), assets, batch_size, backend=backend)  # fmt: skip
-        found = make_plan(model, settings, vram_gib)
-        out.text(plan_text(found))
-        out.json(plan_facts(found))
-        found.check()
-
-
-@app.command()
 def demo(
     output_path: Annotated[Path, typer.Option(help="Folder for the demo's picture and bundle.")] = Path("output"),
     seed: Seed = 0,
@@ -456,7 +313,7 @@ def demo(
         from .demo import run_demo
 
         with Bar() as bar:
-            result = run_demo(output_path, seed, _device(device), bar)
+            result = run_demo(output_path, seed, choose_device(device), bar)
         job.text(
             f"The three cars were learned in {result['learn_seconds']} s; each picture took "
             f"{result['synthesize_seconds']} s.\nLook at {result['picture']}"
@@ -478,86 +335,6 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 # --- parts --------------------------------------------------------------------------------------
 
 
-def _family(model_path: str) -> str:
-    """As BaseModel.family, before the model is there."""
-    return "toybox" if model_path == "toybox" else "stable-diffusion"
-
-
-def _attention(wanted: Attention, device: str, dtype: torch.dtype) -> Backend:
-    """Chosen once a job, and said with its reason."""
-    from .attention.backend import choose_backend
-
-    backend = choose_backend(wanted.value, device, dtype)
-    say(f"attention: {backend.name} ({backend.reason})")
-    return backend
-
-
-def _plan(job: str, model_path: str, device: str, dtype: torch.dtype, resolution: int | None, vram_gib: float | None,
-          backend: str, learn: LearnConfig, synthesis: SynthesisConfig | None = None, assets: int = 3,
-          batch: int = 1) -> Plan | None:  # fmt: skip
-    """What fits into --vram-gib, said, and made binding on a GPU; None without a budget."""
-    if vram_gib is None:
-        return None
-    from .base_model import resolve
-    from .config import SynthesisConfig
-    from .known_models import SHAPES
-    from .plan_report import limit_gpu, plan_text
-    from .planner import Settings, make_plan, read_model
-
-    model = read_model(model_path if model_path in SHAPES else str(resolve(model_path)[0]))
-    side = model.check_side(resolution)
-    settings = Settings(job, side, dtype, learn, synthesis or SynthesisConfig(), assets, batch, backend=backend)
-    plan = make_plan(model, settings, vram_gib)
-    plan.check()
-    say(plan_text(plan))
-    limit_gpu(plan, device)
-    return plan
-
-
-def _own_base(bundle: Bundle) -> str:
-    from .bundle import base_of_bundle
-
-    try:
-        return base_of_bundle(bundle)
-    except InputError as error:
-        raise InputError(f"the bundle '{bundle.name}' needs its own base model: {error}") from None
-
-
-def _load_base_of(bundle: Bundle, model_path: str | None, device: str, dtype: torch.dtype,
-                  memory: MemoryConfig | None = None) -> BaseModel:  # fmt: skip
-    """The base model asked for (refused later when it is another than the bundle's), or the bundle's own."""
-    from .base_model import load_base_model
-    from .config import MemoryConfig
-
-    memory = memory or MemoryConfig()
-    if model_path:
-        return load_base_model(model_path, device, dtype, memory)
-    try:
-        return load_base_model(_own_base(bundle), device, dtype, memory)
-    except InputError as error:
-        text = str(error)
-        own = f"the bundle '{bundle.name}' needs its own base model: "
-        raise InputError(text if text.startswith(own) else own + text) from None
-def _instance_of(bundle: Bundle, folder: Path | None) -> Instance:
-    """What the bundle was learned from: the folder given, or the copy that the bundle keeps."""
-    from .instance import load_instance
-    from .references import check_count, kept_instance
-
-    if folder is None:
-        return kept_instance(bundle.folder, bundle.tokens)
-    instance = load_instance(folder)
-    check_count(instance, bundle.tokens)
-    return instance
-
-
-def _backend_of(bundle: Bundle, base: BaseModel, folder: Path | None, given: dict[str, Any]) -> MeasuredBy:
-    """The back end that --backend, --dino, --clip and --detector ask for."""
-    from .evaluate.choose import make_backend
-
-    models = [given[name] for name in ("dino", "clip", "detector")]
-    return make_backend(given["backend"].value, base.family, _instance_of(bundle, folder), str(base.device), *models)
-
-
 def _checkpoint_judge(config: LearnConfig, instance: Instance, base: BaseModel, given: dict[str, Any]) -> Any:
     if not config.keep.enabled:
         return None
@@ -567,18 +344,6 @@ def _checkpoint_judge(config: LearnConfig, instance: Instance, base: BaseModel, 
     models = [given[name] for name in ("dino", "clip", "detector")]
     return checkpoint_judge(make_backend(given["backend"].value, base.family, instance, str(base.device), *models),
                             config.keep.samples)  # fmt: skip
-
-
-def _instance_folders(instance: str | None, folder_path: Path) -> list[Path]:
-    if instance is not None:
-        inside = folder_path / instance
-        return [Path(instance) if os.path.isdir(instance) and not os.path.isdir(inside) else inside]
-    if not os.path.isdir(folder_path):
-        raise InputError(f"There is no folder {folder_path}; give the folder that holds the instances with --folder-path")
-    found = sorted(p for p in folder_path.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not found:
-        raise InputError(f"{folder_path} holds no instance folders; put img.jpg and mask0.png, ... into one each")
-    return found
 
 
 def _bundle_name(name: str) -> str:
@@ -627,14 +392,14 @@ def _initializers(text: str | None, count: int) -> list[str | None] | None:
 
 def _learn_overrides(config: LearnConfig, given: dict[str, Any], precision: str) -> LearnConfig:
     """The preset with the options that were given on the command line."""
-    embedding = _override(config.embedding, train_steps=given["phase1_train_steps"], learning_rate=given["phase1_learning_rate"])
-    lora = _override(config.lora, train_steps=given["phase2_train_steps"], learning_rate=given["phase2_learning_rate"],
+    embedding = override(config.embedding, train_steps=given["phase1_train_steps"], learning_rate=given["phase1_learning_rate"])
+    lora = override(config.lora, train_steps=given["phase2_train_steps"], learning_rate=given["phase2_learning_rate"],
                      rank=given["lora_rank"], text_encoder=given["train_text_encoder"])  # fmt: skip
     weight = given["penalty_weight"]
     if weight is not None:
         embedding = replace(embedding, attention=replace(embedding.attention, penalty_weight=weight))
         lora = replace(lora, attention=replace(lora.attention, penalty_weight=weight))
-    prior = _override(config.prior, class_prompt=given["class_prompt"], num_class_images=given["num_class_images"])
+    prior = override(config.prior, class_prompt=given["class_prompt"], num_class_images=given["num_class_images"])
     prior = replace(prior, enabled=given["prior_preservation"])
     config = replace(config, keep=replace(config.keep, enabled=given["keep"] is Keep.best))
     return replace(config, embedding=embedding, lora=lora, prior=prior, resolution=given["resolution"], seed=given["seed"],
@@ -643,40 +408,9 @@ def _learn_overrides(config: LearnConfig, given: dict[str, Any], precision: str)
 
 def _synthesis_overrides(config: SynthesisConfig, given: dict[str, Any]) -> SynthesisConfig:
     names = ("steps", "guidance_scale", "negative_prompt", "scheduler", "width", "height", "lora_scale", "bounded")
-    config = _override(config, **{n: given[n].value if isinstance(given[n], Enum) else given[n] for n in names})
+    config = override(config, **{n: given[n] for n in names})
     return replace(config, guidance=replace(config.guidance, enabled=given["guidance"]),
                    refinement=replace(config.refinement, enabled=given["refine"]))  # fmt: skip
-
-
-def _override(config: Any, **values: Any) -> Any:
-    return replace(config, **{k: v for k, v in values.items() if v is not None})
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if not name:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).tolist()  # "meta" makes tensors, but they have no values
-    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"the device '{name[:50]}' cannot be used here ({reason[:200]}); try --device cpu") from None
-    return name
-
-
-def _dtype(precision: Precision, device: str) -> torch.dtype:
-    """The frozen base's dtype. 'auto': bf16 or fp16 on a GPU, fp32 elsewhere."""
-    import torch
-
-    names = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    if precision is Precision.fp16 and not device.startswith("cuda"):
-        raise InputError(f"--mixed-precision fp16 needs a GPU, but the device is {device}; use no or bf16")
-    if precision is not Precision.auto:
-        return names[precision.value]
-    if not device.startswith("cuda"):
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
 def _accelerate_name(dtype: torch.dtype) -> str:
@@ -704,7 +438,9 @@ def _learned_text(facts: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
-add_commands(app, Tools(_device, _dtype, _load_base_of))
+for command in (edit_commands.edit, edit_commands.decompose, edit_commands.variations,
+                measure_commands.evaluate, measure_commands.check, measure_commands.plan):  # fmt: skip
+    app.command()(command)
 
 
 def main() -> None:

@@ -5,181 +5,141 @@ Each parses, builds a configuration, calls one function and prints, as those in 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .command_parts import choose_device, choose_dtype, load_base_of, override
 from .console import Bar, Job, running, say
 from .errors import InputError
 from .files import check_writable
-from .options import Precision
+from .options import (
+    AsJson,
+    Background,
+    BlendingStart,
+    BundleName,
+    Device,
+    LoraScale,
+    Optimize,
+    OutputDir,
+    OutputPath,
+    OwnBase,
+    Precision,
+    Scale,
+    Seed,
+    Start,
+    Steps,
+)
 
 if TYPE_CHECKING:
-    import torch
-
     from .base_model import BaseModel
     from .bundle import Bundle
     from .config import EditConfig
     from .scenes import Shot
 
 
-class Background(str, Enum):
-    pixel = "pixel"
-    poisson = "poisson"
-    optimization = "optimization"
-    none = "none"
-
-
-class Optimize(str, Enum):
-    weights = "weights"
-    latents = "latents"
-
-
-class Start(str, Enum):
-    noise = "noise"
-    image = "image"
-
-
-@dataclass(frozen=True)
-class Tools:
-    """What all commands share: choosing a device and a dtype, and loading a bundle's own base model."""
-
-    device: Callable[[str], str]
-    dtype: Callable[[Precision, str], torch.dtype]
-    load_base_of: Callable[[Bundle, str | None, str, torch.dtype], BaseModel]
-
-
-def _part(value: float | None) -> float | None:
-    if value is not None and not (math.isfinite(value) and 0 <= value < 1):
-        raise typer.BadParameter(f"{value} is not at least 0 and less than 1.")
-    return value
-
-
-def _finite(value: float | None) -> float | None:
-    if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is not a finite number.")
-    return value
-
-
 OptionalName = Annotated[
     str | None, typer.Argument(metavar="[MODEL_ID]", help="A bundle's name under --output-dir, or its folder.")
 ]
-BundleName = Annotated[str, typer.Argument(help="A bundle's name under --output-dir, or its folder.")]
-OutputDir = Annotated[Path, typer.Option(help="Where learned bundles are kept.")]
-OutputPath = Annotated[Path, typer.Option(help="Folder for the pictures.")]
-BlendingStart = Annotated[float | None, typer.Option(callback=_part, help="Part of the schedule left out, 0 to 1.")]
-OwnBase = Annotated[str | None, typer.Option(help="The base model; the bundle's own by default.")]
-Steps = Annotated[int | None, typer.Option(min=1, max=1000)]
-Scale = Annotated[float | None, typer.Option(min=1, callback=_finite)]
-LoraScale = Annotated[float | None, typer.Option(min=0, max=4, callback=_finite)]
-Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="The same seed gives the same result.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; empty picks what is there.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
-def add_commands(app: typer.Typer, tools: Tools) -> None:
-    """Registers `edit`, `decompose` and `variations`."""
+def edit(
+    model: OptionalName = None,
+    init_image: Annotated[Path, typer.Option(help="The picture to edit.")] = ...,  # type: ignore[assignment]
+    mask: Annotated[Path, typer.Option(help="White where the picture may change.")] = ...,  # type: ignore[assignment]
+    prompt: Annotated[str, typer.Option(help='Such as "a photo of <asset2>".')] = ...,  # type: ignore[assignment]
+    model_id: Annotated[str | None, typer.Option(help="Instead of MODEL_ID; 'none' edits with the plain base model.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=64, help="Candidates; all are kept, the best first.")] = 1,
+    blending_start_percentage: BlendingStart = None,
+    background: Annotated[Background, typer.Option(help="How the rest comes back; pixel: its bytes.")] = Background.pixel,
+    optimize: Annotated[Optimize, typer.Option(help="What --background optimization tunes.")] = Optimize.weights,
+    reconstruction_steps: Annotated[int, typer.Option(min=1, max=10_000, help="Of --background optimization.")] = 75,
+    start: Annotated[Start, typer.Option(help="image: keep something of what is there, for scribbles.")] = Start.noise,
+    mask_dilation: Annotated[int, typer.Option(min=0, max=64, help="Latent pixels; thin masks start larger and shrink.")] = 0,
+    invert_mask: Annotated[bool, typer.Option(help="Edit all but the white part.")] = False,
+    resize_mask: Annotated[bool, typer.Option(help="Accept a mask of another size.")] = False,
+    boxes: Annotated[str | None, typer.Option(help="A box per asset; one asset alone takes the mask's box.")] = None,
+    model_path: OwnBase = None,
+    output_dir: OutputDir = Path("Model_ours"),
+    output_path: OutputPath = Path("output"),
+    steps: Steps = None,
+    guidance_scale: Scale = None,
+    negative_prompt: str = "",
+    lora_scale: LoraScale = None,
+    guidance: Annotated[bool | None, typer.Option(help="Move the latents until the asset lies in its box.")] = None,
+    bounded: Annotated[bool, typer.Option(help="Mask attention to the boxes.")] = True,
+    mixed_precision: Precision = Precision.auto,
+    seed: Seed = 0,
+    device: Device = "",
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Put a learned asset, or plain words, into the masked part of a picture; leave the rest alone."""
+    given = dict(locals())
+    with running(as_json) as job:
+        name = _model_name(model, model_id)
+        check_writable(output_path)
+        _run_edit(job, given, name)
 
-    @app.command()
-    def edit(
-        model: OptionalName = None,
-        init_image: Annotated[Path, typer.Option(help="The picture to edit.")] = ...,  # type: ignore[assignment]
-        mask: Annotated[Path, typer.Option(help="White where the picture may change.")] = ...,  # type: ignore[assignment]
-        prompt: Annotated[str, typer.Option(help='Such as "a photo of <asset2>".')] = ...,  # type: ignore[assignment]
-        model_id: Annotated[str | None, typer.Option(help="Instead of MODEL_ID; 'none' edits with the plain base model.")] = None,
-        batch_size: Annotated[int, typer.Option(min=1, max=64, help="Candidates; all are kept, the best first.")] = 1,
-        blending_start_percentage: BlendingStart = None,
-        background: Annotated[Background, typer.Option(help="How the rest comes back; pixel: its bytes.")] = Background.pixel,
-        optimize: Annotated[Optimize, typer.Option(help="What --background optimization tunes.")] = Optimize.weights,
-        reconstruction_steps: Annotated[int, typer.Option(min=1, max=10_000, help="Of --background optimization.")] = 75,
-        start: Annotated[Start, typer.Option(help="image: keep something of what is there, for scribbles.")] = Start.noise,
-        mask_dilation: Annotated[int, typer.Option(min=0, max=64, help="Latent pixels; thin masks start larger and shrink.")] = 0,
-        invert_mask: Annotated[bool, typer.Option(help="Edit all but the white part.")] = False,
-        resize_mask: Annotated[bool, typer.Option(help="Accept a mask of another size.")] = False,
-        boxes: Annotated[str | None, typer.Option(help="A box per asset; one asset alone takes the mask's box.")] = None,
-        model_path: OwnBase = None,
-        output_dir: OutputDir = Path("Model_ours"),
-        output_path: OutputPath = Path("output"),
-        steps: Steps = None,
-        guidance_scale: Scale = None,
-        negative_prompt: str = "",
-        lora_scale: LoraScale = None,
-        guidance: Annotated[bool | None, typer.Option(help="Move the latents until the asset lies in its box.")] = None,
-        bounded: Annotated[bool, typer.Option(help="Mask attention to the boxes.")] = True,
-        mixed_precision: Precision = Precision.auto,
-        seed: Seed = 0,
-        device: Device = "",
-        as_json: AsJson = False,
-    ) -> None:  # fmt: skip
-        """Put a learned asset, or plain words, into the masked part of a picture; leave the rest alone."""
-        given = dict(locals())
-        with running(as_json) as job:
-            name = _model_name(model, model_id)
-            check_writable(output_path)
-            _run_edit(job, given, name, tools)
 
-    @app.command()
-    def decompose(
-        model_id: BundleName,
-        model_path: OwnBase = None,
-        output_dir: OutputDir = Path("Model_ours"),
-        output_path: OutputPath = Path("output/decompose"),
-        steps: Steps = None,
-        guidance_scale: Scale = None,
-        mixed_precision: Precision = Precision.auto,
-        seed: Seed = 0,
-        device: Device = "",
-        as_json: AsJson = False,
-    ) -> None:
-        """Draw what a scene consists of: each asset alone, all together, and the background if it was learned."""
-        given = dict(locals())
-        with running(as_json) as job:
-            check_writable(output_path)
+def decompose(
+    model_id: BundleName,
+    model_path: OwnBase = None,
+    output_dir: OutputDir = Path("Model_ours"),
+    output_path: OutputPath = Path("output/decompose"),
+    steps: Steps = None,
+    guidance_scale: Scale = None,
+    mixed_precision: Precision = Precision.auto,
+    seed: Seed = 0,
+    device: Device = "",
+    as_json: AsJson = False,
+) -> None:
+    """Draw what a scene consists of: each asset alone, all together, and the background if it was learned."""
+    given = dict(locals())
+    with running(as_json) as job:
+        check_writable(output_path)
 
-            from .scenes import decomposition
+        from .scenes import decomposition
 
-            def shots(bundle: Bundle, family: str) -> list[Shot]:
-                if "<background>" not in bundle.tokens:
-                    say("note: the background was not learned; 'learn --background-asset' adds it")
-                return decomposition(bundle.tokens, seed)
+        def shots(bundle: Bundle, family: str) -> list[Shot]:
+            if "<background>" not in bundle.tokens:
+                say("note: the background was not learned; 'learn --background-asset' adds it")
+            return decomposition(bundle.tokens, seed)
 
-            _run_shots(job, given, tools, "decompose", shots)
+        _run_shots(job, given, "decompose", shots)
 
-    @app.command()
-    def variations(
-        model_id: BundleName,
-        count: Annotated[int, typer.Option(min=1, max=10_000, help="Pictures; the prompts take turns.")] = 8,
-        asset: Annotated[str | None, typer.Option(help="One asset, such as 0 or <asset0>; the whole scene by default.")] = None,
-        prompts_file: Annotated[Path | None, typer.Option(help="One prompt a line; {} is the scene or the asset.")] = None,
-        model_path: OwnBase = None,
-        output_dir: OutputDir = Path("Model_ours"),
-        output_path: OutputPath = Path("output/variations"),
-        steps: Steps = None,
-        guidance_scale: Scale = None,
-        mixed_precision: Precision = Precision.auto,
-        seed: Seed = 0,
-        device: Device = "",
-        as_json: AsJson = False,
-    ) -> None:
-        """Draw the whole scene, or one asset, in many places and styles."""
-        given = dict(locals())
-        with running(as_json) as job:
-            check_writable(output_path)
 
-            from .scenes import VARIATIONS, choose_asset, read_prompts
-            from .scenes import variations as list_variations
+def variations(
+    model_id: BundleName,
+    count: Annotated[int, typer.Option(min=1, max=10_000, help="Pictures; the prompts take turns.")] = 8,
+    asset: Annotated[str | None, typer.Option(help="One asset, such as 0 or <asset0>; the whole scene by default.")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="One prompt a line; {} is the scene or the asset.")] = None,
+    model_path: OwnBase = None,
+    output_dir: OutputDir = Path("Model_ours"),
+    output_path: OutputPath = Path("output/variations"),
+    steps: Steps = None,
+    guidance_scale: Scale = None,
+    mixed_precision: Precision = Precision.auto,
+    seed: Seed = 0,
+    device: Device = "",
+    as_json: AsJson = False,
+) -> None:
+    """Draw the whole scene, or one asset, in many places and styles."""
+    given = dict(locals())
+    with running(as_json) as job:
+        check_writable(output_path)
 
-            def shots(bundle: Bundle, family: str) -> list[Shot]:
-                chosen = choose_asset(asset, bundle.tokens)
-                templates = read_prompts(prompts_file, bundle.tokens) if prompts_file else VARIATIONS[family]
-                return list_variations(chosen, templates, count, seed)
+        from .scenes import VARIATIONS, choose_asset, read_prompts
+        from .scenes import variations as list_variations
 
-            _run_shots(job, given, tools, "variations", shots)
+        def shots(bundle: Bundle, family: str) -> list[Shot]:
+            chosen = choose_asset(asset, bundle.tokens)
+            templates = read_prompts(prompts_file, bundle.tokens) if prompts_file else VARIATIONS[family]
+            return list_variations(chosen, templates, count, seed)
+
+        _run_shots(job, given, "variations", shots)
 
 
 def _model_name(argument: str | None, option: str | None) -> str:
@@ -191,7 +151,7 @@ def _model_name(argument: str | None, option: str | None) -> str:
     return name
 
 
-def _run_edit(job: Job, given: dict[str, Any], name: str, tools: Tools) -> None:
+def _run_edit(job: Job, given: dict[str, Any], name: str) -> None:
     from .boxes import parse_layout
     from .picture_file import load_edit_mask, load_picture
     from .prompts import assets_in, check_characters, check_prompt
@@ -212,10 +172,10 @@ def _run_edit(job: Job, given: dict[str, Any], name: str, tools: Tools) -> None:
     tokens = bundle.tokens if bundle else ()
     check_prompt(given["prompt"], tokens)
     layout = parse_layout(given["boxes"], assets_in(given["prompt"])) if given["boxes"] is not None else None
-    chosen = tools.device(given["device"])
-    dtype = tools.dtype(given["mixed_precision"], chosen)
+    chosen = choose_device(given["device"])
+    dtype = choose_dtype(given["mixed_precision"], chosen)
     if bundle:
-        base = tools.load_base_of(bundle, given["model_path"], chosen, dtype)
+        base = load_base_of(bundle, given["model_path"], chosen, dtype)
     else:
         base = load_base_model(given["model_path"] or "toybox", chosen, dtype)
     config = _edit_overrides(edit_preset(base.family), given)
@@ -249,14 +209,13 @@ def _crops(bundle: Bundle | None) -> dict[str, Any]:
 def _edit_overrides(config: EditConfig, given: dict[str, Any]) -> EditConfig:
     names = ("steps", "guidance_scale", "negative_prompt", "lora_scale", "blending_start_percentage", "start", "background",
              "optimize", "reconstruction_steps", "mask_dilation", "bounded")  # fmt: skip
-    values = {n: given[n].value if isinstance(given[n], Enum) else given[n] for n in names}
-    config = replace(config, **{n: v for n, v in values.items() if v is not None})
+    config = override(config, **{n: given[n] for n in names})
     if given["guidance"] is None:
         return config
     return replace(config, guidance=replace(config.guidance, enabled=given["guidance"]))
 
 
-def _run_shots(job: Job, given: dict[str, Any], tools: Tools, command: str,
+def _run_shots(job: Job, given: dict[str, Any], command: str,
                make_shots: Callable[[Bundle, str], list[Shot]]) -> None:  # fmt: skip
     """What `decompose` and `variations` share: load, draw a list of prompts, save."""
     from .bundle import attach, find_bundle, load_bundle
@@ -264,11 +223,11 @@ def _run_shots(job: Job, given: dict[str, Any], tools: Tools, command: str,
     from .scenes import draw_shots, save_shots
 
     bundle = load_bundle(find_bundle(given["model_id"], given["output_dir"]))
-    chosen = tools.device(given["device"])
-    base = tools.load_base_of(bundle, given["model_path"], chosen, tools.dtype(given["mixed_precision"], chosen))
+    chosen = choose_device(given["device"])
+    base = load_base_of(bundle, given["model_path"], chosen, choose_dtype(given["mixed_precision"], chosen))
     shots = make_shots(bundle, base.family)
     config = synthesis_preset(base.family)
-    config = replace(config, **{n: given[n] for n in ("steps", "guidance_scale") if given[n] is not None})
+    config = override(config, steps=given["steps"], guidance_scale=given["guidance_scale"])
     with attach(base, bundle), Bar() as bar:
         images = draw_shots(base, shots, bundle.tokens, config, bar.denoising)
     output = given["output_path"]

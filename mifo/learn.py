@@ -108,7 +108,7 @@ def _learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Pat
     prior = _draw_prior(base, config, folder.parent / ".prior", report)
     words = initializer_words or [None] * instance.count
     rows = initial_rows(base.text_encoder.get_input_embeddings(), base.tokenizer, words)
-    with use_assets(base.text_encoder, ids, rows) as embedding, checkpointed(base, config.gradient_checkpointing):
+    with use_assets(base.text_encoder, ids, rows) as embedding, gradient_checkpointing(base, config.gradient_checkpointing):
         learner = Learner(base, data, config, embedding, accelerator, prior, checkpoints, started, resumed, judge)
         learner.train_rows(report)
         with lend_adapters(base, config.lora, config.seed) as adapters:
@@ -145,7 +145,7 @@ def lend_adapters(base: BaseModel, phase: LoraPhase, seed: int) -> Iterator[dict
 
 
 @contextmanager
-def checkpointed(base: BaseModel, enabled: bool) -> Iterator[None]:
+def gradient_checkpointing(base: BaseModel, enabled: bool) -> Iterator[None]:
     """Within the block the UNet keeps only its blocks' inputs for the backward pass, and runs each block again there."""
     if enabled:
         base.unet.enable_gradient_checkpointing()
@@ -322,10 +322,11 @@ class Learner:
         prior_loss = zero if prior is None else config.prior.weight * F.mse_loss(prediction[:1].float(), target[:1])
         return StepLosses(diffusion, attention, prior_loss)
 
-
     def _locality(self, prediction: torch.Tensor, noisy: torch.Tensor, timesteps: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Outside the masks the assets' tokens must change nothing: there the prediction keeps to the one without them.
 
+        `prediction` and `noisy` are (draws, C, h, w), `timesteps` (draws,); the reference is the model as it stands, adapters
+        included, without gradient. This project's own term; the idea is prior preservation's, applied by place.
         The masked loss alone says nothing about the outside, so a token may fill it with its asset as well.
         """
         with torch.no_grad():

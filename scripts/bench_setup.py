@@ -25,7 +25,7 @@ from mifo.dataset import InstanceData
 from mifo.embedding import initial_rows, use_assets
 from mifo.instance import Instance, load_instance
 from mifo.known_models import shape_of
-from mifo.learn import Learner, checkpointed, lend_adapters, make_optimizer
+from mifo.learn import Learner, gradient_checkpointing, lend_adapters, make_optimizer
 from mifo.prior import PriorData
 from mifo.prompts import add_asset_tokens
 
@@ -92,7 +92,7 @@ def make_learner(base: BaseModel, instance: Any, options: Any, lora: bool) -> It
     accelerator = Accelerator(cpu=base.device.type == "cpu", mixed_precision="fp16" if base.dtype is torch.float16 else "no")
     with ExitStack() as stack:
         embedding = stack.enter_context(use_assets(base.text_encoder, ids, rows))
-        stack.enter_context(checkpointed(base, config.gradient_checkpointing))
+        stack.enter_context(gradient_checkpointing(base, config.gradient_checkpointing))
         learner = Learner(base, data, config, embedding, accelerator, prior if lora else None)
         parameters: list[Any] = [embedding.rows]
         if lora:

@@ -23,7 +23,8 @@ ROWS = (
     ("plan_trace", "planner", "plan_report"),  # counts what the jobs above will need
     ("toybox",),  # nothing that works on any base model may know the toybox's world
     ("evaluate",),  # measures what the jobs made, in any world
-    ("demo", "edit_commands"),
+    ("demo", "command_parts"),
+    ("edit_commands", "measure_commands"),
     ("cli",),
 )
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}

@@ -25,7 +25,7 @@ from mifo.embedding import use_assets
 from mifo.errors import InputError
 from mifo.half_precision import follow_input_dtype
 from mifo.instance import fit_instance, load_instance
-from mifo.learn import Learner, checkpointed, lend_adapters, make_optimizer
+from mifo.learn import Learner, gradient_checkpointing, lend_adapters, make_optimizer
 from mifo.memory_trace import LiveBytes
 from mifo.plan_trace import trace_learning
 from mifo.planner import GIB, RESERVE, Settings, make_plan, phases_of, read_model
@@ -81,7 +81,7 @@ def test_the_plan_of_a_learning_step_is_what_a_real_step_takes(tmp_path: Path, c
     rows = torch.zeros(2, base.text_encoder.config.hidden_size)
     sites = choose_sites(base.unet, config.lora.attention.blocks, config.lora.attention.map_sizes)
     with use_assets(base.text_encoder, ids, rows) as embedding, lend_adapters(base, config.lora, 0), \
-            checkpointed(base, checkpointing):  # fmt: skip
+            gradient_checkpointing(base, checkpointing):  # fmt: skip
         embedding.rows.requires_grad_(True)
         learner = Learner(base, data, config, embedding, Accelerator(cpu=True), None)
         gc.collect()

@@ -1,0 +1,154 @@
+"""What the commands have in common: choosing a device, loading the base model of a bundle, fitting a budget.
+
+Knows options and the jobs' entry points. Knows nothing of printing a result.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .console import say
+from .errors import InputError
+from .options import Attention, Precision
+
+if TYPE_CHECKING:
+    import torch
+
+    from .attention.backend import Backend
+    from .base_model import BaseModel
+    from .bundle import Bundle
+    from .config import LearnConfig, MemoryConfig, SynthesisConfig
+    from .evaluate.backend import Backend as MeasuredBy
+    from .instance import Instance
+    from .planner import Plan
+
+
+def family_of(model_path: str) -> str:
+    """As BaseModel.family, before the model is there."""
+    return "toybox" if model_path == "toybox" else "stable-diffusion"
+
+
+def choose_attention(wanted: Attention, device: str, dtype: torch.dtype) -> Backend:
+    """Chosen once a job, and said with its reason."""
+    from .attention.backend import choose_backend
+
+    backend = choose_backend(wanted.value, device, dtype)
+    say(f"attention: {backend.name} ({backend.reason})")
+    return backend
+
+
+def plan_within(job: str, model_path: str, device: str, dtype: torch.dtype, resolution: int | None, vram_gib: float | None,
+          backend: str, learn: LearnConfig, synthesis: SynthesisConfig | None = None, assets: int = 3,
+          batch: int = 1) -> Plan | None:  # fmt: skip
+    """What fits into --vram-gib, said, and made binding on a GPU; None without a budget."""
+    if vram_gib is None:
+        return None
+    from .base_model import resolve
+    from .config import SynthesisConfig
+    from .known_models import SHAPES
+    from .plan_report import limit_gpu, plan_text
+    from .planner import Settings, make_plan, read_model
+
+    model = read_model(model_path if model_path in SHAPES else str(resolve(model_path)[0]))
+    side = model.check_side(resolution)
+    settings = Settings(job, side, dtype, learn, synthesis or SynthesisConfig(), assets, batch, backend=backend)
+    plan = make_plan(model, settings, vram_gib)
+    plan.check()
+    say(plan_text(plan))
+    limit_gpu(plan, device)
+    return plan
+
+
+def own_base(bundle: Bundle) -> str:
+    from .bundle import base_of_bundle
+
+    try:
+        return base_of_bundle(bundle)
+    except InputError as error:
+        raise InputError(f"the bundle '{bundle.name}' needs its own base model: {error}") from None
+
+
+def load_base_of(bundle: Bundle, model_path: str | None, device: str, dtype: torch.dtype,
+                  memory: MemoryConfig | None = None) -> BaseModel:  # fmt: skip
+    """The base model asked for (refused later when it is another than the bundle's), or the bundle's own."""
+    from .base_model import load_base_model
+    from .config import MemoryConfig
+
+    memory = memory or MemoryConfig()
+    if model_path:
+        return load_base_model(model_path, device, dtype, memory)
+    try:
+        return load_base_model(own_base(bundle), device, dtype, memory)
+    except InputError as error:
+        text = str(error)
+        own = f"the bundle '{bundle.name}' needs its own base model: "
+        raise InputError(text if text.startswith(own) else own + text) from None
+
+
+def instance_of(bundle: Bundle, folder: Path | None) -> Instance:
+    """What the bundle was learned from: the folder given, or the copy that the bundle keeps."""
+    from .instance import load_instance
+    from .references import check_count, kept_instance
+
+    if folder is None:
+        return kept_instance(bundle.folder, bundle.tokens)
+    instance = load_instance(folder)
+    check_count(instance, bundle.tokens)
+    return instance
+
+
+def measured_by(bundle: Bundle, base: BaseModel, folder: Path | None, given: dict[str, Any]) -> MeasuredBy:
+    """The back end that --backend, --dino, --clip and --detector ask for."""
+    from .evaluate.choose import make_backend
+
+    models = [given[name] for name in ("dino", "clip", "detector")]
+    return make_backend(given["backend"].value, base.family, instance_of(bundle, folder), str(base.device), *models)
+
+
+def instance_folders(instance: str | None, folder_path: Path) -> list[Path]:
+    if instance is not None:
+        inside = folder_path / instance
+        return [Path(instance) if os.path.isdir(instance) and not os.path.isdir(inside) else inside]
+    if not os.path.isdir(folder_path):
+        raise InputError(f"There is no folder {folder_path}; give the folder that holds the instances with --folder-path")
+    found = sorted(p for p in folder_path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not found:
+        raise InputError(f"{folder_path} holds no instance folders; put img.jpg and mask0.png, ... into one each")
+    return found
+
+
+def override(config: Any, **values: Any) -> Any:
+    """The configuration with the options that were given; a choice stands for its word."""
+    plain = {k: v.value if isinstance(v, Enum) else v for k, v in values.items()}
+    return replace(config, **{k: v for k, v in plain.items() if v is not None})
+
+
+def choose_device(name: str) -> str:
+    import torch
+
+    if not name:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).tolist()  # "meta" makes tensors, but they have no values
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"the device '{name[:50]}' cannot be used here ({reason[:200]}); try --device cpu") from None
+    return name
+
+
+def choose_dtype(precision: Precision, device: str) -> torch.dtype:
+    """The frozen base's dtype. 'auto': bf16 or fp16 on a GPU, fp32 elsewhere."""
+    import torch
+
+    names = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if precision is Precision.fp16 and not device.startswith("cuda"):
+        raise InputError(f"--mixed-precision fp16 needs a GPU, but the device is {device}; use no or bf16")
+    if precision is not Precision.auto:
+        return names[precision.value]
+    if not device.startswith("cuda"):
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16

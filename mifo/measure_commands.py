@@ -1,0 +1,161 @@
+"""The commands that measure: evaluate what was learned, check an instance, plan a job's memory.
+
+Each parses, builds a configuration, calls one function and prints, as those in `cli` do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .command_parts import (
+    choose_device,
+    choose_dtype,
+    family_of,
+    instance_folders,
+    instance_of,
+    load_base_of,
+    measured_by,
+    override,
+)
+from .console import Bar, running
+from .errors import InputError
+from .files import check_replaceable, check_writable
+from .options import (
+    AsJson,
+    Attention,
+    BundleName,
+    Clip,
+    Detector,
+    Device,
+    Dino,
+    Judge,
+    JudgedBy,
+    ModelPath,
+    OutputDir,
+    OwnBase,
+    PlannedJob,
+    Precision,
+    Resolution,
+    Seed,
+    Steps,
+    VramGib,
+)
+
+
+def evaluate(
+    model_id: BundleName,
+    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line; without it, each asset and all.")] = None,
+    boxes: Annotated[str | None, typer.Option(help="JSON file or text, as for synthesize; for all prompts.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Measure this folder's pictures instead of drawing.")] = None,
+    samples: Annotated[int, typer.Option(min=1, max=1000, help="Pictures of each prompt.")] = 4,
+    instance: Annotated[Path | None, typer.Option(help="What the bundle was learned from; its own copy by default.")] = None,
+    original: Annotated[Path | None, typer.Option(help="With --edited and --edit-mask: is all outside the mask kept?")] = None,
+    edited: Annotated[Path | None, typer.Option(help="The picture after the edit.")] = None,
+    edit_mask: Annotated[Path | None, typer.Option(help="White where the edit was allowed.")] = None,
+    backend: JudgedBy = Judge.auto,
+    dino: Dino = None,
+    clip: Clip = None,
+    detector: Detector = None,
+    model_path: OwnBase = None,
+    output_dir: OutputDir = Path("Model_ours"),
+    output_path: Annotated[Path, typer.Option(help="Folder to write.")] = Path("output/evaluation"),
+    steps: Steps = None,
+    mixed_precision: Precision = Precision.auto,
+    seed: Seed = 0,
+    device: Device = "",
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Measure a bundle: identity, leakage, layout, prompt fit and drift, with intervals. The same seed, the same JSON."""
+    given = dict(locals())
+    with running(as_json) as job:
+        from .bundle import find_bundle, load_bundle
+        from .evaluate.cases import mask_aspects, read_cases, read_pictures
+        from .evaluate.report import is_evaluation, save_evaluation, table
+        from .evaluate.run import evaluate as run_evaluate
+        from .evaluate.run import measure_edit
+
+        check_writable(output_path.parent)
+        check_replaceable(output_path, is_evaluation)
+        edit = measure_edit(original, edited, edit_mask)
+        bundle = load_bundle(find_bundle(model_id, output_dir))
+        source = instance_of(bundle, instance)
+        cases = read_cases(prompts, boxes, bundle.tokens, mask_aspects(source))
+        pictures = read_pictures(images, prompts, boxes, bundle.tokens) if images else None
+        chosen = choose_device(device)
+        base = load_base_of(bundle, model_path, chosen, choose_dtype(mixed_precision, chosen))
+        from .config import synthesis_preset
+
+        config = override(synthesis_preset(base.family), steps=steps)
+        judge = measured_by(bundle, base, instance, given)
+        with Bar() as bar:
+            result = run_evaluate(base, bundle, source, judge, config, cases, pictures, seed, samples, bar.drawing)
+        if edit:
+            result.record["edit_preservation"] = edit
+        paths = save_evaluation(result, output_path, keep_pictures=pictures is None)
+        job.text("\n".join([table(result.record), *(f"{kind.replace('_', ' ')}: {path}" for kind, path in paths.items())]))
+        job.json({**paths, **{k: v for k, v in result.record.items() if k not in ("pictures", "definitions", "synthesis")}})
+
+
+def check(
+    instance: Annotated[str, typer.Argument(help="Folder name under --folder-path, or a folder.")],
+    folder_path: Annotated[Path, typer.Option(help="Holds the instance folders.")] = Path("example"),
+    model_path: ModelPath = "toybox",
+    resolution: Resolution = None,
+    output_path: Annotated[Path, typer.Option(help="PNG to write: what the model will really see.")] = Path("output/check.png"),
+    as_json: AsJson = False,
+) -> None:
+    """Look for what is wrong with an instance's masks before learning it; no model is loaded."""
+    with running(as_json) as job:
+        from .files import replace_files
+        from .instance import load_instance
+        from .mask_check import check_lines, check_masks, check_sheet, sizes_by_name
+
+        if not output_path.name:
+            raise InputError(f"--output-path is '{output_path}', expected a file's name, such as output/check.png")
+        (folder,) = instance_folders(instance, folder_path)
+        report = check_masks(load_instance(folder), sizes_by_name(model_path, resolution))
+        with replace_files(output_path.parent) as temporary:
+            check_sheet(report).save(temporary / output_path.name, "PNG")
+        job.text(f"{check_lines(report, report.warnings)}\nlook at {output_path}")
+        job.json({**report.facts, "sheet": str(output_path)})
+
+
+def plan(
+    model_path: ModelPath = "sd2.1",
+    job: Annotated[PlannedJob, typer.Option()] = PlannedJob.learn,
+    resolution: Resolution = None,
+    vram_gib: VramGib = None,
+    assets: Annotated[int, typer.Option(min=1, max=64)] = 3,
+    batch_size: Annotated[int, typer.Option(min=1, max=64, help="Pictures drawn together.")] = 1,
+    lora_rank: Annotated[int, typer.Option(min=1, max=256)] = 16,
+    gradient_checkpointing: bool = False,
+    prior_preservation: bool = True,
+    mixed_precision: Annotated[Precision, typer.Option(help="auto: bf16, as on a GPU.")] = Precision.auto,
+    attention_backend: Annotated[Attention, typer.Option(help="materialized shows what fused attention saves.")] = Attention.auto,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Count a job's GPU memory before it runs, without loading any weights, and what to give up to fit a budget."""
+    with running(as_json) as out:
+        import torch
+
+        from .config import learn_preset, synthesis_preset
+        from .plan_report import plan_facts, plan_text
+        from .planner import Settings, make_plan, read_model
+
+        model = read_model(model_path)
+        dtypes = {"no": torch.float32, "fp16": torch.float16}
+        family = family_of(model_path)
+        config = learn_preset(family)
+        config = replace(config, lora=replace(config.lora, rank=lora_rank), gradient_checkpointing=gradient_checkpointing,
+                         prior=replace(config.prior, enabled=prior_preservation))  # fmt: skip
+        backend = "materialized" if attention_backend is Attention.materialized else "sdpa"
+        settings = Settings(job.value, model.check_side(resolution), dtypes.get(mixed_precision.value, torch.bfloat16), config,
+                            synthesis_preset(family), assets, batch_size, backend=backend)  # fmt: skip
+        found = make_plan(model, settings, vram_gib)
+        out.text(plan_text(found))
+        out.json(plan_facts(found))
+        found.check()
