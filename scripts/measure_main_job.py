@@ -2,6 +2,7 @@
 
     python scripts/measure_main_job.py
     python scripts/measure_main_job.py --instance shelf --name main_job_shelf
+    python scripts/measure_main_job.py --recipes mifo,mifo-without-attention-loss --name main_job_parts
 
 Runs side by side: this project, Break-A-Scene's recipe, and this project without box control.
 """
@@ -22,7 +23,7 @@ from results import share, spread, write_result
 from mifo.base_model import BaseModel, load_base_model
 from mifo.boxes import Layout, parse_layout
 from mifo.bundle import Bundle, attach
-from mifo.config import SynthesisConfig, learn_preset, synthesis_preset
+from mifo.config import LearnConfig, SynthesisConfig, learn_preset, synthesis_preset
 from mifo.instance import load_instance
 from mifo.learn import learn
 from mifo.learn_report import sample_prompts
@@ -55,6 +56,22 @@ def arrangement(things: list[Thing], corners: tuple[tuple[float, float], ...]) -
         scale = LONGER_SIDE / max(w, h)
         boxes.append([x, y, min(1.0, x + w * scale), min(1.0, y + h * scale)])
     return boxes
+
+
+def recipe_config(family: str, name: str) -> LearnConfig:
+    """A recipe of the product, or one of its parts: which of them does what."""
+    ours, theirs = learn_preset(family), learn_preset(family, "break-a-scene")
+    none = replace(ours.lora.attention, loss="none")
+    variants = {
+        "mifo": ours,
+        "break-a-scene": theirs,
+        "mifo-without-attention-loss": replace(ours, embedding=replace(ours.embedding, attention=none),
+                                               lora=replace(ours.lora, attention=none)),
+        "mifo-without-locality": replace(ours, locality_weight=0.0),
+        "break-a-scene-with-locality-and-placements": replace(theirs, prior=ours.prior, placements=ours.placements,
+                                                              locality_weight=ours.locality_weight),
+    }  # fmt: skip
+    return variants[name]
 
 
 def measure_alone(base: BaseModel, bundle: Bundle, things: list[Thing], judge: Any, seeds: int) -> tuple[dict, list]:
@@ -144,7 +161,7 @@ def main(
     work = Path(tempfile.mkdtemp())
     for recipe in recipes.split(","):
         started = time.monotonic()
-        bundle = learn(load_instance(folder), base, learn_preset(base.family, recipe), work / recipe)
+        bundle = learn(load_instance(folder), base, recipe_config(base.family, recipe), work / recipe)
         size = sum(p.stat().st_size for p in bundle.folder.rglob("*") if p.is_file()) / 2**20
         entry: dict[str, Any] = {"learn_seconds": round(time.monotonic() - started, 1), "bundle_mib": round(size, 2)}
         entry |= {key: bundle.facts[key] for key in ("peak_gib", "attention_inside_mask")}
