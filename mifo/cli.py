@@ -340,10 +340,11 @@ def _checkpoint_judge(config: LearnConfig, instance: Instance, base: BaseModel, 
         return None
     from .evaluate.checkpoints import checkpoint_judge
     from .evaluate.choose import make_backend
+    from .instance import without_background
 
     models = [given[name] for name in ("dino", "clip", "detector")]
-    return checkpoint_judge(make_backend(given["backend"].value, base.family, instance, str(base.device), *models),
-                            config.keep.samples)  # fmt: skip
+    backend = make_backend(given["backend"].value, base.family, without_background(instance), str(base.device), *models)
+    return checkpoint_judge(backend, config.keep.samples)
 
 
 def _bundle_name(name: str) -> str:

@@ -90,14 +90,15 @@ def load_base_of(bundle: Bundle, model_path: str | None, device: str, dtype: tor
 
 
 def instance_of(bundle: Bundle, folder: Path | None) -> Instance:
-    """What the bundle was learned from: the folder given, or the copy that the bundle keeps."""
-    from .instance import load_instance
+    """The things that the bundle was learned from, without `<background>`: the folder given, or the bundle's own copy."""
+    from .instance import load_instance, without_background
+    from .prompts import things_among
     from .references import check_count, kept_instance
 
     if folder is None:
-        return kept_instance(bundle.folder, bundle.tokens)
+        return without_background(kept_instance(bundle.folder, bundle.tokens))
     instance = load_instance(folder)
-    check_count(instance, bundle.tokens)
+    check_count(instance, things_among(bundle.tokens))
     return instance
 
 

@@ -381,3 +381,11 @@ def with_background(instance: Instance) -> Instance:
     rest = Image.fromarray((~things).astype(np.uint8) * 255)
     words = (*instance.words, "background") if instance.words else None
     return replace(instance, masks=(*instance.masks, rest), words=words, has_background=True)
+
+
+def without_background(instance: Instance) -> Instance:
+    """The instance's things alone: `<background>` is learned like an asset, but is nothing that stands somewhere."""
+    if not instance.has_background:
+        return instance
+    words = instance.words[:-1] if instance.words else None
+    return replace(instance, masks=instance.masks[:-1], words=words, has_background=False)

@@ -83,7 +83,7 @@ def evaluate(
         edit = measure_edit(original, edited, edit_mask)
         bundle = load_bundle(find_bundle(model_id, output_dir))
         source = instance_of(bundle, instance)
-        cases = read_cases(prompts, boxes, bundle.tokens, mask_aspects(source))
+        cases = read_cases(prompts, boxes, source.tokens, mask_aspects(source))
         pictures = read_pictures(images, prompts, boxes, bundle.tokens) if images else None
         chosen = choose_device(device)
         base = load_base_of(bundle, model_path, chosen, choose_dtype(mixed_precision, chosen))

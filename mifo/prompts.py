@@ -61,6 +61,11 @@ def assets_in(prompt: str) -> list[str]:
     return list(dict.fromkeys(token.lower() for token in ASSET_PATTERN.findall(prompt)))
 
 
+def things_among(tokens: Sequence[str]) -> tuple[str, ...]:
+    """The tokens without `<background>`, which no box holds and no detector finds."""
+    return tuple(token for token in tokens if token != BACKGROUND_TOKEN)
+
+
 def join_assets(tokens: Sequence[str], prefix: str = "a photo of") -> str:
     """A prompt that names the assets in the order given: "a photo of <asset2> and <asset0>".
 

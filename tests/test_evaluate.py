@@ -46,6 +46,17 @@ def evaluate(bundle: Path, output: Path, *more: object, **options: int) -> dict[
     return json.loads((output / "evaluation.json").read_text())
 
 
+def test_the_background_is_learned_but_not_measured_as_a_thing(folder: Path, tmp_path: Path):
+    learned = tmp_path / "twins"
+    mifo("learn", folder / "twins", "--model-path", tiny_base_folder(), "--output-dir", tmp_path, *FAST, "--background-asset",
+         "--keep", "best", "--backend", "toybox")  # fmt: skip
+    assert load_bundle(learned).tokens == ("<asset0>", "<asset1>", "<background>")
+    for more in ([], ["--instance", folder / "twins"]):
+        found = evaluate(learned, tmp_path / "out", "--samples", 1, *more)
+        assert found["tokens"] == ["<asset0>", "<asset1>"] == list(found["attention_outside"])
+        assert len(found["leakage_matrix"]) == 2 and not any("<background>" in case["prompt"] for case in found["cases"])
+
+
 # --- against the drawn truth --------------------------------------------------------------------
 
 

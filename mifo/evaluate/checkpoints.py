@@ -18,7 +18,7 @@ from ..base_model import BaseModel
 from ..config import AttentionTerms
 from ..dataset import InstanceData
 from ..learn_report import sample_prompts
-from ..prompts import join_assets
+from ..prompts import join_assets, things_among
 from .attention import attention_leakage
 from .backend import Backend
 from .cases import Case, Picture
@@ -34,12 +34,12 @@ def checkpoint_judge(backend: Backend, samples: int) -> Callable[[BaseModel, Ins
 
     def judge(base: BaseModel, data: InstanceData, tokens: Sequence[str], terms: AttentionTerms) -> dict[str, float]:
         outside, in_others = attention_leakage(base, data, tokens, terms)
-        pictures = []
+        things, pictures = things_among(tokens), []
         for k in range(samples):
-            prompts = [join_assets([token]) for token in tokens]
+            prompts = [join_assets([token]) for token in things]
             images = sample_prompts(base, prompts, tokens, CHECK_SEED + 100 * k, SAMPLE_STEPS)
             pictures += [Picture(Case(p, None), k, image, f"{k}") for p, image in zip(prompts, images, strict=True)]
-        records: list[dict[str, Any]] = measure_pictures(pictures, backend, tokens)
+        records: list[dict[str, Any]] = measure_pictures(pictures, backend, things)
         margins = [m for r in records for m in r["identity_margin"] if m is not None]
         margin = float(np.mean(margins)) if margins else 0.0
         identity = float(np.mean([v for r in records for v in r["identity"]]))

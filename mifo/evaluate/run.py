@@ -68,14 +68,14 @@ def evaluate(base: BaseModel, bundle: Bundle, instance: Instance, backend: Backe
 
     The same seed gives the same record. Raises InputError when the bundle does not fit the base model, or a prompt is too long.
     """
-    drawn: list[tuple[int, Image.Image]] = []
+    tokens = instance.tokens  # of the things; a bundle may have <background> too
     before = draw_prompts(base, backend.unrelated_prompts, (), config, seed, min(samples, BATCH))
     data = InstanceData(fit_instance(instance, bundle.config.resolution or base.resolution), base)
     with attach(base, bundle, config.lora_scale):
         drawn = draw_prompts(base, backend.unrelated_prompts, bundle.tokens, config, seed, min(samples, BATCH))
-        attention = attention_leakage(base, data, bundle.tokens, bundle.config.lora.attention)
+        attention = attention_leakage(base, data, tokens, bundle.config.lora.attention)
         taken = list(pictures) if pictures is not None else draw_cases(base, cases, bundle.tokens, config, seed, samples, report)
-    records = measure_pictures(taken, backend, bundle.tokens)
+    records = measure_pictures(taken, backend, tokens)
     among = backend.among_sources()
     record = {
         "bundle": bundle.name,
@@ -86,11 +86,11 @@ def evaluate(base: BaseModel, bundle: Bundle, instance: Instance, backend: Backe
         "synthesis": to_dict(config),
         "cases": [case.to_json() for case in dict.fromkeys(p.case for p in taken)],
         "summary": summarize(records, backend.thresholds),
-        "tokens": list(bundle.tokens),
+        "tokens": list(tokens),
         "leakage_matrix": leakage_matrix(records, len(among)),
         "source_similarity": [[round(float(v), 4) for v in row] for row in among],
-        "attention_outside": _by_token(bundle.tokens, attention[0]),
-        "attention_in_others": _by_token(bundle.tokens, attention[1]),
+        "attention_outside": _by_token(tokens, attention[0]),
+        "attention_in_others": _by_token(tokens, attention[1]),
         "drift": drift(before, drawn, backend),
         "definitions": metrics.DEFINITIONS,
         "pictures": records,
