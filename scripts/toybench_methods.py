@@ -61,8 +61,9 @@ def _no_boxes(config: SynthesisConfig) -> SynthesisConfig:
 #: the table's rows; the first six are the comparison, the others ablations
 MAIN = ("mifo", "break-a-scene", "textual-inversion-masked", "textual-inversion-pairs", "dreambooth-lora-masked",
         "dreambooth-lora-pairs")  # fmt: skip
-ABLATIONS = ("no-penalty", "separation-instead", "separation-beside", "no-reward", "no-union-sampling", "no-prior", "full-3e-5",
-             "full-1e-4", "full-3e-4", "rank-1", "rank-4", "rank-64", "keep-best", "loss-by-picture")  # fmt: skip
+ABLATIONS = ("no-penalty", "penalty-x5", "penalty-x25", "no-locality", "no-placements", "separation-instead", "separation-beside",
+             "no-reward", "no-union-sampling", "no-prior", "full-3e-5", "full-1e-4", "full-3e-4", "rank-1", "rank-4", "rank-64",
+             "keep-best", "loss-by-picture")  # fmt: skip
 METHODS: dict[str, Method] = {name: Method(name) for name in (*MAIN, *ABLATIONS)}
 METHODS |= {
     "no-box-control": Method("mifo", _no_boxes, with_boxes=False, only_boxes=True),
@@ -110,6 +111,10 @@ def _both(config: LearnConfig, **changes: Any) -> LearnConfig:
                    lora=replace(config.lora, attention=_terms(config.lora.attention, **changes)))  # fmt: skip
 
 
+def _penalty_times(config: LearnConfig, factor: float) -> LearnConfig:
+    return _both(config, penalty_weight=factor * config.lora.attention.penalty_weight)
+
+
 def _textual_inversion(config: LearnConfig) -> LearnConfig:
     config = _both(config, loss="none")
     steps = config.embedding.train_steps + config.lora.train_steps
@@ -138,6 +143,10 @@ _CHANGES: dict[str, Callable[[LearnConfig], tuple[str, LearnConfig]]] = {
     "textual-inversion-pairs": lambda c: ("pairs", _textual_inversion(c)),
     "dreambooth-lora-masked": lambda c: ("product", _dreambooth(c)),
     "dreambooth-lora-pairs": lambda c: ("pairs", _dreambooth(c)),
+    "penalty-x5": lambda c: ("product", _penalty_times(c, 5)),
+    "penalty-x25": lambda c: ("product", _penalty_times(c, 25)),
+    "no-locality": lambda c: ("product", replace(c, locality_weight=0.0)),
+    "no-placements": lambda c: ("product", replace(c, placements=0)),
     "no-penalty": lambda c: ("product", _both(c, penalty_weight=0.0)),
     "separation-instead": lambda c: ("product", _both(c, penalty_weight=0.0, separation_weight=0.1)),
     "separation-beside": lambda c: ("product", _both(c, separation_weight=0.1)),
