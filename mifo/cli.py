@@ -184,6 +184,7 @@ def synthesize(
     guidance: Annotated[bool, typer.Option(help="Move the latents until the assets lie in their boxes.")] = True,
     refine: Annotated[bool, typer.Option(help="Tighten the boxes to the things' own shapes.")] = True,
     bounded: Annotated[bool, typer.Option(help="Mask attention to the boxes.")] = True,
+    own_text: Annotated[bool, typer.Option(help="Each asset reads the prompt as if it spoke of that asset alone.")] = True,
     best_of: Annotated[int | None, typer.Option(min=2, max=1000, help="Draw so many seeds, keep the best.")] = None,
     backend: JudgedBy = Judge.auto,
     dino: Dino = None,
@@ -408,7 +409,7 @@ def _learn_overrides(config: LearnConfig, given: dict[str, Any], precision: str)
 
 
 def _synthesis_overrides(config: SynthesisConfig, given: dict[str, Any]) -> SynthesisConfig:
-    names = ("steps", "guidance_scale", "negative_prompt", "scheduler", "width", "height", "lora_scale", "bounded")
+    names = ("steps", "guidance_scale", "negative_prompt", "scheduler", "width", "height", "lora_scale", "bounded", "own_text")
     config = override(config, **{n: given[n] for n in names})
     return replace(config, guidance=replace(config.guidance, enabled=given["guidance"]),
                    refinement=replace(config.refinement, enabled=given["refine"]))  # fmt: skip

@@ -183,6 +183,8 @@ class SynthesisConfig:
     lora_scale: float = 1.0
     bounded: bool = True
     """Box-bounded attention masks at every layer; without them boxes only guide."""
+    own_text: bool = True
+    """Each of several assets in boxes reads the prompt as if it spoke of that asset alone; needs `bounded`."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     refinement: RefinementConfig = field(default_factory=RefinementConfig)
 
@@ -208,6 +210,8 @@ class EditConfig:
     """Latent pixels by which the mask is larger at the start; it shrinks to the true mask on the way."""
     bounded: bool = True
     """Box-bounded attention: an asset keeps to its box."""
+    own_text: bool = True
+    """As in `SynthesisConfig`."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
 
 

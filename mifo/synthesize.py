@@ -69,13 +69,13 @@ def synthesize(base: BaseModel, prompt: str, layout: Layout | None, tokens: Sequ
     negative = tokenize_prompt(base.tokenizer, config.negative_prompt, [])
     if layout:
         check_boxes(base, layout, latent_size)
-    with torch.no_grad():
-        states, negative_states = base.encode_prompt(torch.tensor([tokenized.input_ids, negative.input_ids])).chunk(2)
+    control = _control(base, config, tokenized, layout, latent_size, count)
+    states, negative_states = encode_texts(base, control.texts if control else [tokenized.input_ids], negative.input_ids)
     channels = int(base.unet.config["in_channels"])
     latents = initial_latents((channels, *latent_size), seed, count, base.device)
     scheduler = make_scheduler(config.scheduler, base.scheduler)
-    run = _Run(base, config, tokenized, layout, latent_size, states, count)
-    with bound_attention(base.unet, run.control) if run.control else nullcontext():
+    run = _Run(base, config, control, states)
+    with bound_attention(base.unet, control) if control else nullcontext():
         latents = denoise(base.unet, scheduler, latents, states, negative_states, config.steps, config.guidance_scale,
                           run.before_step, run.after_step, on_progress)  # fmt: skip
     with torch.no_grad():
@@ -84,23 +84,34 @@ def synthesize(base: BaseModel, prompt: str, layout: Layout | None, tokens: Sequ
     return Synthesis(images, prompt, layout, config, seed, time.monotonic() - started, peak_gib(base.device), history)
 
 
+def encode_texts(base: BaseModel, texts: Sequence[Sequence[int]], negative: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (T, L), (L,) -> encoder hidden states (1, T * L, D) of the texts, one behind another, and as many of the negative
+    prompt's: repeated, so that its half of the attention is what it is for one."""
+    with torch.no_grad():
+        states = base.encode_prompt(torch.tensor([*texts, negative]))
+    return states[:-1].flatten(0, 1)[None], states[-1:].repeat(1, len(texts), 1)
+
+
+def _control(base: BaseModel, config: SynthesisConfig, prompt: TokenizedPrompt, layout: Layout | None,
+             latent_size: tuple[int, int], count: int) -> BoundedAttention | None:  # fmt: skip
+    if layout is None or not (config.bounded or config.guidance.enabled):
+        return None
+    control = BoundedAttention(prompt, layout, latent_size, base.device, config.own_text and config.bounded)
+    control.images, control.halves, control.bounded = count, 1 if config.guidance_scale == 1.0 else 2, config.bounded
+    return control
+
+
 class _Run:
     """The hooks of one run: box guidance before a step, mask refinement around it."""
 
-    def __init__(self, base: BaseModel, config: SynthesisConfig, prompt: TokenizedPrompt, layout: Layout | None,
-                 latent_size: tuple[int, int], states: torch.Tensor, count: int):  # fmt: skip
-        self.control: BoundedAttention | None = None
+    def __init__(self, base: BaseModel, config: SynthesisConfig, control: BoundedAttention | None, states: torch.Tensor):
         self.guidance: LatentGuidance | None = None
         self.refinement: MaskRefinement | None = None
-        if layout is None or not (config.bounded or config.guidance.enabled):
+        if control is None:
             return
-        self.control = BoundedAttention(prompt, layout, latent_size, base.device)
-        self.control.images = count
-        self.control.halves = 1 if config.guidance_scale == 1.0 else 2
-        self.control.bounded = config.bounded
-        self.guidance = LatentGuidance(base.unet, self.control, config.guidance, states)
+        self.guidance = LatentGuidance(base.unet, control, config.guidance, states)
         if config.bounded and config.refinement.enabled:
-            self.refinement = MaskRefinement(base.unet, self.control, config.refinement, config.guidance.steps)
+            self.refinement = MaskRefinement(base.unet, control, config.refinement, config.guidance.steps)
 
     def before_step(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         if self.guidance:

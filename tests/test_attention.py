@@ -12,7 +12,14 @@ from diffusers import UNet2DConditionModel
 
 from mifo.attention.bounded import BoundedAttention, bound_attention
 from mifo.attention.record import record_attention, token_maps
-from mifo.attention.sites import Site, attention_probabilities, attention_sites, choose_sites, use_processors
+from mifo.attention.sites import (
+    Site,
+    attention_probabilities,
+    attention_sites,
+    choose_sites,
+    fused_attention,
+    use_processors,
+)
 from mifo.base_model import BaseModel
 from mifo.boxes import Box, Layout
 from mifo.prompts import TokenizedPrompt
@@ -335,6 +342,45 @@ def test_an_asset_that_stands_twice_shows_twice() -> None:
     assert mask is not None
     rows = as_text(mask[1, 0])
     assert (rows[0], rows[3], rows[15]) == ("111101111", "110101001", "110111011")
+
+
+def own_text_control(**settings: Any) -> BoundedAttention:
+    control = BoundedAttention(PROMPT, CORNERS, (4, 4), "cpu", own_text=True)
+    for name, value in settings.items():
+        setattr(control, name, value)
+    return control
+
+
+def test_with_a_text_of_its_own_an_asset_reads_nothing_of_the_others() -> None:
+    control = own_text_control()
+    assert control.texts == [list(range(LENGTH)), [0, 1, 2, 3, 6, 5, 6, 7, 8], [0, 1, 2, 3, 4, 5, 4, 7, 8]]
+    #            start a photo of <asset> and <asset> end padding
+    own, nothing = "101010111", "0" * LENGTH
+    rows = {"A": nothing + own + nothing, "B": nothing + nothing + own, ".": "101000001" + nothing + nothing}
+    mask = control.visible(CROSS)
+    assert mask is not None and mask[0].all()
+    assert as_text(mask[1, 0]) == [rows[pixel] for pixel in CORNER_PIXELS]
+    tokens = "000010100"  # in guidance the background sees the assets' tokens, each in its own text
+    mask = own_text_control(guiding=True).visible(CROSS)
+    assert mask is not None and as_text(mask[0, 0])[2] == "101000011" + tokens + tokens
+    assert [sorted(control.subject_keys(k)) for k in range(2)] == [[13, 15], [22, 24]] and control.end_key(1) == 25
+    alone = BoundedAttention(PROMPT, Layout(("<asset0>",), (Box(0, 0, 0.5, 0.5),)), (4, 4), "cpu", own_text=True)
+    assert alone.texts == [PROMPT.input_ids] and alone.subject_keys(0) == [6]
+
+
+def test_own_texts_are_read_as_they_would_be_one_by_one_and_change_nothing_without_a_condition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn((2, 1, 16, 8), generator=generator)
+    texts, negative = (torch.randn((n, LENGTH, 8), generator=generator) for n in (3, 1))
+    keys = torch.stack([negative.repeat(3, 1, 1).flatten(0, 1), texts.flatten(0, 1)])[:, None]  # (2, 1, 27, 8)
+    control = own_text_control()
+    mixed = fused_attention(query, keys, keys, control.visible(CROSS), 0.3)
+    plain = fused_attention(query[:1], negative[None], negative[None], None, 0.3)
+    torch.testing.assert_close(mixed[:1], plain)
+    for pixel, text, words in ((0, 1, [0, 2, 4, 6, 7, 8]), (15, 2, [0, 2, 4, 6, 7, 8]), (2, 0, [0, 2, 8])):
+        seen = texts[None, None, text, words]
+        alone = fused_attention(query[1:, :, pixel : pixel + 1], seen, seen, None, 0.3)
+        torch.testing.assert_close(mixed[1:, :, pixel], alone[:, :, 0])
 
 
 def every_control() -> Iterator[BoundedAttention]:

@@ -26,10 +26,18 @@ class BoundedAttention:
 
     `subjects` are the layout's assets, in its order. A pass is one of two kinds: a sampling pass runs both halves of
     classifier-free guidance, unconditional first; a guidance pass (`guiding`) runs the conditional half alone.
+
+    With `own_text` each of several subjects has a text of its own: the prompt, read as if all its assets were that one. A text
+    encoder mixes what stands in one prompt, and look-alikes blend in it before any attention mask can part them (this
+    project's own; measured in scripts/results/toybench.json). The keys of cross-attention are then the states of all `texts`,
+    one behind another.
     """
 
-    def __init__(self, prompt: TokenizedPrompt, layout: Layout, latent_size: tuple[int, int], device: torch.device | str):
+    def __init__(self, prompt: TokenizedPrompt, layout: Layout, latent_size: tuple[int, int], device: torch.device | str,
+                 own_text: bool = False):  # fmt: skip
+        self.own_text = own_text and len(layout) > 1  # one subject's own text is the prompt
         self.prompt, self.layout, self.latent_size, self.device = prompt, layout, latent_size, torch.device(device)
+        self._asset_positions = [p for token, _ in layout for p in prompt.asset_positions[token]]
         self.guiding = False
         self.halves = 2  # 1 when classifier-free guidance is off and only the conditional half runs
         self.images = 1
@@ -63,6 +71,33 @@ class BoundedAttention:
         self._subjects.clear()
         self._masks.clear()
 
+    # --- texts ---
+
+    @property
+    def texts(self) -> list[list[int]]:
+        """Token ids of the prompt, and with `own_text` of each subject's own text: (1 or 1 + N, L)."""
+        ids = self.prompt.input_ids
+        if not self.own_text:
+            return [ids]
+        own = []
+        for token, _ in self.layout:
+            mine = ids[self.prompt.asset_positions[token][0]]
+            own.append([mine if position in self._asset_positions else i for position, i in enumerate(ids)])
+        return [ids, *own]
+
+    def subject_keys(self, index: int) -> list[int]:
+        """The keys of cross-attention that are subject `index`'s own token."""
+        if not self.own_text:
+            return list(self.prompt.asset_positions[self.layout.tokens[index]])
+        return [self._first_key(index) + p for p in self._asset_positions]
+
+    def end_key(self, index: int) -> int:
+        """The key that is the end of the text which subject `index` reads."""
+        return self._first_key(index) + self.prompt.end_position
+
+    def _first_key(self, index: int) -> int:
+        return (1 + index) * len(self.prompt.input_ids) if self.own_text else 0
+
     # --- what may see what ---
 
     def visible(self, site: Site) -> torch.Tensor | None:
@@ -81,24 +116,30 @@ class BoundedAttention:
     def _cross_mask(self, size: tuple[int, int]) -> torch.Tensor:
         """Conditional half: an asset's token shows to its own box, function words to nobody, the end of the text to
         subjects only (it sums the subjects up). In guidance the background sees the assets, to be pushed away from them.
+        With own texts, a subject reads its own and nothing else, and the background the prompt.
         """
-        subjects = self.subject_masks(size)  # (I, N, h*w)
+        subjects = self.subject_masks(size)
         background = ~subjects.any(1)  # (I, h*w)
-        length = len(self.prompt.input_ids)
-        mask = torch.ones((*background.shape, length), dtype=torch.bool, device=self.device)  # (I, h*w, L)
-        mask[..., list(self.prompt.function_positions)] = False
-        for index, (token, _) in enumerate(self.layout):
-            shown = subjects[:, index] | background if self.guiding else subjects[:, index]
-            for position in self.prompt.asset_positions[token]:
-                mask[..., position] = shown
-        for position in self.prompt.asset_positions.get(BACKGROUND_TOKEN, ()):
-            mask[..., position] = background
+        readers = [background, *subjects.unbind(1)] if self.own_text else [torch.ones_like(background)]
+        mask = torch.cat([self._words(reader, background) for reader in readers], -1)  # (I, h*w, keys)
+        mask[..., self._asset_positions] = False
+        for index, subject in enumerate(subjects.unbind(1)):
+            shown = subject | background if self.guiding else subject
+            mask[..., self.subject_keys(index)] = shown[..., None]
         if not self.guiding:
-            mask[..., self.prompt.end_position] = ~background
-        mask = mask[:, None].expand(self.images, -1, -1, -1)  # (images, 1, h*w, L)
+            mask[..., self.prompt.end_position] &= ~background
+        mask = mask[:, None].expand(self.images, -1, -1, -1)  # (images, 1, h*w, keys)
         if self.guiding or self.halves == 1:
             return mask
         return torch.cat([torch.ones_like(mask), mask])  # the unconditional half sees everything
+
+    def _words(self, readers: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
+        """One text's part of the mask, (I, h*w, L): its words for the pixels that read it, (I, h*w)."""
+        mask = readers[..., None].repeat(1, 1, len(self.prompt.input_ids))
+        mask[..., list(self.prompt.function_positions)] = False
+        for position in self.prompt.asset_positions.get(BACKGROUND_TOKEN, ()):
+            mask[..., position] &= background
+        return mask
 
     def _self_mask(self, size: tuple[int, int]) -> torch.Tensor:
         """A subject's pixels see their own box and the background; the background sees all. Both halves alike."""
