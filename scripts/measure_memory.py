@@ -75,7 +75,6 @@ def planned(model: Model, case: Case) -> dict[str, float]:
 def measured_on_fake_tensors(model: Model, case: Case) -> dict[str, float]:
     """GiB by MemTracker's own categories at its peak."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.distributed._tools.mem_tracker import MemTracker
 
     config = learn_preset("stable-diffusion")
     base = build(model, DTYPES[case.dtype])
@@ -91,7 +90,7 @@ def measured_on_fake_tensors(model: Model, case: Case) -> dict[str, float]:
             _fill_with_fakes(part)
         tokens = range(text["vocab_size"], text["vocab_size"] + case.assets)
         with use_assets(base.text_encoder, tokens, torch.zeros(case.assets, text["hidden_size"])):
-            tracker = MemTracker()
+            tracker = _tracker()
             tracker.track_external(*parts)
             with tracker:
                 _fake_step(base, case, case.settings(config).attention)
@@ -99,6 +98,34 @@ def measured_on_fake_tensors(model: Model, case: Case) -> dict[str, float]:
     named = {str(getattr(k, "value", k)): v / GIB for k, v in next(iter(snapshot.values())).items()}
     weights = sum(v for k, v in named.items() if k in ("Parameter", "Buffer"))
     return {"total": named["Total"] - weights, **{k: v for k, v in named.items() if v and k != "Total"}}
+
+
+def _tracker() -> Any:
+    """MemTracker for large models with frozen parameters."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    class Tracker(MemTracker):
+        def _track_module_params_and_buffers(self, module: torch.nn.Module, install_grad_hooks: bool = True) -> tuple[int, int]:
+            for parameter in module.parameters():
+                if not parameter.requires_grad:  # MemTracker hooks every gradient, and these have none: marked as hooked
+                    self._param_to_grad_hook_handles[parameter] = (_NO_HOOK, _NO_HOOK)
+            return super()._track_module_params_and_buffers(module, install_grad_hooks)
+
+        def _update_peak_stats(self, peak_state: Any) -> None:
+            """The whole's peak alone: looking through a thousand modules' own after each operation takes hours."""
+            for device, now in self._curr_mem_snap.items():
+                if now["Total"] > self._peak_mem.get(device, 0):
+                    self._peak_mem[device], self._peak_mem_snap[device] = now["Total"], dict(now)
+
+    return Tracker()
+
+
+class _NoHook:
+    def remove(self) -> None:
+        pass
+
+
+_NO_HOOK = _NoHook()
 
 
 def _fill_with_fakes(part: torch.nn.Module) -> None:
