@@ -11,12 +11,16 @@ its tensors. GPU: `torch.cuda.max_memory_allocated`, and each whole job in a pro
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
+import multiprocessing
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -180,12 +184,37 @@ def measured_for_real(shape: str, width_divisor: int, case: Case, device: str) -
             torch.cuda.reset_peak_memory_stats()
             step()
             return {"total": (torch.cuda.max_memory_allocated() - before) / GIB, "allocator_peak": peak_gib("cuda")}
-        resident = peak_gib()
         step()
-        grown = peak_gib() - resident
+        resident = _Resident()
+        step()
+        resident_gib = resident.growth_gib()
         with LiveBytes([t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]) as live:
             step()
-    return {"total": live.peak.total / GIB, "resident_growth": grown, "process_peak": peak_gib()}
+    return {"total": live.peak.total / GIB, "resident_growth": resident_gib, "process_peak": peak_gib()}
+
+
+class _Resident:
+    """Growth of the process's peak resident memory from now on; Linux alone can begin to count anew."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what the C library holds back would hide growth
+        Path("/proc/self/clear_refs").write_text("5")
+        self.before = self._peak()
+
+    def growth_gib(self) -> float:
+        return self._peak() - self.before
+
+    @staticmethod
+    def _peak() -> float:
+        line = next(text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**20
+
+
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """So that no case meets memory that another one left."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 # --- whole jobs under a cap ---------------------------------------------------------------------
@@ -241,7 +270,7 @@ def main(
             if kind == "fake":
                 found = measured_on_fake_tensors(model, case)
             else:
-                found = measured_for_real(shape, width_divisor, case, "cuda" if gpu else "cpu")
+                found = in_own_process(measured_for_real, shape, width_divisor, case, "cuda" if gpu else "cpu")
             off = 100 * (plan["total"] / found["total"] - 1)
             rows.append({"phase": phase, "gradient_checkpointing": checkpointing, "planned_gib": _rounded(plan),
                          "measured_gib": _rounded(found), "plan_off_percent": round(off, 1)})  # fmt: skip

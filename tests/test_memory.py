@@ -18,6 +18,7 @@ from mifo.attention import backend as backends
 from mifo.attention.record import record_attention
 from mifo.attention.sites import choose_sites
 from mifo.base_model import BaseModel, load_base_model
+from mifo.blending import tune_to_source
 from mifo.bundle import add_adapters
 from mifo.config import LearnConfig, MemoryConfig, SynthesisConfig, learn_preset
 from mifo.dataset import InstanceData
@@ -27,7 +28,7 @@ from mifo.half_precision import follow_input_dtype
 from mifo.instance import fit_instance, load_instance
 from mifo.learn import Learner, gradient_checkpointing, lend_adapters, make_optimizer
 from mifo.memory_trace import LiveBytes
-from mifo.plan_trace import trace_learning
+from mifo.plan_trace import trace_learning, trace_tuning
 from mifo.planner import GIB, RESERVE, Settings, make_plan, phases_of, read_model
 from mifo.prompts import add_asset_tokens
 
@@ -92,6 +93,16 @@ def test_the_plan_of_a_learning_step_is_what_a_real_step_takes(tmp_path: Path, c
     traced = trace_learning(read_model(str(tiny_base_folder())), 64, torch.float32, 1, 2, config.lora.rank, True, True,
                             checkpointing, config.lora.attention, "sdpa")  # fmt: skip
     assert traced.peak.total == pytest.approx(measured, rel=0.1), (traced.peak, live.peak)
+
+
+@pytest.mark.parametrize("tuned", ["weights", "latents"])
+def test_the_plan_of_tuning_a_decoder_is_what_it_takes(tuned: str) -> None:
+    vae, inputs = load_base().vae, (torch.zeros(1, 8, 16, 16), torch.zeros(1, 3, 64, 64), torch.ones(1, 1, 64, 64))
+    gc.collect()
+    with LiveBytes([t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]) as live:
+        tune_to_source(vae, *inputs, 3, tuned)
+    traced = trace_tuning(read_model(str(tiny_base_folder())), 64, torch.float32, False, tuned)
+    assert traced.total == pytest.approx(live.peak.total, rel=0.1), (traced, live.peak)
 
 
 def test_less_is_planned_with_checkpointing_and_more_without_fused_attention() -> None:
