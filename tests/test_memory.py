@@ -231,6 +231,31 @@ def test_a_gradient_scaler_steps_adapters_on_an_fp16_base() -> None:
     assert moved > 0.9 * len(weights), f"{moved} of {len(weights)}"
 
 
+def test_both_phases_learn_in_fp16_through_the_learners_own_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import Accelerator
+
+    base = load_base_model(str(tiny_base_folder()), "cpu", torch.float16)
+    config, data = real_learner(base, tmp_path, checkpointing=False)
+    config = replace(config, embedding=replace(config.embedding, train_steps=2), lora=replace(config.lora, train_steps=1, rank=2))
+    accelerator = Accelerator(cpu=True)
+    accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True  # Accelerate makes no scaler for a CPU by itself
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    tokens = ["<asset0>", "<asset1>"]
+    add_asset_tokens(base.tokenizer, tokens)
+    ids = [base.tokenizer.get_added_vocab()[t] for t in tokens]
+    with use_assets(base.text_encoder, ids, torch.zeros(2, base.text_encoder.config.hidden_size)) as embedding:
+        learner = Learner(base, data, config, embedding, accelerator, None)
+        monkeypatch.setattr(learner, "_keep_snapshot", lambda *_: None)  # fp16 is slow on a CPU
+        learner.train_rows(lambda _: None)
+        rows = embedding.rows.detach().clone()
+        with lend_adapters(base, config.lora, 0) as adapters:
+            learner.train_adapters(adapters, lambda _: None)
+            opened = [p for a in adapters.values() for n, p in a.named_parameters() if "lora_B" in n]
+            assert opened and all(p.dtype == torch.float32 and p.abs().max() > 0 for p in opened)
+    assert rows.dtype == torch.float32 and bool(rows.any()) and not torch.equal(embedding.rows, rows)
+    assert learner.skipped_steps == 0, "a skipped step would hide what it could not unscale"
+
+
 def test_adapters_that_follow_their_input_are_the_same_on_an_fp32_base() -> None:
     from peft import LoraConfig, get_peft_model
 
