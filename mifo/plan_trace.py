@@ -219,7 +219,7 @@ class _TaggedControl(BoundedAttention):
 @lru_cache(maxsize=64)
 def trace_placing(model: Model, resolution: int, dtype: torch.dtype, batch: int, assets: int, config: SynthesisConfig,
                   backend: str) -> tuple[Peak, Peak]:  # fmt: skip
-    """A guidance pass with its gradient, and a bounded sampling pass after it, with `assets` boxes."""
+    """A guidance pass with its gradient, and bounded sampling passes after it, with `assets` boxes."""
     base = build(model, dtype)
     side = resolution // model.vae_factor
     tokens = tuple(asset_token(i) for i in range(assets))
@@ -240,10 +240,11 @@ def trace_placing(model: Model, resolution: int, dtype: torch.dtype, batch: int,
         del losses
         live.peak = Peak(0, {})
         with torch.no_grad():
+            _call_unet(model, base, resolution, 2 * batch)
             if config.bounded and config.refinement.enabled:  # refined masks are a picture's own, and maps are kept for it
                 control.refine(torch.empty((batch, assets, side, side), dtype=torch.bool, device="meta"))
                 MaskRefinement(base.unet, control, config.refinement, 0).before(0)
-            _call_unet(model, base, resolution, 2 * batch)
+                _call_unet(model, base, resolution, 2 * batch)
     return guided, live.peak
 
 

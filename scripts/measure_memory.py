@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import measure_drawing
 import torch
 import typer
 from results import write_result
@@ -102,6 +103,24 @@ def measured_on_fake_tensors(model: Model, case: Case) -> dict[str, float]:
     named = {str(getattr(k, "value", k)): v / GIB for k, v in next(iter(snapshot.values())).items()}
     weights = sum(v for k, v in named.items() if k in ("Parameter", "Buffer"))
     return {"total": named["Total"] - weights, **{k: v for k, v in named.items() if v and k != "Total"}}
+
+
+def drawing_on_fake_tensors(model: Model, piece: str, resolution: int, dtype: torch.dtype) -> float:
+    """GiB beside the weights."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    base = build(model, dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # boxes are drawn by NumPy
+        parts = (base.unet, base.vae)
+        for part in parts:
+            _fill_with_fakes(part)
+        tracker = _tracker()
+        tracker.track_external(*parts)
+        with tracker:
+            measure_drawing.draw(base, piece, resolution, 3, tracker.reset_mod_stats)
+    (found,) = tracker.get_tracker_snapshot("peak").values()
+    named = {str(getattr(k, "value", k)): v for k, v in found.items()}
+    return (named["Total"] - named["Parameter"] - named["Buffer"]) / GIB
 
 
 def _tracker() -> Any:
@@ -275,9 +294,17 @@ def main(
             rows.append({"phase": phase, "gradient_checkpointing": checkpointing, "planned_gib": _rounded(plan),
                          "measured_gib": _rounded(found), "plan_off_percent": round(off, 1)})  # fmt: skip
             print(json.dumps(rows[-1]), flush=True)
+
+    def measure(piece: str) -> float:
+        if kind == "fake":
+            return drawing_on_fake_tensors(model, piece, resolution, DTYPES[dtype])
+        return in_own_process(measure_drawing.measured_for_real, shape, width_divisor, piece, resolution, 3, DTYPES[dtype],
+                              "cuda" if gpu else "cpu")  # fmt: skip
+
+    drawing = measure_drawing.rows(shape, width_divisor, resolution, DTYPES[dtype], measure)
     note = "random weights in Stable Diffusion's shape"
     numbers: dict[str, Any] = {"note": note, "kind": kind, "shape": shape, "width_divisor": width_divisor,
-                               "resolution": resolution, "dtype": dtype, "steps": rows}  # fmt: skip
+                               "resolution": resolution, "dtype": dtype, "steps": rows, "drawing": drawing}  # fmt: skip
     if gpu:
         numbers["jobs"] = jobs_under_caps(shape, [float(c) for c in caps.split(",")])
     else:
