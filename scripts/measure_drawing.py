@@ -35,9 +35,11 @@ def draw(base: BaseModel, piece: str, resolution: int, assets: int, between: Cal
     """Runs one piece as `synthesize` does; `between` is called between two passes of the UNet."""
     side, config = resolution // base.vae_factor, SynthesisConfig()
     positions: dict[str, tuple[int, ...]] = {asset_token(i): (1 + i,) for i in range(assets)}
-    prompt = TokenizedPrompt(list(range(77)), positions, (), assets + 1, assets + 2)
-    states = torch.zeros((1, 77, int(base.unet.config["cross_attention_dim"])), dtype=base.dtype, device=base.device)
-    latents, timestep = torch.zeros((1, 4, side, side), device=base.device), torch.tensor(900, device=base.device)
+    length = int(base.text_encoder.config.max_position_embeddings)
+    prompt = TokenizedPrompt(list(range(length)), positions, (), assets + 1, assets + 2)
+    states = torch.zeros((1, length, int(base.unet.config["cross_attention_dim"])), dtype=base.dtype, device=base.device)
+    latents = torch.zeros((1, int(base.unet.config["in_channels"]), side, side), device=base.device)
+    timestep = torch.tensor(900, device=base.device)
     if piece == "decode":
         with torch.no_grad():
             (base.vae.decode(latents.to(base.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)

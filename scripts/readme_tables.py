@@ -202,12 +202,13 @@ def memory_table() -> str:
     """The plan against measurements."""
     lines = ["| | planned, GiB | measured, GiB | plan off by |", "|---|---|---|---|"]
     sources = []
-    for name, kind in (("memory_fake", "fake tensors, full width"), ("memory_real", "real steps on a CPU")):
+    for name, kind in (("memory_fake", "fake tensors"), ("memory_real", "real steps on a CPU")):
         result = load(name)
         if result is None:
             lines.append(f"| {kind} | not measured yet | | |")
             continue
-        where = f"{kind}, {result['resolution']} pixels, {result['dtype']}"
+        width = f", width divided by {result['width_divisor']}" if result["width_divisor"] > 1 else ""
+        where = f"{kind}{width}, {result['resolution']} pixels, {result['dtype']}"
         for row in result["steps"]:
             checkpointed = " with checkpointing" if row["gradient_checkpointing"] else ""
             lines.append(_plan_row(f"{row['phase'].replace('phase', 'phase ')} step{checkpointed} ({where})",

@@ -105,6 +105,19 @@ def test_the_plan_of_tuning_a_decoder_is_what_it_takes(tuned: str) -> None:
     assert traced.total == pytest.approx(live.peak.total, rel=0.1), (traced, live.peak)
 
 
+@pytest.mark.parametrize("piece", ["guidance", "sampling", "decode"])
+def test_the_plan_of_drawing_is_what_it_takes(piece: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import measure_drawing
+
+    base, model = load_base(), read_model(str(tiny_base_folder()))
+    gc.collect()
+    with LiveBytes([t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]) as live:
+        measure_drawing.draw(base, piece, 64, 2)
+    planned = measure_drawing.planned(model, 64, torch.float32, 2)[piece] * GIB
+    assert planned == pytest.approx(live.peak.total, rel=0.1)
+
+
 def test_less_is_planned_with_checkpointing_and_more_without_fused_attention() -> None:
     model, terms = read_model("toybox"), learn_preset("toybox").lora.attention
     common = (model, 128, torch.float32, 2, 2, 4, True, True)
