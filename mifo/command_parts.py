@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .attention.backend import Backend
     from .base_model import BaseModel
     from .bundle import Bundle
-    from .config import LearnConfig, MemoryConfig, SynthesisConfig
+    from .config import EditConfig, LearnConfig, MemoryConfig, SynthesisConfig
     from .evaluate.backend import Backend as MeasuredBy
     from .instance import Instance
     from .planner import Plan
@@ -43,19 +43,20 @@ def choose_attention(wanted: Attention, device: str, dtype: torch.dtype) -> Back
 
 def plan_within(job: str, model_path: str, device: str, dtype: torch.dtype, resolution: int | None, vram_gib: float | None,
           backend: str, learn: LearnConfig, synthesis: SynthesisConfig | None = None, assets: int = 3,
-          batch: int = 1) -> Plan | None:  # fmt: skip
+          batch: int = 1, edit: EditConfig | None = None) -> Plan | None:  # fmt: skip
     """What fits into --vram-gib, said, and made binding on a GPU; None without a budget."""
     if vram_gib is None:
         return None
     from .base_model import resolve
-    from .config import SynthesisConfig
+    from .config import EditConfig, SynthesisConfig
     from .known_models import SHAPES
     from .plan_report import limit_gpu, plan_text
     from .planner import Settings, make_plan, read_model
 
     model = read_model(model_path if model_path in SHAPES else str(resolve(model_path)[0]))
     side = model.check_side(resolution)
-    settings = Settings(job, side, dtype, learn, synthesis or SynthesisConfig(), assets, batch, backend=backend)
+    settings = Settings(job, side, dtype, learn, synthesis or SynthesisConfig(), assets, batch, backend=backend,
+                        edit=edit or EditConfig())  # fmt: skip
     plan = make_plan(model, settings, vram_gib)
     plan.check()
     say(plan_text(plan))

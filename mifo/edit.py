@@ -231,8 +231,9 @@ def _decode(base: BaseModel, latents: torch.Tensor, canvas: npt.NDArray[np.uint8
     if config.background == "optimization":
         source = pixels_to_tensor(Image.fromarray(canvas)).to(base.device)
         mask = torch.from_numpy(inside).float()[None, None].to(base.device)
-        tuned = [tune_to_source(base.vae, row, source, mask, config.reconstruction_steps, config.optimize)
-                 for row in latents.split(1)]  # fmt: skip
+        with base.lend_vae() as vae:
+            tuned = [tune_to_source(vae, row, source, mask, config.reconstruction_steps, config.optimize)
+                     for row in latents.split(1)]  # fmt: skip
         pixels = torch.cat(tuned)
     return [p.permute(1, 2, 0).cpu().numpy() * 255 for p in pixels.float()]
 

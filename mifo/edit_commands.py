@@ -12,12 +12,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .command_parts import choose_device, choose_dtype, load_base_of, override
+from .command_parts import (
+    choose_attention,
+    choose_device,
+    choose_dtype,
+    family_of,
+    load_base_of,
+    override,
+    own_base,
+    plan_within,
+)
 from .console import Bar, Job, running, say
 from .errors import InputError
 from .files import check_writable
 from .options import (
     AsJson,
+    Attention,
+    AttentionBackend,
     Background,
     BlendingStart,
     BundleName,
@@ -32,6 +43,7 @@ from .options import (
     Seed,
     Start,
     Steps,
+    VramGib,
 )
 
 if TYPE_CHECKING:
@@ -72,6 +84,8 @@ def edit(
     guidance: Annotated[bool | None, typer.Option(help="Move the latents until the asset lies in its box.")] = None,
     bounded: Annotated[bool, typer.Option(help="Mask attention to the boxes.")] = True,
     mixed_precision: Precision = Precision.auto,
+    vram_gib: VramGib = None,
+    attention_backend: AttentionBackend = Attention.auto,
     seed: Seed = 0,
     device: Device = "",
     as_json: AsJson = False,
@@ -162,24 +176,32 @@ def _run_edit(job: Job, given: dict[str, Any], name: str) -> None:
     for note in picture.notes:
         say(f"note: {note}")
 
+    from .attention.backend import use_backend
     from .base_model import load_base_model
     from .bundle import attach, find_bundle, load_bundle
-    from .config import edit_preset
+    from .config import LearnConfig, LoraPhase, MemoryConfig, edit_preset
     from .edit import edit
     from .edit_files import save_edit
 
     bundle = None if name.lower() == "none" else load_bundle(find_bundle(name, given["output_dir"]))
     tokens = bundle.tokens if bundle else ()
     check_prompt(given["prompt"], tokens)
-    layout = parse_layout(given["boxes"], assets_in(given["prompt"])) if given["boxes"] is not None else None
+    assets = assets_in(given["prompt"])
+    layout = parse_layout(given["boxes"], assets) if given["boxes"] is not None else None
     chosen = choose_device(given["device"])
     dtype = choose_dtype(given["mixed_precision"], chosen)
+    wanted = given["model_path"] or (own_base(bundle) if bundle else "toybox")
+    attention = choose_attention(given["attention_backend"], chosen, dtype)
+    config = _edit_overrides(edit_preset(family_of(wanted)), given)
+    learned = bundle.config if bundle else LearnConfig(lora=LoraPhase(train_steps=0))  # the plain model has no adapters
+    plan = plan_within("edit", wanted, chosen, dtype, None, given["vram_gib"], attention.name, learned,
+                       assets=len(assets), batch=given["batch_size"], edit=config)  # fmt: skip
+    memory = plan.settings.memory if plan else MemoryConfig()
     if bundle:
-        base = load_base_of(bundle, given["model_path"], chosen, dtype)
+        base = load_base_of(bundle, given["model_path"], chosen, dtype, memory)
     else:
-        base = load_base_model(given["model_path"] or "toybox", chosen, dtype)
-    config = _edit_overrides(edit_preset(base.family), given)
-    with _attached(attach, base, bundle, config), Bar() as bar:
+        base = load_base_model(wanted, chosen, dtype, memory)
+    with use_backend(base.unet, attention), _attached(attach, base, bundle, config), Bar() as bar:
         result = edit(base, picture.image, mask, given["prompt"], tokens, config, given["seed"], given["batch_size"], layout,
                       _crops(bundle), bar.denoising)  # fmt: skip
     for note in result.notes:

@@ -27,6 +27,7 @@ from .files import check_replaceable, check_writable
 from .options import (
     AsJson,
     Attention,
+    Background,
     BundleName,
     Clip,
     Detector,
@@ -134,6 +135,7 @@ def plan(
     lora_rank: Annotated[int, typer.Option(min=1, max=256)] = 16,
     gradient_checkpointing: bool = False,
     prior_preservation: bool = True,
+    background: Annotated[Background, typer.Option(help="Of edit; optimization tunes the decoder.")] = Background.pixel,
     mixed_precision: Annotated[Precision, typer.Option(help="auto: bf16, as on a GPU.")] = Precision.auto,
     attention_backend: Annotated[Attention, typer.Option(help="materialized shows what fused attention saves.")] = Attention.auto,
     as_json: AsJson = False,
@@ -142,11 +144,14 @@ def plan(
     with running(as_json) as out:
         import torch
 
-        from .config import learn_preset, synthesis_preset
+        from .config import edit_preset, learn_preset, synthesis_preset
         from .plan_report import plan_facts, plan_text
         from .planner import Settings, make_plan, read_model
 
         model = read_model(model_path)
+        if job is PlannedJob.edit and resolution not in (None, model.native_resolution):
+            raise InputError(f"--resolution is {resolution}, but edit draws at the model's own {model.native_resolution} pixels, "
+                             "whatever the picture's size; leave it out")  # fmt: skip
         dtypes = {"no": torch.float32, "fp16": torch.float16}
         family = family_of(model_path)
         config = learn_preset(family)
@@ -154,7 +159,8 @@ def plan(
                          prior=replace(config.prior, enabled=prior_preservation))  # fmt: skip
         backend = "materialized" if attention_backend is Attention.materialized else "sdpa"
         settings = Settings(job.value, model.check_side(resolution), dtypes.get(mixed_precision.value, torch.bfloat16), config,
-                            synthesis_preset(family), assets, batch_size, backend=backend)  # fmt: skip
+                            synthesis_preset(family), assets, batch_size, backend=backend,
+                            edit=replace(edit_preset(family), background=background.value))  # fmt: skip
         found = make_plan(model, settings, vram_gib)
         out.text(plan_text(found))
         out.json(plan_facts(found))

@@ -21,11 +21,12 @@ from .attention.bounded import BoundedAttention, bound_attention
 from .attention.record import AttentionRecorder, RecordingProcessor
 from .attention.sites import Site, choose_sites, use_processors
 from .base_model import BaseModel, tile_vae
+from .blending import tune_to_source
 from .boxes import Box, Layout
 from .bundle import add_adapters
 from .config import AttentionTerms, SynthesisConfig
 from .embedding import use_assets
-from .guidance import LatentGuidance
+from .guidance import LatentGuidance, MaskRefinement
 from .losses import masked_diffusion_loss, penalty_loss
 from .memory_trace import LiveBytes, Peak, fused_attention_cost
 from .prompts import TokenizedPrompt, asset_token
@@ -218,7 +219,7 @@ class _TaggedControl(BoundedAttention):
 @lru_cache(maxsize=64)
 def trace_placing(model: Model, resolution: int, dtype: torch.dtype, batch: int, assets: int, config: SynthesisConfig,
                   backend: str) -> tuple[Peak, Peak]:  # fmt: skip
-    """A guidance pass with its gradient, and a bounded sampling pass after it, with `assets` boxes."""
+    """A guidance pass with its gradient, and bounded sampling passes after it, with `assets` boxes."""
     base = build(model, dtype)
     side = resolution // model.vae_factor
     tokens = tuple(asset_token(i) for i in range(assets))
@@ -240,6 +241,10 @@ def trace_placing(model: Model, resolution: int, dtype: torch.dtype, batch: int,
         live.peak = Peak(0, {})
         with torch.no_grad():
             _call_unet(model, base, resolution, 2 * batch)
+            if config.bounded and config.refinement.enabled:  # refined masks are a picture's own, and maps are kept for it
+                control.refine(torch.empty((batch, assets, side, side), dtype=torch.bool, device="meta"))
+                MaskRefinement(base.unet, control, config.refinement, 0).before(0)
+                _call_unet(model, base, resolution, 2 * batch)
     return guided, live.peak
 
 
@@ -257,4 +262,19 @@ def trace_vae(model: Model, resolution: int, dtype: torch.dtype, decode: bool, t
             (pixels.float() / 2 + 0.5).clamp(0, 1)
         else:
             base.vae.encode(torch.empty((1, 3, resolution, resolution), device="meta", dtype=dtype))
+    return live.peak
+
+
+@lru_cache(maxsize=64)
+def trace_tuning(model: Model, resolution: int, dtype: torch.dtype, tiled: bool, tuned: str) -> Peak:
+    """Bringing back a picture's background by tuning a copy of the decoder, or the latents; two steps are as good as 75."""
+    base = build(model, dtype)
+    if tiled:
+        tile_vae(base.vae)
+    side = resolution // model.vae_factor
+    latents, picture, mask = (torch.empty(shape, device="meta") for shape in (
+        (1, int(model.configs["vae"]["latent_channels"]), side, side), (1, 3, resolution, resolution),
+        (1, 1, resolution, resolution)))  # fmt: skip
+    with counting(base, "sdpa") as live:
+        tune_to_source(base.vae, latents, picture, mask, 2, tuned)
     return live.peak

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from .base_model import PARTS, TOYBOX_FOLDER
-from .config import LearnConfig, MemoryConfig, SynthesisConfig
+from .config import EditConfig, LearnConfig, MemoryConfig, RefinementConfig, SynthesisConfig
 from .errors import InputError
 from .known_models import SHAPES, shape_of
 from .memory_trace import Peak
-from .plan_trace import Model, trace_drawing, trace_learning, trace_placing, trace_vae
+from .plan_trace import Model, trace_drawing, trace_learning, trace_placing, trace_tuning, trace_vae
 from .quantize import NF4_BYTES
 
 GIB = 2**30
@@ -43,6 +43,14 @@ class Settings:
     """Pictures drawn together by synthesize or edit"""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     backend: str = "sdpa"
+    edit: EditConfig = field(default_factory=EditConfig)
+
+    def __post_init__(self) -> None:
+        """The drawing that an edit does is a synthesis without refined masks."""
+        if self.job == "edit":
+            drawing = replace(self.synthesis, bounded=self.edit.bounded, guidance=self.edit.guidance,
+                              refinement=RefinementConfig(enabled=False))  # fmt: skip
+            object.__setattr__(self, "synthesis", drawing)
 
 
 @dataclass(frozen=True)
@@ -190,7 +198,7 @@ def _learn_phases(model: Model, s: Settings) -> tuple[Phase, ...]:
 
 def _drawing_phases(model: Model, s: Settings) -> tuple[Phase, ...]:
     resident = _weights(model, s)
-    rank = s.learn.lora.rank
+    rank = s.learn.lora.rank if s.learn.lora.train_steps else 0
     empty = trace_learning(model, s.resolution, s.dtype, 0, s.assets, rank, s.learn.lora.text_encoder,
                            not s.memory.text_encoder_on_cpu, False, s.learn.lora.attention, s.backend)  # fmt: skip
     resident["LoRA and rows"] = 4 * sum(empty.trainable)
@@ -198,15 +206,18 @@ def _drawing_phases(model: Model, s: Settings) -> tuple[Phase, ...]:
     if s.job == "edit":
         encoded = trace_vae(model, s.resolution, s.dtype, False, s.memory.tiled_vae)
         phases.append(Phase("encode", _with_vae(model, s, resident, encoded)))
-        drawn = trace_drawing(model, s.resolution, s.dtype, 2 * s.batch, s.backend)
-        phases.append(Phase("sampling", _merge(resident, drawn)))
-    else:
+    if s.assets and (s.synthesis.bounded or s.job == "synthesize"):
         guidance, sampling = trace_placing(model, s.resolution, s.dtype, s.batch, s.assets, s.synthesis, s.backend)
         if s.synthesis.guidance.enabled:
             phases.append(Phase("guidance", _merge(resident, guidance)))
-        phases.append(Phase("sampling", _merge(resident, sampling)))
+    else:
+        sampling = trace_drawing(model, s.resolution, s.dtype, 2 * s.batch, s.backend)
+    phases.append(Phase("sampling", _merge(resident, sampling)))
     decoded = trace_vae(model, s.resolution, s.dtype, True, s.memory.tiled_vae)
     phases.append(Phase("decode", _with_vae(model, s, resident, decoded)))
+    if s.job == "edit" and s.edit.background == "optimization":
+        tuned = trace_tuning(model, s.resolution, s.dtype, s.memory.tiled_vae, s.edit.optimize)
+        phases.append(Phase("background", _with_vae(model, s, resident, tuned)))
     return tuple(phases)
 
 

@@ -11,16 +11,21 @@ its tensors. GPU: `torch.cuda.max_memory_allocated`, and each whole job in a pro
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
+import multiprocessing
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import measure_drawing
 import torch
 import typer
 from results import write_result
@@ -75,7 +80,6 @@ def planned(model: Model, case: Case) -> dict[str, float]:
 def measured_on_fake_tensors(model: Model, case: Case) -> dict[str, float]:
     """GiB by MemTracker's own categories at its peak."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.distributed._tools.mem_tracker import MemTracker
 
     config = learn_preset("stable-diffusion")
     base = build(model, DTYPES[case.dtype])
@@ -91,7 +95,7 @@ def measured_on_fake_tensors(model: Model, case: Case) -> dict[str, float]:
             _fill_with_fakes(part)
         tokens = range(text["vocab_size"], text["vocab_size"] + case.assets)
         with use_assets(base.text_encoder, tokens, torch.zeros(case.assets, text["hidden_size"])):
-            tracker = MemTracker()
+            tracker = _tracker()
             tracker.track_external(*parts)
             with tracker:
                 _fake_step(base, case, case.settings(config).attention)
@@ -99,6 +103,52 @@ def measured_on_fake_tensors(model: Model, case: Case) -> dict[str, float]:
     named = {str(getattr(k, "value", k)): v / GIB for k, v in next(iter(snapshot.values())).items()}
     weights = sum(v for k, v in named.items() if k in ("Parameter", "Buffer"))
     return {"total": named["Total"] - weights, **{k: v for k, v in named.items() if v and k != "Total"}}
+
+
+def drawing_on_fake_tensors(model: Model, piece: str, resolution: int, dtype: torch.dtype) -> float:
+    """GiB beside the weights."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    base = build(model, dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # boxes are drawn by NumPy
+        parts = (base.unet, base.vae)
+        for part in parts:
+            _fill_with_fakes(part)
+        tracker = _tracker()
+        tracker.track_external(*parts)
+        with tracker:
+            measure_drawing.draw(base, piece, resolution, 3, tracker.reset_mod_stats)
+    (found,) = tracker.get_tracker_snapshot("peak").values()
+    named = {str(getattr(k, "value", k)): v for k, v in found.items()}
+    return (named["Total"] - named["Parameter"] - named["Buffer"]) / GIB
+
+
+def _tracker() -> Any:
+    """MemTracker for large models with frozen parameters."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    class Tracker(MemTracker):
+        def _track_module_params_and_buffers(self, module: torch.nn.Module, install_grad_hooks: bool = True) -> tuple[int, int]:
+            for parameter in module.parameters():
+                if not parameter.requires_grad:  # MemTracker hooks every gradient, and these have none: marked as hooked
+                    self._param_to_grad_hook_handles[parameter] = (_NO_HOOK, _NO_HOOK)
+            return super()._track_module_params_and_buffers(module, install_grad_hooks)
+
+        def _update_peak_stats(self, peak_state: Any) -> None:
+            """The whole's peak alone: looking through a thousand modules' own after each operation takes hours."""
+            for device, now in self._curr_mem_snap.items():
+                if now["Total"] > self._peak_mem.get(device, 0):
+                    self._peak_mem[device], self._peak_mem_snap[device] = now["Total"], dict(now)
+
+    return Tracker()
+
+
+class _NoHook:
+    def remove(self) -> None:
+        pass
+
+
+_NO_HOOK = _NoHook()
 
 
 def _fill_with_fakes(part: torch.nn.Module) -> None:
@@ -153,12 +203,37 @@ def measured_for_real(shape: str, width_divisor: int, case: Case, device: str) -
             torch.cuda.reset_peak_memory_stats()
             step()
             return {"total": (torch.cuda.max_memory_allocated() - before) / GIB, "allocator_peak": peak_gib("cuda")}
-        resident = peak_gib()
         step()
-        grown = peak_gib() - resident
+        resident = _Resident()
+        step()
+        resident_gib = resident.growth_gib()
         with LiveBytes([t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]) as live:
             step()
-    return {"total": live.peak.total / GIB, "resident_growth": grown, "process_peak": peak_gib()}
+    return {"total": live.peak.total / GIB, "resident_growth": resident_gib, "process_peak": peak_gib()}
+
+
+class _Resident:
+    """Growth of the process's peak resident memory from now on; Linux alone can begin to count anew."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what the C library holds back would hide growth
+        Path("/proc/self/clear_refs").write_text("5")
+        self.before = self._peak()
+
+    def growth_gib(self) -> float:
+        return self._peak() - self.before
+
+    @staticmethod
+    def _peak() -> float:
+        line = next(text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**20
+
+
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """So that no case meets memory that another one left."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 # --- whole jobs under a cap ---------------------------------------------------------------------
@@ -214,14 +289,22 @@ def main(
             if kind == "fake":
                 found = measured_on_fake_tensors(model, case)
             else:
-                found = measured_for_real(shape, width_divisor, case, "cuda" if gpu else "cpu")
+                found = in_own_process(measured_for_real, shape, width_divisor, case, "cuda" if gpu else "cpu")
             off = 100 * (plan["total"] / found["total"] - 1)
             rows.append({"phase": phase, "gradient_checkpointing": checkpointing, "planned_gib": _rounded(plan),
                          "measured_gib": _rounded(found), "plan_off_percent": round(off, 1)})  # fmt: skip
             print(json.dumps(rows[-1]), flush=True)
+
+    def measure(piece: str) -> float:
+        if kind == "fake":
+            return drawing_on_fake_tensors(model, piece, resolution, DTYPES[dtype])
+        return in_own_process(measure_drawing.measured_for_real, shape, width_divisor, piece, resolution, 3, DTYPES[dtype],
+                              "cuda" if gpu else "cpu")  # fmt: skip
+
+    drawing = measure_drawing.rows(shape, width_divisor, resolution, DTYPES[dtype], measure)
     note = "random weights in Stable Diffusion's shape"
     numbers: dict[str, Any] = {"note": note, "kind": kind, "shape": shape, "width_divisor": width_divisor,
-                               "resolution": resolution, "dtype": dtype, "steps": rows}  # fmt: skip
+                               "resolution": resolution, "dtype": dtype, "steps": rows, "drawing": drawing}  # fmt: skip
     if gpu:
         numbers["jobs"] = jobs_under_caps(shape, [float(c) for c in caps.split(",")])
     else:

@@ -136,12 +136,105 @@ def bench_table() -> str:
     return "\n".join([*lines, "", source("bench_guidance_384", result)])
 
 
+def jobs_table() -> str:
+    result = load("bench_jobs")
+    if result is None:
+        return "Whole jobs against the published way: not measured yet."
+    options = result["options"]
+    size = f"width divided by {options['width_divisor']}, " if options["width_divisor"] > 1 else ""
+    lines = [
+        f"Random weights in the sd2.1 shape, {size}{options['resolution']} pixels, {options['dtype']}: speed only, no quality.",
+        "", "| | ours: seconds, median (min-max) | as published | times faster | GiB of tensors, ours | as published |",
+        "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    labels = {"synthesize": f"synthesize, {options['steps']} steps", "phase1": "phase 1 step", "phase2": "phase 2 step"}
+    for piece in (p for p in labels if p in result):
+        ours, times = result[piece]["ours"], result[piece]["times_faster_than_baseline_in"]
+        for dtype, theirs in result[piece]["baseline"].items():
+            lines.append(f"| {labels[piece]}, against {dtype} | {_seconds(ours)} | {_seconds(theirs)} | {times[dtype]:.1f} "
+                         f"| {ours['peak_gib']:.3f} | {theirs['peak_gib']:.3f} |")  # fmt: skip
+    lines.append("| on a GPU | not measured | not measured | | | |")
+    if found := result.get("mfu"):
+        lines += ["", f"A phase 2 step uses {found['utilization_percent']:.0f} % of the device's measured matrix product rate."]
+    return "\n".join([*lines, "", source("bench_jobs", result)])
+
+
+def growth_table() -> str:
+    result = load("bench_growth")
+    if result is None:
+        return "How time and memory grow: not measured yet."
+    options = result["options"]
+    size = f"width divided by {options['width_divisor']}, " if options["width_divisor"] > 1 else ""
+    lines = [
+        f"Random weights in the sd2.1 shape, {size}{options['dtype']}; {options['resolution']} pixels where assets grow, "
+        f"{options['assets']} assets where pixels grow.",
+        "", "| | phase 2 step, seconds | GiB of tensors | guidance pass, seconds | GiB of tensors |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in result["growth"]["rows"]:
+        label = _size(row)
+        cells = [f"{_seconds(row[p])} | {row[p]['peak_gib']:.3f}" if p in row else "failed | "
+                 for p in ("phase2", "guidance")]  # fmt: skip
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    lines.append("| on a GPU | not measured | | not measured | |")
+    return "\n".join([*lines, "", source("bench_growth", result)])
+
+
+def goals_table() -> str:
+    result = load("memory_goals")
+    if result is None:
+        return "Memory on Stable Diffusion's shape: not planned yet."
+    lines = [
+        f"Predicted by `plan` for {result['shape']} in bf16 at {result['resolution']} pixels, batch 1; no weights and no GPU.",
+        "", "| | goal, GiB | peak, GiB | its phase | knobs needed |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in result["goals"]:
+        knobs = ", ".join(row["knobs"]) or "none"
+        lines.append(f"| {row['goal']} | {row['goal_gib']:g} | {row['peak_gib']:.2f} | {row['peak_phase']} | {knobs} |")
+    names = list(result["growth"][0]["peak_gib"])
+    lines += ["", "| peak, GiB | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for row in result["growth"]:
+        label = _size(row)
+        lines.append(f"| {label} | " + " | ".join(f"{row['peak_gib'][n]['gib']:.2f}" for n in names) + " |")
+    return "\n".join([*lines, "", source("memory_goals", result)])
+
+
+def memory_table() -> str:
+    """The plan against measurements."""
+    lines = ["| | planned, GiB | measured, GiB | plan off by |", "|---|---|---|---|"]
+    sources = []
+    for name, kind in (("memory_fake", "fake tensors"), ("memory_real", "real steps on a CPU")):
+        result = load(name)
+        if result is None:
+            lines.append(f"| {kind} | not measured yet | | |")
+            continue
+        width = f", width divided by {result['width_divisor']}" if result["width_divisor"] > 1 else ""
+        where = f"{kind}{width}, {result['resolution']} pixels, {result['dtype']}"
+        for row in result["steps"]:
+            checkpointed = " with checkpointing" if row["gradient_checkpointing"] else ""
+            lines.append(_plan_row(f"{row['phase'].replace('phase', 'phase ')} step{checkpointed} ({where})",
+                                   row["planned_gib"]["total"], row["measured_gib"]["total"], row))  # fmt: skip
+        for row in result.get("drawing", []):
+            lines.append(_plan_row(f"{row['piece']} ({where})", row["planned_gib"], row["measured_gib"], row))
+        sources.append(source(name, result))
+    return "\n".join(["Tensors beside the weights, at the peak; on a GPU: not measured.", "", *lines, "", *sources])
+
+
+def _size(row: dict[str, Any]) -> str:
+    unit = "pixel" if row["over"] == "resolution" else "asset"
+    return f"{row['value']} {unit}{'s' if row['value'] > 1 else ''}"
+
+
+def _plan_row(label: str, plan: float, measured: float, row: dict[str, Any]) -> str:
+    return f"| {label} | {plan:.3f} | {measured:.3f} | {row['plan_off_percent']:.1f} % |"
+
+
 def _seconds(entry: dict) -> str:
     seconds = entry["seconds"]
     return f"{seconds['median']:.1f} ({seconds['min']:.1f}-{seconds['max']:.1f})"
 
 
 TABLES = {"main_job": main_job_table, "base_model": base_model_table, "edit": edit_table, "bench": bench_table,
+          "bench_jobs": jobs_table, "bench_growth": growth_table, "memory_goals": goals_table, "memory": memory_table,
           "toybench": lambda: toybench_table("toybench"),
           "toybench_holdout": lambda: toybench_table("toybench_holdout")}  # fmt: skip
 

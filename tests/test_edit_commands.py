@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from _tiny import learn_arguments, mifo, snapshot, tiny_base_folder, tiny_bundle_folder, write_instance
 from PIL import Image, ImageCms, ImageDraw
 
+from mifo import base_model
 from mifo.bundle import load_bundle
+from mifo.config import MemoryConfig, SynthesisConfig, edit_preset
 from mifo.errors import InputError
 from mifo.instance import load_instance, with_background
 from mifo.picture_file import load_edit_mask, load_picture
+from mifo.planner import GIB, RESERVE, Settings, make_plan, read_model
 
 ORIENTATION, MAKER = 0x0112, 0x010F
 PROMPT = "a photo of <asset1>"
@@ -246,3 +251,32 @@ def test_wrong_prompts_and_assets_of_variations(tmp_path: Path):
         prompts.write_text(text)
         refused(tmp_path, message, *command)
     refused(tmp_path, "there is no asset '7'", *command[:-2], "--asset", 7)
+
+
+# --- within a budget ----------------------------------------------------------------------------
+
+
+def test_an_edit_within_a_budget_gives_up_what_it_must_or_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch):
+    model, config = read_model(str(tiny_base_folder())), edit_preset("stable-diffusion")
+    config = replace(config, background="optimization", guidance=replace(config.guidance, enabled=False))
+    learned = load_bundle(tiny_bundle_folder()).config
+    settings = Settings("edit", model.native_resolution, torch.float32, learned, SynthesisConfig(), 1, edit=config)
+    free = make_plan(model, settings)
+    assert free.largest.name == "background", "tuning a decoder takes gradients and optimizer states"
+    used: list[MemoryConfig] = []
+    load = base_model.load_base_model
+    monkeypatch.setattr(base_model, "load_base_model", lambda *a: used.append(a[3]) or load(*a))
+    extra = ["--background", "optimization", "--reconstruction-steps", 1, "--attention-backend", "materialized"]
+    said = mifo(*edit(place, *extra, "--vram-gib", (free.largest.peak + RESERVE) / GIB - 1e-5)).stderr
+    assert "turned on for" in said and "attention: materialized" in said and used != [MemoryConfig()]
+    before = snapshot(place / "out")
+    refused = mifo(*edit(place, *extra, "--vram-gib", 0.5), exit_code=2)
+    assert "edit with" in refused.output and "does not fit" in refused.output and snapshot(place / "out") == before
+
+
+def test_the_plan_of_an_edit():
+    plain = json.loads(mifo("plan", "--model-path", "toybox", "--job", "edit", "--json").stdout)
+    assert set(plain["phases"]) == {"encode", "guidance", "sampling", "decode"} and plain["resolution"] == 64
+    tuned = json.loads(mifo("plan", "--model-path", "toybox", "--job", "edit", "--background", "optimization", "--json").stdout)
+    assert tuned["phases"]["background"]["peak_gib"] > 2 * plain["phases"]["decode"]["peak_gib"]
+    assert "own 64 pixels" in mifo("plan", "--model-path", "toybox", "--job", "edit", "--resolution", 128, exit_code=2).output

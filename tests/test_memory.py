@@ -18,6 +18,7 @@ from mifo.attention import backend as backends
 from mifo.attention.record import record_attention
 from mifo.attention.sites import choose_sites
 from mifo.base_model import BaseModel, load_base_model
+from mifo.blending import tune_to_source
 from mifo.bundle import add_adapters
 from mifo.config import LearnConfig, MemoryConfig, SynthesisConfig, learn_preset
 from mifo.dataset import InstanceData
@@ -27,7 +28,7 @@ from mifo.half_precision import follow_input_dtype
 from mifo.instance import fit_instance, load_instance
 from mifo.learn import Learner, gradient_checkpointing, lend_adapters, make_optimizer
 from mifo.memory_trace import LiveBytes
-from mifo.plan_trace import trace_learning
+from mifo.plan_trace import trace_learning, trace_tuning
 from mifo.planner import GIB, RESERVE, Settings, make_plan, phases_of, read_model
 from mifo.prompts import add_asset_tokens
 
@@ -92,6 +93,29 @@ def test_the_plan_of_a_learning_step_is_what_a_real_step_takes(tmp_path: Path, c
     traced = trace_learning(read_model(str(tiny_base_folder())), 64, torch.float32, 1, 2, config.lora.rank, True, True,
                             checkpointing, config.lora.attention, "sdpa")  # fmt: skip
     assert traced.peak.total == pytest.approx(measured, rel=0.1), (traced.peak, live.peak)
+
+
+@pytest.mark.parametrize("tuned", ["weights", "latents"])
+def test_the_plan_of_tuning_a_decoder_is_what_it_takes(tuned: str) -> None:
+    vae, inputs = load_base().vae, (torch.zeros(1, 8, 16, 16), torch.zeros(1, 3, 64, 64), torch.ones(1, 1, 64, 64))
+    gc.collect()
+    with LiveBytes([t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]) as live:
+        tune_to_source(vae, *inputs, 3, tuned)
+    traced = trace_tuning(read_model(str(tiny_base_folder())), 64, torch.float32, False, tuned)
+    assert traced.total == pytest.approx(live.peak.total, rel=0.1), (traced, live.peak)
+
+
+@pytest.mark.parametrize("piece", ["guidance", "sampling", "decode"])
+def test_the_plan_of_drawing_is_what_it_takes(piece: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import measure_drawing
+
+    base, model = load_base(), read_model(str(tiny_base_folder()))
+    gc.collect()
+    with LiveBytes([t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]) as live:
+        measure_drawing.draw(base, piece, 64, 2)
+    planned = measure_drawing.planned(model, 64, torch.float32, 2)[piece] * GIB
+    assert planned == pytest.approx(live.peak.total, rel=0.1)
 
 
 def test_less_is_planned_with_checkpointing_and_more_without_fused_attention() -> None:
@@ -218,6 +242,31 @@ def test_a_gradient_scaler_steps_adapters_on_an_fp16_base() -> None:
     assert all(w.dtype == torch.float32 and torch.isfinite(w).all() for w in weights)
     moved = sum(not torch.equal(w, b) for w, b in zip(weights, before, strict=True))
     assert moved > 0.9 * len(weights), f"{moved} of {len(weights)}"
+
+
+def test_both_phases_learn_in_fp16_through_the_learners_own_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import Accelerator
+
+    base = load_base_model(str(tiny_base_folder()), "cpu", torch.float16)
+    config, data = real_learner(base, tmp_path, checkpointing=False)
+    config = replace(config, embedding=replace(config.embedding, train_steps=2), lora=replace(config.lora, train_steps=1, rank=2))
+    accelerator = Accelerator(cpu=True)
+    accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True  # Accelerate makes no scaler for a CPU by itself
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    tokens = ["<asset0>", "<asset1>"]
+    add_asset_tokens(base.tokenizer, tokens)
+    ids = [base.tokenizer.get_added_vocab()[t] for t in tokens]
+    with use_assets(base.text_encoder, ids, torch.zeros(2, base.text_encoder.config.hidden_size)) as embedding:
+        learner = Learner(base, data, config, embedding, accelerator, None)
+        monkeypatch.setattr(learner, "_keep_snapshot", lambda *_: None)  # fp16 is slow on a CPU
+        learner.train_rows(lambda _: None)
+        rows = embedding.rows.detach().clone()
+        with lend_adapters(base, config.lora, 0) as adapters:
+            learner.train_adapters(adapters, lambda _: None)
+            opened = [p for a in adapters.values() for n, p in a.named_parameters() if "lora_B" in n]
+            assert opened and all(p.dtype == torch.float32 and p.abs().max() > 0 for p in opened)
+    assert rows.dtype == torch.float32 and bool(rows.any()) and not torch.equal(embedding.rows, rows)
+    assert learner.skipped_steps == 0, "a skipped step would hide what it could not unscale"
 
 
 def test_adapters_that_follow_their_input_are_the_same_on_an_fp32_base() -> None:

@@ -1,0 +1,94 @@
+"""What drawing takes beside the weights: a guidance pass with its gradient, sampling passes, decoding. For measure_memory.py."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from bench_setup import boxes_for
+
+from mifo.attention.bounded import BoundedAttention, bound_attention
+from mifo.attention.sites import attention_sites
+from mifo.base_model import BaseModel
+from mifo.config import SynthesisConfig
+from mifo.guidance import LatentGuidance, MaskRefinement
+from mifo.known_models import shape_of
+from mifo.memory_trace import LiveBytes
+from mifo.plan_trace import Model, trace_placing, trace_vae
+from mifo.prompts import TokenizedPrompt, asset_token
+
+GIB = 2**30
+PIECES = ("guidance", "sampling", "decode")
+
+
+def planned(model: Model, resolution: int, dtype: torch.dtype, assets: int) -> dict[str, float]:
+    """GiB by piece."""
+    guidance, sampling = trace_placing(model, resolution, dtype, 1, assets, SynthesisConfig(), "sdpa")
+    peaks = (guidance, sampling, trace_vae(model, resolution, dtype, True, False))
+    return {piece: peak.total / GIB for piece, peak in zip(PIECES, peaks, strict=True)}
+
+
+def draw(base: BaseModel, piece: str, resolution: int, assets: int, between: Callable[[], Any] = lambda: None) -> None:
+    """Runs one piece as `synthesize` does; `between` is called between two passes of the UNet."""
+    side, config = resolution // base.vae_factor, SynthesisConfig()
+    positions: dict[str, tuple[int, ...]] = {asset_token(i): (1 + i,) for i in range(assets)}
+    length = int(base.text_encoder.config.max_position_embeddings)
+    prompt = TokenizedPrompt(list(range(length)), positions, (), assets + 1, assets + 2)
+    states = torch.zeros((1, length, int(base.unet.config["cross_attention_dim"])), dtype=base.dtype, device=base.device)
+    latents = torch.zeros((1, int(base.unet.config["in_channels"]), side, side), device=base.device)
+    timestep = torch.tensor(900, device=base.device)
+    if piece == "decode":
+        with torch.no_grad():
+            (base.vae.decode(latents.to(base.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+        return
+    control = BoundedAttention(prompt, boxes_for(assets), (side, side), base.device)
+    with bound_attention(base.unet, control):
+        if piece == "guidance":
+            latents.requires_grad_(True)
+            losses = LatentGuidance(base.unet, control, config.guidance, states).losses(0, timestep, latents)
+            torch.autograd.grad(losses.sum(), latents)
+            return
+        control.guiding = True
+        guiding_masks = [control.visible(s) for s in attention_sites(base.unet)]  # they stay while it samples
+        control.guiding = False
+        pair = (torch.cat([latents, latents]).to(base.dtype), timestep, states.expand(2, -1, -1))
+        with torch.no_grad():
+            base.unet(*pair)
+            del guiding_masks
+            control.refine(torch.ones((1, assets, side, side), dtype=torch.bool, device=base.device))
+            MaskRefinement(base.unet, control, config.refinement, 0).before(0)
+            between()
+            base.unet(*pair)
+
+
+def measured_for_real(shape: str, width_divisor: int, piece: str, resolution: int, assets: int, dtype: torch.dtype,
+                      device: str) -> float:  # fmt: skip
+    """GiB beside what was there: the GPU allocator's, or all tensors' on the CPU."""
+    from bench_setup import build_base
+
+    base = build_base(shape, width_divisor, dtype, device)
+    gc.collect()
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        draw(base, piece, resolution, assets)
+        return (torch.cuda.max_memory_allocated() - before) / GIB
+    with LiveBytes([t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]) as live:
+        draw(base, piece, resolution, assets)
+    return live.peak.total / GIB
+
+
+def rows(shape: str, width_divisor: int, resolution: int, dtype: torch.dtype, measure: Callable[[str], float],
+         assets: int = 3) -> list[dict[str, Any]]:  # fmt: skip
+    """A row a piece: planned, measured, and how far apart."""
+    model = Model(shape, json.dumps(shape_of(shape, width_divisor)))
+    found = []
+    for piece, plan in planned(model, resolution, dtype, assets).items():
+        measured = measure(piece)
+        found.append({"piece": piece, "planned_gib": round(plan, 4), "measured_gib": round(measured, 4),
+                      "plan_off_percent": round(100 * (plan / measured - 1), 1)})  # fmt: skip
+        print(json.dumps(found[-1]), flush=True)
+    return found
