@@ -79,6 +79,9 @@ def test_other_settings_are_refused_by_name(instance: Instance, tmp_path: Path):
     with pytest.raises(InputError, match=r"checkpoint at phase 1, step 1 of 3; go on from it with --resume, or .*--no-resume"):
         run(instance, tmp_path / "cups", resume=None)
     assert snapshot(tmp_path) == before
+    another = replace(base(), fingerprint="0123")
+    with pytest.raises(InputError, match=r"base\.fingerprint is .* there and \"0123\" here; give the same ones, or --no-resume"):
+        learn(instance, another, config(), tmp_path / "cups", checkpointing=Checkpointing(resume=True))
     other = load_instance(write_instance(tmp_path / "mugs" / "cups", assets=1))
     with pytest.raises(InputError, match=r"instance is .* there and"):
         run(other, tmp_path / "cups")
