@@ -195,7 +195,7 @@ def test_a_second_run_to_one_name_refuses_and_a_dead_ones_lock_is_taken_over(tmp
     folder = tmp_path / ".checkpoints" / "cups"
     context = multiprocessing.get_context("fork")
     held = context.Event()
-    process = context.Process(target=hold_and_wait, args=(folder, held))
+    process = context.Process(target=hold_and_wait, args=(folder, held), daemon=True)
     process.start()
     assert held.wait(60)
     second = hold_lock(folder, "learning to cups", "give another")
