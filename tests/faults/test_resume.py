@@ -52,7 +52,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(instance: Instan
         run(instance, tmp_path / "cups", crash_at("lora", 3))
     older, newer = sorted(checkpoint_folder(tmp_path / "cups").glob("*.safetensors"))
     content = bytearray(newer.read_bytes())
-    content[-5] ^= 1  # one bit of one weight
+    start = 8 + int.from_bytes(content[:8], "little")
+    weight = json.loads(content[8:start])["t0"]["data_offsets"][0]  # the first of the parameters
+    content[start + weight + 2] ^= 0x20  # one bit of one weight
     newer.write_bytes(content)
     assert learned(run(instance, tmp_path / "cups")) == learned(whole)
     for bad in (b"", b"\0" * 100, older.name.encode()):
