@@ -1,102 +1,127 @@
-"""Long jobs of many items: each item's result is kept as soon as it is there, one that fails does not stop the others.
+"""Long jobs of many pictures: each is kept as soon as it is drawn, so that the same job goes on after an interruption; what
+fails does not stop the rest.
 
-Knows a journal file of JSON lines. Knows nothing of what an item is.
+    <parent of the output folder>/.checkpoints/<its name>/  lock, item-<digest of the recipe>.safetensors, ...
+
+Knows recipes, pictures and files. Knows nothing of how a picture is drawn or what it is for.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import different_keys
+import numpy as np
+import torch
+from PIL import Image
+
+from . import __version__
+from .base_model import BaseModel
+from .bundle import Bundle
+from .checkpoints import Damaged, checkpoint_folder, open_folder, read_state, write_state
+from .config import to_dict
 from .errors import InputError
-from .files import unwritable
+from .files import replace_files
+
+Draw = Callable[[], list[Image.Image]]
+#: (name for people, recipe, number of pictures, how to draw them) -> the pictures, or None where drawing them failed
+Keep = Callable[[str, Mapping[str, Any], int, Draw], "list[Image.Image] | None"]
 
 
-@dataclass(frozen=True)
-class BatchReport:
-    """What came out, in the order of the items."""
-
-    results: dict[str, Any]
-    failures: dict[str, str]
-    """item -> why"""
-    reused: int
-    """Results that an earlier, interrupted run had left."""
-
-    def summary(self) -> str:
-        """For people: how many, and each failure with its reason."""
-        lines = [f"{len(self.results)} of {len(self.results) + len(self.failures)} items done, {self.reused} of them earlier"]
-        return "\n".join([*lines, *(f"  failed: {item}: {reason}" for item, reason in self.failures.items())])
+def draw_now(name: str, recipe: Mapping[str, Any], count: int, draw: Draw) -> list[Image.Image] | None:
+    """Keeps nothing and catches nothing."""
+    return draw()
 
 
-def run_items(items: Mapping[str, Callable[[], Any]], journal: Path, settings: Mapping[str, Any],
-              on_progress: Callable[[int, int], None] = lambda done, total: None) -> BatchReport:  # fmt: skip
-    """Calls every item that `journal` has no result of, and notes each result (plain JSON) there at once.
+class PictureJob:
+    """The items of one job; make it with `open_job`. An item is some pictures that are drawn together."""
 
-    Run again after an interruption, it goes on; items that failed are tried again. `settings` is everything that decides the
-    results. Raises InputError when the journal is of a job with other settings, or cannot be written.
-    """
-    plain = json.loads(json.dumps(settings))
-    known = _read(journal, plain)
-    results, failures = {}, {}
-    reused = sum(item in known for item in items)
-    if not known:
-        _append(journal, {"settings": plain}, first=True)
-    for done, (item, work) in enumerate(items.items(), 1):
-        if item in known:
-            results[item] = known[item]
+    def __init__(self, folder: Path, facts: Mapping[str, Any]):
+        self.folder, self.facts = folder, dict(facts)
+        self.done = 0
+        """Items."""
+        self.reused = 0
+        """Items among them that an earlier, interrupted or failed job has left."""
+        self.failures: dict[str, str] = {}
+        """Name of an item -> why it is missing."""
+        self._only_input = True
+
+    def pictures(self, name: str, recipe: Mapping[str, Any], count: int, draw: Draw) -> list[Image.Image] | None:
+        """The `count` pictures (RGB) of `recipe`, plain JSON that holds all that decides them beside the job's own facts: those
+        that are kept, or else what `draw` returns, which are then kept. None when `draw` fails; the reason is noted.
+
+        Raises InputError when they cannot be written: so would all that follow.
+        """
+        digest = hashlib.sha256(json.dumps([self.facts, recipe], sort_keys=True).encode()).hexdigest()[:32]
+        path = self.folder / f"item-{digest}.safetensors"
+        images = _read(path)
+        if images is not None and len(images) == count:
+            self.reused += 1
         else:
             try:
-                results[item] = json.loads(json.dumps(work()))
-            except Exception as error:  # the other items may well succeed; Ctrl-C is no Exception
-                failures[item] = f"{type(error).__name__}: {error}" if not isinstance(error, InputError) else str(error)
-            else:
-                _append(journal, {"item": item, "result": results[item]})
-        on_progress(done, len(items))
-    return BatchReport(results, failures, reused)
+                images = draw()
+            except Exception as error:  # the others may well succeed; Ctrl-C is no Exception
+                self._only_input &= isinstance(error, InputError)
+                self.failures[name] = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+                return None
+            with replace_files(self.folder) as temporary:
+                pixels = [torch.from_numpy(np.array(image)) for image in images]  # (H, W, 3), 0 .. 255
+                write_state(temporary / path.name, pixels, name, recipe)
+        self.done += 1
+        return images
+
+    @property
+    def status(self) -> int:
+        """The exit status: 0 all is done, 2 the input was at fault wherever something is missing, 1 otherwise."""
+        return 0 if not self.failures else 2 if self._only_input else 1
+
+    def hint(self) -> str:
+        """For the message of an interrupted job."""
+        return f"; {self.done} items are kept: the same command goes on from there" if self.done else ""
+
+    def summary(self) -> str:
+        """For people: how much is missing, and each failure with its reason."""
+        total = self.done + len(self.failures)
+        lines = [f"error: {len(self.failures)} of {total} items failed; the same command tries only them again"]
+        return "\n".join([*lines, *(f"  {name}: {reason}" for name, reason in self.failures.items())])
+
+    def clear(self) -> None:
+        """Forgets everything, once it has become the job's result; not while something is missing."""
+        if not self.failures:
+            for path in self.folder.glob("item-*.safetensors"):
+                path.unlink(missing_ok=True)
 
 
-def _read(journal: Path, settings: Any) -> dict[str, Any]:
-    """Results by item; a line that a kill cut short is no result."""
-    if not journal.exists():
-        return {}
-    found: dict[str, Any] = {}
+@contextmanager
+def open_job(target: Path, base: BaseModel, bundle: Bundle) -> Iterator[PictureJob]:
+    """The job that draws with `bundle` on `base` and writes to `target`, locked against a second one while the block lasts.
+
+    Raises InputError when another process has the lock, or the folder cannot be made.
+    """
+    facts = {"mifo": __version__, "base": base.fingerprint, "dtype": str(base.dtype), "device": base.device.type,
+             "memory": to_dict(base.memory), "bundle": _digest(bundle)}  # fmt: skip
+    target = Path(os.path.realpath(target))
+    folder = checkpoint_folder(target)
+    with open_folder(folder, f"writing to {target}", "give another --output-path"):
+        yield PictureJob(folder, facts)
+
+
+def _read(path: Path) -> list[Image.Image] | None:
+    """None when they are not there, or a bit of them has changed."""
     try:
-        lines = journal.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise InputError(f"{journal} cannot be read ({error.strerror}); remove it to start over") from None
-    records = [r for line in lines if isinstance(r := _parse(line), dict)]
-    if not records or "settings" not in records[0]:
-        return {}
-    if differences := different_keys(records[0]["settings"], settings):
-        raise InputError(
-            f"{journal} is of a job with other settings: {'; '.join(differences[:8])}; give the same ones, or remove it to "
-            "start over"
-        )
-    for record in records[1:]:
-        if isinstance(record.get("item"), str) and "result" in record:
-            found[record["item"]] = record["result"]
-    return found
-
-
-def _parse(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
+        return [Image.fromarray(pixels.numpy()) for pixels in read_state(path)] if os.path.isfile(path) else None
+    except (Damaged, AttributeError, TypeError, ValueError):
         return None
 
 
-def _append(journal: Path, record: dict[str, Any], first: bool = False) -> None:
-    """One line, on the disk when this returns. It begins on a line of its own even after one that was cut short."""
-    try:
-        journal.parent.mkdir(parents=True, exist_ok=True)
-        with journal.open("w" if first else "a", encoding="utf-8") as file:
-            file.write(("" if first else "\n") + json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise unwritable(journal, error) from None
+def _digest(bundle: Bundle) -> str:
+    """Of all that is learned: a bundle learned anew under its old name draws other pictures."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in bundle.folder.rglob("*") if p.suffix == ".safetensors" or p.name == "adapter_config.json"):
+        digest.update(str(path.relative_to(bundle.folder)).encode() + path.read_bytes())
+    return digest.hexdigest()[:32]

@@ -249,10 +249,10 @@ def find_bundle(model_id: str, output_dir: Path) -> Path:
 def check_inside(folder: Path) -> None:
     """Raises InputError for a link in a bundle that leads out of it: such a bundle would read other files as its own."""
     home = os.path.realpath(folder)
-    for path in (folder, *(folder / a for a in ADAPTERS)):
-        for entry in os.scandir(path) if os.path.isdir(path) else ():
-            if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(home):
-                raise InputError(f"{entry.path} is a link out of the bundle; copy the file there, or learn the bundle again")
+    for place, folders, files in os.walk(folder):  # follows no links
+        for path in (os.path.join(place, name) for name in (*folders, *files)):
+            if os.path.islink(path) and not Path(os.path.realpath(path)).is_relative_to(home):
+                raise InputError(f"{path} is a link out of the bundle; copy the file there, or learn the bundle again")
 
 
 def load_bundle(folder: Path) -> Bundle:

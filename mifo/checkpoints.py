@@ -91,7 +91,7 @@ class Checkpoints:
                         f"{'; '.join(differences[:8])}; give the same ones, or --no-resume to start over"
                     )
                 state = read_state(path)
-            except _Damaged:
+            except Damaged:
                 continue  # a power cut may leave the newest half on the disk: the one before it is whole
             self.last_saved = saved.where
             return state
@@ -127,19 +127,26 @@ def open_checkpoints(target: Path, identity: Mapping[str, Any], options: Checkpo
     Raises InputError when another process has the lock.
     """
     folder = checkpoint_folder(target)
-    with hold_lock(folder, target):
-        for path in folder.glob(f".*{PARTIAL}"):  # a killed run's: the lock says that nobody writes it any more
+    with open_folder(folder, f"learning to {target}", "give another --name"):
+        yield Checkpoints(folder, identity, options)
+
+
+@contextmanager
+def open_folder(folder: Path, what: str, instead: str) -> Iterator[None]:
+    """`hold_lock`, without what a killed run left half-written in `folder`: the lock says that nobody writes it any more."""
+    with hold_lock(folder, what, instead):
+        for path in folder.glob(f".*{PARTIAL}"):
             with suppress(OSError):
                 for inside in path.iterdir():
                     inside.unlink()
                 path.rmdir()
-        yield Checkpoints(folder, identity, options)
+        yield
 
 
 def latest(target: Path) -> Saved | None:
     """The newest checkpoint of an interrupted run that would write `target`; None when there is none that can be read."""
     for path in reversed(_files(checkpoint_folder(target))):
-        with suppress(_Damaged):
+        with suppress(Damaged):
             return read_header(path)
     return None
 
@@ -170,7 +177,7 @@ def _files(folder: Path) -> list[Path]:
 # --- one file -----------------------------------------------------------------------------------
 
 
-class _Damaged(Exception):
+class Damaged(Exception):
     """A checkpoint that cannot be read."""
 
 
@@ -183,7 +190,7 @@ def write_state(path: Path, state: Any, where: str, identity: Mapping[str, Any])
 
 
 def read_header(path: Path) -> Saved:
-    """Where the run was, and which run it was. Raises _Damaged."""
+    """Where the run was, and which run it was. Raises Damaged."""
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata()
@@ -191,11 +198,11 @@ def read_header(path: Path) -> Saved:
             raise ValueError(header["schema"])
         return Saved(path, header["where"], json.loads(header["identity"]))
     except Exception as error:  # a header of random bytes can raise anything
-        raise _Damaged from error
+        raise Damaged from error
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """The inverse of `write_state`, tensors on the CPU. Raises _Damaged when a bit of it has changed."""
+def read_state(path: Path) -> Any:
+    """The inverse of `write_state`, tensors on the CPU. Raises Damaged when a bit of it has changed."""
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata()
@@ -204,7 +211,7 @@ def read_state(path: Path) -> dict[str, Any]:
             raise ValueError("checksum")
         return _unpack(json.loads(header["tree"]), tensors)
     except Exception as error:
-        raise _Damaged from error
+        raise Damaged from error
 
 
 def _checksum(tree: str, tensors: dict[str, torch.Tensor]) -> str:
@@ -250,14 +257,15 @@ def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 @contextmanager
-def hold_lock(folder: Path, target: Path) -> Iterator[None]:
+def hold_lock(folder: Path, what: str, instead: str) -> Iterator[None]:
     """`folder/lock` with this process's number, and the system's own lock on it, which ends with the process however it ends:
     a file that a killed run left is simply taken over. The folder is made, and removed again if nothing else is in it.
 
-    Raises InputError when another run has it, or the folder cannot be made.
+    Raises InputError when another run has it, saying `what` that one is doing and what to do `instead`, or when the folder
+    cannot be made.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    file = _acquire(folder, target)
+    file = _acquire(folder, what, instead)
     try:
         yield
     finally:
@@ -270,7 +278,7 @@ def hold_lock(folder: Path, target: Path) -> Iterator[None]:
                 empty.rmdir()
 
 
-def _acquire(folder: Path, target: Path) -> IO[str]:
+def _acquire(folder: Path, what: str, instead: str) -> IO[str]:
     check_writable(folder)
     path = folder / "lock"
     while True:
@@ -285,7 +293,7 @@ def _acquire(folder: Path, target: Path) -> IO[str]:
             file.seek(0)
             owner = file.read(100).strip() or "unknown"
             file.close()
-            raise InputError(f"process {owner} is learning to {target} right now; wait for it, stop it, or give another --name")
+            raise InputError(f"process {owner} is {what} right now; wait for it, stop it, or {instead}")
         if _is_still(path, file):
             break
         file.close()  # the run before us ended and removed this very file: the next one is another

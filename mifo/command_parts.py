@@ -11,7 +11,9 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .console import say
+import typer
+
+from .console import say, shown
 from .errors import InputError
 from .options import Attention, Precision
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
     from .attention.backend import Backend
     from .base_model import BaseModel
+    from .batch import PictureJob
     from .bundle import Bundle
     from .config import EditConfig, LearnConfig, MemoryConfig, SynthesisConfig
     from .evaluate.backend import Backend as MeasuredBy
@@ -121,6 +124,14 @@ def instance_folders(instance: str | None, folder_path: Path) -> list[Path]:
     if not found:
         raise InputError(f"{folder_path} holds no instance folders; put img.jpg and mask0.png, ... into one each")
     return found
+
+
+def end_job(pictures: PictureJob) -> None:
+    """Says what is missing and why, and ends the command with that status; returns when nothing is missing."""
+    if pictures.failures:
+        for line in pictures.summary().split("\n"):
+            say(shown(line))
+        raise typer.Exit(pictures.status)
 
 
 def override(config: Any, **values: Any) -> Any:

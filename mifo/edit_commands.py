@@ -16,6 +16,7 @@ from .command_parts import (
     choose_attention,
     choose_device,
     choose_dtype,
+    end_job,
     family_of,
     load_base_of,
     override,
@@ -240,6 +241,7 @@ def _edit_overrides(config: EditConfig, given: dict[str, Any]) -> EditConfig:
 def _run_shots(job: Job, given: dict[str, Any], command: str,
                make_shots: Callable[[Bundle, str], list[Shot]]) -> None:  # fmt: skip
     """What `decompose` and `variations` share: load, draw a list of prompts, save."""
+    from .batch import open_job
     from .bundle import attach, find_bundle, load_bundle
     from .config import synthesis_preset
     from .scenes import draw_shots, save_shots
@@ -250,14 +252,21 @@ def _run_shots(job: Job, given: dict[str, Any], command: str,
     shots = make_shots(bundle, base.family)
     config = synthesis_preset(base.family)
     config = override(config, steps=given["steps"], guidance_scale=given["guidance_scale"])
-    with attach(base, bundle), Bar() as bar:
-        images = draw_shots(base, shots, bundle.tokens, config, bar.denoising)
     output = given["output_path"]
     facts = {"bundle": bundle.name, "base_model": base.name, "steps": config.steps, "guidance_scale": config.guidance_scale}
-    paths = save_shots(shots, images, output, command, facts)
-    job.text(f"{_count(paths)} in {output}\ncontact sheet: {output / 'contact.png'}")
-    job.json({"images": [str(p) for p in paths], "prompts": [s.prompt for s in shots],
+    with open_job(output, base, bundle) as pictures:
+        job.hint = pictures.hint
+        with attach(base, bundle), Bar() as bar:
+            drawn = draw_shots(base, shots, bundle.tokens, config, bar.denoising, pictures.pictures)
+        if not drawn:
+            end_job(pictures)
+        paths = save_shots(drawn, output, command, {**facts, **({"failed": pictures.failures} if pictures.failures else {})})
+        pictures.clear()
+    earlier = f", {pictures.reused} of them drawn before the interruption" if pictures.reused else ""
+    job.text(f"{_count(paths)} in {output}{earlier}\ncontact sheet: {output / 'contact.png'}")
+    job.json({"images": [str(p) for p in paths], "prompts": [s.prompt for s in drawn], "failed": pictures.failures,
               "contact_sheet": str(output / "contact.png"), "json": str(output / f"{command}.json")})  # fmt: skip
+    end_job(pictures)
 
 
 def _count(paths: list[Path]) -> str:

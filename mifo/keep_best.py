@@ -33,7 +33,11 @@ class KeepBest:
         if self._best_check < 0 or self.checks[-1]["score"] > self.checks[self._best_check]["score"]:
             self._best_check = len(self.checks) - 1
             self._best = [p.detach().clone() for p in self.parameters]
-        return len(self.checks) - 1 - self._best_check >= self.patience
+        return self.has_stopped_improving()
+
+    def has_stopped_improving(self) -> bool:
+        """True when `patience` checks in a row have brought nothing better; also of a state that was loaded."""
+        return bool(self.checks) and len(self.checks) - 1 - self._best_check >= self.patience
 
     def state(self) -> dict[str, Any]:
         """What a run that is resumed needs to go on as if nothing had happened."""

@@ -231,10 +231,11 @@ class Learner:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.keeper = self._make_keeper(name, phase.attention, parameters)
         first = self._resume(name, parameters, optimizer, scheduler)
+        ended = first > 0 and self.keeper is not None and self.keeper.has_stopped_improving()
         with stop_between_steps() as stop, record_attention(self.base.unet, sites) as recorder:
             if self.keeper and first == 0:
                 self.keeper.after(0, False)
-            for step in range(first, phase.train_steps):
+            for step in range(first, first if ended else phase.train_steps):
                 if step % max(1, phase.train_steps // 3) == 0:
                     self._keep_snapshot(f"{name} {step}", phase.attention)
                 losses = self._losses(phase, step, sites, recorder, prior)

@@ -14,6 +14,7 @@ import typer
 from .command_parts import (
     choose_device,
     choose_dtype,
+    end_job,
     family_of,
     instance_folders,
     instance_of,
@@ -73,6 +74,7 @@ def evaluate(
     """Measure a bundle: identity, leakage, layout, prompt fit and drift, with intervals. The same seed, the same JSON."""
     given = dict(locals())
     with running(as_json) as job:
+        from .batch import open_job
         from .bundle import find_bundle, load_bundle
         from .evaluate.cases import mask_aspects, read_cases, read_pictures
         from .evaluate.report import is_evaluation, save_evaluation, table
@@ -92,13 +94,23 @@ def evaluate(
 
         config = override(synthesis_preset(base.family), steps=steps)
         judge = measured_by(bundle, base, instance, given)
-        with Bar() as bar:
-            result = run_evaluate(base, bundle, source, judge, config, cases, pictures, seed, samples, bar.drawing)
-        if edit:
-            result.record["edit_preservation"] = edit
-        paths = save_evaluation(result, output_path, keep_pictures=pictures is None)
+        with open_job(output_path, base, bundle) as drawing:
+            job.hint = drawing.hint
+            with Bar() as bar:
+                result = run_evaluate(base, bundle, source, judge, config, cases, pictures, seed, samples, bar.drawing,
+                                      drawing.pictures)  # fmt: skip
+            if result is None:
+                end_job(drawing)
+                return
+            if edit:
+                result.record["edit_preservation"] = edit
+            if drawing.failures:
+                result.record["failed"] = drawing.failures
+            paths = save_evaluation(result, output_path, keep_pictures=pictures is None)
+            drawing.clear()
         job.text("\n".join([table(result.record), *(f"{kind.replace('_', ' ')}: {path}" for kind, path in paths.items())]))
         job.json({**paths, **{k: v for k, v in result.record.items() if k not in ("pictures", "definitions", "synthesis")}})
+        end_job(drawing)
 
 
 def check(

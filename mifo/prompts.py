@@ -25,6 +25,7 @@ BARE_ASSET_PATTERN = re.compile(r"\basset[0-9]+", re.IGNORECASE)
 MAX_CHARACTERS = 10_000  # the text encoders read 77 tokens
 #: Cyrillic and Greek letters that are drawn as those of "asset".
 LOOK_ALIKES = str.maketrans("аеѕɑαеτтΑАЕЕЅΤТ", "aesaaettaaeestt")
+FILLERS = "\u115f\u1160\u2800"  # letters and symbols that are drawn as nothing; other forms of them decompose to these
 WORD_END = "</w>"  # CLIP's byte-pair vocabulary marks the last piece of a word with it
 
 FUNCTION_WORDS = frozenset(string.punctuation) | {
@@ -99,7 +100,8 @@ def check_prompt(prompt: str, known: Sequence[str]) -> None:
         raise InputError(f"The prompt is empty; write one such as {join_assets(known[:2] or ['<asset0>'])!r}.")
     check_characters(prompt, "The prompt")
     exist = f"the assets that exist are {', '.join(known)}" if known else "there are no assets"
-    if ALMOST_ASSET_PATTERN.findall(_plain(prompt)) != ALMOST_ASSET_PATTERN.findall(prompt):
+    plain = _plain(prompt)
+    if any(pattern.findall(plain) != pattern.findall(prompt) for pattern in (ALMOST_ASSET_PATTERN, BARE_ASSET_PATTERN)):
         odd = _some([f"U+{ord(c):04X}" for c in prompt if not c.isascii()])
         raise InputError(
             f"The prompt has something that looks like an asset but is written with other characters ({odd}); "
@@ -115,8 +117,9 @@ def check_prompt(prompt: str, known: Sequence[str]) -> None:
 
 
 def _plain(text: str) -> str:
-    """`text` as it looks: full-width and other forms, foreign digits, look-alike letters, and nothing invisible."""
-    seen = (c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
+    """`text` as it looks: full-width and other forms, foreign digits, look-alike letters, no accents, nothing invisible."""
+    decomposed = unicodedata.normalize("NFKD", text)
+    seen = (c for c in decomposed if unicodedata.category(c) not in ("Cf", "Mn") and c not in FILLERS)
     digits = (str(unicodedata.digit(c)) if unicodedata.category(c) == "Nd" else c for c in seen)
     return "".join(digits).replace("‹", "<").replace("›", ">").translate(LOOK_ALIKES)
 

@@ -6,7 +6,7 @@ Knows bundles' tokens and prompts. Knows nothing of learning, boxes or masks.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from typing import Any
 from PIL import Image
 
 from .base_model import BaseModel
-from .config import SynthesisConfig
+from .batch import Keep, draw_now
+from .config import SynthesisConfig, to_dict
 from .errors import InputError
 from .files import replace_files
 from .pictures import caption_below, enlarge, grid
@@ -109,29 +110,37 @@ def read_prompts(path: Path, tokens: Sequence[str]) -> list[str]:
 
 
 def draw_shots(base: BaseModel, shots: Sequence[Shot], tokens: Sequence[str], config: SynthesisConfig,
-               on_progress: Callable[[int, int], None] | None = None) -> list[Image.Image]:  # fmt: skip
-    """One picture per shot, without boxes. Raises InputError for a prompt that is too long, before anything is drawn."""
+               on_progress: Callable[[int, int], None] | None = None,
+               keep: Keep = draw_now) -> dict[Shot, Image.Image]:  # fmt: skip
+    """One picture per shot, without boxes; those that `keep` has are not drawn again, those that fail are left out.
+
+    Raises InputError for a prompt that is too long, before anything is drawn.
+    """
     for shot in shots:
         tokenize_prompt(base.tokenizer, shot.prompt, [t for t in tokens if t in shot.prompt.lower()])
-    images = []
+    drawn = {}
     for k, shot in enumerate(shots):
 
         def progress(done: int, total: int, k: int = k) -> None:
             if on_progress:
                 on_progress(k * total + done, len(shots) * total)
 
-        images += synthesize(base, shot.prompt, None, tokens, config, shot.seed, 1, progress).images
-    return images
+        def draw(shot: Shot = shot, progress: Callable[[int, int], None] = progress) -> list[Image.Image]:
+            return synthesize(base, shot.prompt, None, tokens, config, shot.seed, 1, progress).images
+
+        recipe = {"prompt": shot.prompt, "tokens": list(tokens), "seed": shot.seed, "config": to_dict(config)}
+        if found := keep(shot.name, recipe, 1, draw):
+            drawn[shot] = found[0]
+    return drawn
 
 
-def save_shots(shots: Sequence[Shot], images: Sequence[Image.Image], output: Path, record_name: str,
-               facts: dict[str, Any]) -> list[Path]:  # fmt: skip
+def save_shots(drawn: Mapping[Shot, Image.Image], output: Path, record_name: str, facts: dict[str, Any]) -> list[Path]:
     """A PNG per shot, `contact.png` and `<record_name>.json`. All are written, or none."""
-    cells = [caption_below(enlarge(i, 256), s.prompt) for s, i in zip(shots, images, strict=True)]
-    listed = [{"image": f"{s.name}.png", "prompt": s.prompt, "seed": s.seed} for s in shots]
+    cells = [caption_below(enlarge(i, 256), s.prompt) for s, i in drawn.items()]
+    listed = [{"image": f"{s.name}.png", "prompt": s.prompt, "seed": s.seed} for s in drawn]
     with replace_files(output) as temporary:
-        for shot, image in zip(shots, images, strict=True):
+        for shot, image in drawn.items():
             image.save(temporary / f"{shot.name}.png", "PNG")
         grid(cells, columns=min(4, len(cells))).save(temporary / "contact.png", "PNG")
         (temporary / f"{record_name}.json").write_text(json.dumps({**facts, "images": listed}, indent=2) + "\n")
-    return [output / f"{s.name}.png" for s in shots]
+    return [output / f"{s.name}.png" for s in drawn]

@@ -11,6 +11,7 @@ Writes scripts/results/fuzz.json.
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
 import re
 import resource
@@ -65,7 +66,9 @@ def main(
 def _in_a_process(name: str, runs: int, blind: bool, seed: int, folder: Path) -> dict[str, Any]:
     started = time.monotonic()
     command = [sys.executable, __file__, "--target", name, "--runs", str(runs), "--seed", str(seed), "--workdir", str(folder)]
-    done = subprocess.run([*command, *(["--blind"] if blind else [])], capture_output=True, text=True, errors="replace")
+    with tempfile.TemporaryDirectory(prefix="mifo-fuzz-") as scratch:  # a fuzzer that ends its process tidies nothing up
+        done = subprocess.run([*command, *(["--blind"] if blind else [])], capture_output=True, text=True, errors="replace",
+                              env={**os.environ, "TMPDIR": scratch})  # fmt: skip
     counted = re.findall(r"(?:stat::number_of_executed_units:|^INPUTS) *(\d+)", done.stderr, re.M)
     covered = re.findall(r"cov: (\d+)", done.stderr)
     peak = re.findall(r"^PEAK_ABOVE (\d+)", done.stderr, re.M) or re.findall(r"stat::peak_rss_mb: *(\d+)", done.stderr)

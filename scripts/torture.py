@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -30,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 # The parent imports everything and computes nothing: a process that has computed with threads cannot be forked safely.
+from _as_user import CAN_OBEY, obeying_permissions  # noqa: E402
 from _tiny import snapshot, tiny_base_folder, write_instance  # noqa: E402
 
 from mifo.base_model import load_base_model  # noqa: E402
@@ -48,6 +50,7 @@ class Torture:
 
     def __init__(self, place: Path, steps: int, seed: int):
         self.place, self.steps, self.rng = place, steps, random.Random(seed)
+        tempfile.tempdir = str(place)  # children are killed, or leave without tidying up
         self.statuses: Counter[str] = Counter()
         self.broken: list[str] = []
         self.base = place / "base"
@@ -154,19 +157,30 @@ class Torture:
                 used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
                 limit = used + int(10 ** self.rng.uniform(6, 8.7))
                 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-            self._learn(output)
+            with obeying_permissions():
+                self._learn(output)
 
         pid = fork(job)
-        if kind == "folder removed":
+        if kind in ("folder removed", "read-only folder"):
             time.sleep(moment)
+        if kind == "folder removed":
             shutil.rmtree(output, ignore_errors=True)
+        if kind == "read-only folder":
+            _set_mode(output, 0o555)
         _, status = os.waitpid(pid, 0)
+        _set_mode(output, 0o755)
         self.rng.random()  # the child drew from a copy
         name = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"status {os.WEXITSTATUS(status)}"
         bundle = self.check(output, f"{kind}, {name}", may_be_gone=kind == "folder removed")
         self.statuses[f"{kind}: {name}, {bundle} bundle"] += 1
         output.mkdir(exist_ok=True)
         self._finish(output)
+
+
+def _set_mode(output: Path, mode: int) -> None:
+    for path in (output, output / NAME, output / ".checkpoints", output / ".checkpoints" / NAME):
+        with suppress(FileNotFoundError):
+            path.chmod(mode)
 
 
 def fork(job: Callable[[], object]) -> int:
@@ -203,7 +217,7 @@ def main(
         print(f"undisturbed: {torture.seconds:.1f} s")
         moments = torture.kill(kills)
         print("killed", moments)
-        kinds = ["disk full", "folder removed"] + (["memory limit"] if sys.platform == "linux" else [])
+        kinds = ["disk full", "folder removed"] + ["read-only folder"] * CAN_OBEY + ["memory limit"] * (sys.platform == "linux")
         for kind in kinds:
             for k in range(faults):
                 torture.rng.seed(f"{seed} {kind} {k}")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _as_user import CAN_OBEY, obeying_permissions
 from _tiny import copy_bundle, edit_json, learn_arguments, mifo, snapshot, tiny_base_folder, tiny_bundle_folder, write_instance
 from PIL import Image
 
@@ -347,6 +348,19 @@ def test_a_file_where_a_folder_is_needed(place: Path):
 def test_a_folder_that_cannot_be_written(place: Path):
     for command in writing_commands(place, Path("/proc/mifo")):
         refused(place, r"/proc/mifo.* cannot be written \(.*\); choose another output folder", *command)
+
+
+@pytest.mark.skipif(not CAN_OBEY, reason="root, on a system where it cannot give up its rights")
+def test_a_read_only_folder(place: Path):
+    """With a good bundle in it, which stays."""
+    copy_bundle(place / "out", "cups")
+    (place / "out").chmod(0o555)
+    try:
+        with obeying_permissions():
+            for command in writing_commands(place, place / "out"):
+                refused(place, r"out.* cannot be written \(Permission denied\); choose another output folder", *command)
+    finally:
+        (place / "out").chmod(0o755)
 
 
 def test_a_name_that_is_too_long(place: Path):

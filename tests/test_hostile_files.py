@@ -28,6 +28,8 @@ from mifo.base_model import load_base_model
 from mifo.bundle import attach, base_of_bundle, load_bundle
 from mifo.console import MAX_MESSAGE, shown
 from mifo.errors import InputError
+from mifo.evaluate.toybox_backend import load_truth
+from mifo.instance import load_instance
 from mifo.prompts import check_prompt
 
 
@@ -44,7 +46,8 @@ class Canary:
 # --- bundles ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["assets.safetensors", "bundle.json", "unet_lora", "text_lora/adapter_model.safetensors"])
+@pytest.mark.parametrize("name", ["assets.safetensors", "bundle.json", "unet_lora", "text_lora/adapter_model.safetensors",
+                                  "instance", "instance/img.png", "instance/mask1.png"])  # fmt: skip
 def test_a_link_out_of_a_bundle_is_refused(tmp_path: Path, name: str):
     folder = copy_bundle(tmp_path / "bundles")
     outside = tmp_path / "outside"
@@ -131,6 +134,19 @@ def test_pickles_and_code_in_a_base_model_are_never_read(tmp_path: Path):
     assert not canary.exists()
 
 
+def test_a_truth_of_unknown_things_is_refused(tmp_path: Path):
+    """A bundle's instance may have one; its words are looked up and printed."""
+    folder = write_instance(tmp_path / "cups")
+    thing = {"class_name": "car", "main": "red", "second": "white", "pattern": "plain", "box": [0, 0, 1, 1]}
+    for change in ({"class_name": []}, {"main": "x" * 10**6}, {"pattern": None}, {"second": {}}, {"box": [0, 0, 1]}, {"box": 3},
+                   {"box": [10**400] * 4}, {"more": 1}):  # fmt: skip
+        (folder / "truth.json").write_text(json.dumps({"things": [thing, {**thing, **change}]}))
+        with pytest.raises(InputError, match=r"truth\.json cannot be read as a drawn scene's truth"):
+            load_truth(load_instance(folder))
+    (folder / "truth.json").write_text(json.dumps({"things": [thing, thing]}))
+    assert len(load_truth(load_instance(folder)) or ()) == 2
+
+
 def test_weights_of_other_kinds_are_refused(tmp_path: Path):
     for index, dtype in enumerate((torch.int64, torch.float64, torch.bool, torch.uint8)):
         folder = copy_bundle(tmp_path / str(index))
@@ -186,7 +202,8 @@ def test_a_pipe_instead_of_a_file_is_refused_at_once(tmp_path: Path, name: str):
 @pytest.mark.parametrize(
     "odd",
     ["<\u0430sset0>", "\uff1casset0\uff1e", "<asset\uff10>", "<asset\u0660>", "<as\u200bset0>", "<\uff41sset0>",
-     "<\U0001d41asset0>", "\u2039asset0\u203a", "<as\u202eset0>"],
+     "<\U0001d41asset0>", "\u2039asset0\u203a", "<as\u202eset0>", "<as\ufe0fset0>", "<asse\u034ft0>", "<as\u3164set0>",
+     "<\xe1sset0>", "\u27e8\u0430sset0\u27e9", "\u0430sset0"],
 )  # fmt: skip
 def test_what_only_looks_like_an_asset_is_refused(odd: str):
     with pytest.raises(InputError, match=r"looks like an asset but is written with other characters \(U\+") as refused:

@@ -13,12 +13,14 @@ from typing import Any
 from PIL import Image
 
 from ..base_model import BaseModel
+from ..batch import Keep, draw_now
 from ..bundle import Bundle, attach
 from ..config import SynthesisConfig, to_dict
 from ..dataset import InstanceData
 from ..errors import InputError
 from ..instance import Instance, fit_instance, load_image
-from ..synthesize import synthesize
+from ..prompts import assets_in, tokenize_prompt
+from ..synthesize import check_boxes, latent_shape, synthesize
 from . import metrics
 from .attention import attention_leakage
 from .backend import Backend
@@ -38,43 +40,76 @@ class Evaluation:
 
 
 def draw_cases(base: BaseModel, cases: Sequence[Case], tokens: Sequence[str], config: SynthesisConfig, seed: int, samples: int,
-               report: Report = lambda done, total: None) -> list[Picture]:  # fmt: skip
-    """`samples` pictures of each case, of the seeds from `seed` on. The assets must be attached."""
+               report: Report = lambda done, total: None, keep: Keep = draw_now) -> list[Picture]:  # fmt: skip
+    """`samples` pictures of each case, of the seeds from `seed` on; those that fail are left out. The assets must be attached."""
     pictures: list[Picture] = []
+    done = 0
     for index, case in enumerate(cases):
         for first in range(0, samples, BATCH):
             count = min(BATCH, samples - first)
-            result = synthesize(base, case.prompt, case.layout, tokens, config, seed + first, count)
-            for k, image in enumerate(result.images, seed + first):
+            for k, image in enumerate(_draw(base, case, tokens, config, seed + first, count, keep), seed + first):
                 pictures.append(Picture(case, k, image, f"{index:02d}-{k:06d}.png"))
-            report(len(pictures), len(cases) * samples)
+            done += count
+            report(done, len(cases) * samples)
     return pictures
 
 
 def draw_prompts(base: BaseModel, prompts: Sequence[str], tokens: Sequence[str], config: SynthesisConfig, seed: int,
-                 samples: int) -> list[tuple[int, Image.Image]]:  # fmt: skip
-    """(seed, picture) of each prompt without assets, `samples` each."""
-    drawn = []
+                 samples: int, keep: Keep = draw_now) -> list[tuple[int, Image.Image]]:  # fmt: skip
+    """(seed, picture) of each prompt without assets, `samples` each; those that fail are left out."""
+    drawn: list[tuple[int, Image.Image]] = []
     for prompt in prompts:
-        images = synthesize(base, prompt, None, tokens, config, seed, samples).images
-        drawn += list(enumerate(images, seed))
+        drawn += enumerate(_draw(base, Case(prompt, None), tokens, config, seed, samples, keep), seed)
     return drawn
+
+
+def _draw(base: BaseModel, case: Case, tokens: Sequence[str], config: SynthesisConfig, seed: int, count: int,
+          keep: Keep) -> list[Image.Image]:  # fmt: skip
+    """`count` pictures drawn together, or none where that failed."""
+    recipe = {**case.to_json(), "tokens": list(tokens), "config": to_dict(config), "seed": seed, "count": count}
+    seeds = f"seed {seed}" if count == 1 else f"seeds {seed} to {seed + count - 1}"
+    name = f"'{case.prompt}', {seeds}{'' if tokens else ', by the base model alone'}"
+
+    def draw() -> list[Image.Image]:
+        return synthesize(base, case.prompt, case.layout, tokens, config, seed, count).images
+
+    return keep(name, recipe, count, draw) or []
+
+
+def _check_cases(base: BaseModel, cases: Sequence[Case], config: SynthesisConfig) -> None:
+    """Raises InputError for a prompt or a box that the model cannot take. The assets must be attached."""
+    size = latent_shape(base, config)
+    for case in cases:
+        tokenize_prompt(base.tokenizer, case.prompt, assets_in(case.prompt))
+        if case.layout:
+            check_boxes(base, case.layout, size)
 
 
 def evaluate(base: BaseModel, bundle: Bundle, instance: Instance, backend: Backend, config: SynthesisConfig,
              cases: Sequence[Case], pictures: Sequence[Picture] | None = None, seed: int = 0, samples: int = 4,
-             report: Report = lambda done, total: None) -> Evaluation:  # fmt: skip
+             report: Report = lambda done, total: None, keep: Keep = draw_now) -> Evaluation | None:  # fmt: skip
     """Draws `samples` pictures of each case, or takes `pictures`, and measures everything that DEFINITIONS names.
 
-    The same seed gives the same record. Raises InputError when the bundle does not fit the base model, or a prompt is too long.
+    The same seed gives the same record. Pictures that `keep` has are not drawn again; what cannot be drawn is left out. None when
+    nothing is left. Raises InputError, before anything is drawn, when the bundle does not fit the base model, or a prompt is too
+    long.
     """
     tokens = instance.tokens  # of the things; a bundle may have <background> too
-    before = draw_prompts(base, backend.unrelated_prompts, (), config, seed, min(samples, BATCH))
     data = InstanceData(fit_instance(instance, bundle.config.resolution or base.resolution), base)
+    unrelated, few = backend.unrelated_prompts, min(samples, BATCH)
     with attach(base, bundle, config.lora_scale):
-        drawn = draw_prompts(base, backend.unrelated_prompts, bundle.tokens, config, seed, min(samples, BATCH))
+        if pictures is None:
+            _check_cases(base, cases, config)
+        after = {p: draw_prompts(base, [p], bundle.tokens, config, seed, few, keep) for p in unrelated}
         attention = attention_leakage(base, data, tokens, bundle.config.lora.attention)
-        taken = list(pictures) if pictures is not None else draw_cases(base, cases, bundle.tokens, config, seed, samples, report)
+        if pictures is None:
+            taken = draw_cases(base, cases, bundle.tokens, config, seed, samples, report, keep)
+        else:
+            taken = list(pictures)
+    before = {p: draw_prompts(base, [p], (), config, seed, few, keep) for p in unrelated}
+    if not taken:
+        return None
+    both = [p for p in unrelated if before[p] and after[p]]
     records = measure_pictures(taken, backend, tokens)
     among = backend.among_sources()
     record = {
@@ -91,7 +126,7 @@ def evaluate(base: BaseModel, bundle: Bundle, instance: Instance, backend: Backe
         "source_similarity": [[round(float(v), 4) for v in row] for row in among],
         "attention_outside": _by_token(tokens, attention[0]),
         "attention_in_others": _by_token(tokens, attention[1]),
-        "drift": drift(before, drawn, backend),
+        "drift": drift(*([picture for p in both for picture in each[p]] for each in (before, after)), backend),
         "definitions": metrics.DEFINITIONS,
         "pictures": records,
     }
@@ -116,6 +151,8 @@ def measure_edit(original: Path | None, edited: Path | None, mask: Path | None) 
 def drift(before: Sequence[tuple[int, Image.Image]], after: Sequence[tuple[int, Image.Image]], backend: Backend) -> Record:
     """Mean distance of pictures with equal prompts and seeds, with its interval over seeds."""
     by_seed: dict[int, list[float]] = {}
+    if not before:
+        return metrics.interval(by_seed)
     seen = [backend.see([image for _, image in drawn]) for drawn in (before, after)]
     for (seed, _), first, second in zip(before, *seen, strict=True):
         by_seed.setdefault(seed, []).append(backend.distance(first, second))

@@ -16,6 +16,7 @@ from PIL import Image
 
 from ..errors import InputError
 from ..instance import Instance
+from ..toybox.draw import CLASSES, COLORS, PATTERNS, RARE_CLASSES
 from ..toybox.judge import Finding, Judge, Verdict, judge_images, load_judge
 from ..toybox.world import BACKGROUND_PHRASES, Thing, mask_box, random_scene
 from .backend import Detection, Seen
@@ -24,6 +25,7 @@ from .metrics import Array, BoxTuple, box_ious
 Looks = tuple[str, str, str | None, str]  # class, main colour, second colour (None when plain), pattern
 MIN_IOU = 0.1  # a box that overlaps no finding by more holds nothing
 UNRELATED_SEED = 800_000
+MAX_TRUTH_BYTES = 1 << 20
 
 
 class ToyboxBackend:
@@ -102,12 +104,23 @@ def load_truth(instance: Instance) -> list[Thing] | None:
     if not path.is_file():
         return None
     try:
-        things = [Thing(**{**t, "box": tuple(t["box"])}) for t in json.loads(path.read_text())["things"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if path.stat().st_size > MAX_TRUTH_BYTES:
+            raise ValueError(f"{path.stat().st_size >> 10} KiB")
+        things = [_thing(record) for record in json.loads(path.read_text())["things"]]
+    except (OSError, AttributeError, OverflowError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as a drawn scene's truth ({error}); remove it or draw the scene again") from None
     if len(things) != instance.count:
         raise InputError(f"{path} has {len(things)} things but there are {instance.count} masks; remove it, or add the masks")
     return things
+
+
+def _thing(record: dict[str, Any]) -> Thing:
+    """Raises one of several errors for what is no thing of this world: the file may come from a stranger, in a bundle."""
+    thing = Thing(**{**record, "box": tuple(float(v) for v in record["box"])})
+    known = thing.class_name in {**CLASSES, **RARE_CLASSES} and {thing.main, thing.second} <= set(COLORS)
+    if not known or thing.pattern not in PATTERNS or len(thing.box) != 4:
+        raise ValueError("a thing that this world does not have")
+    return thing
 
 
 def thing_looks(thing: Thing) -> Looks:

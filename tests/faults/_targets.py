@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 from _tiny import tiny_bundle_folder, write_instance
 from PIL import Image, PngImagePlugin
 
@@ -20,10 +21,15 @@ from mifo.boxes import parse_boxes_alone, parse_layout
 from mifo.bundle import base_of_bundle, load_bundle
 from mifo.console import shown
 from mifo.errors import InputError
+from mifo.evaluate.cases import read_pictures
+from mifo.evaluate.toybox_backend import ToyboxBackend
 from mifo.instance import fit_instance, load_image, load_instance
+from mifo.picture_file import load_picture
 from mifo.prompts import add_asset_tokens, assets_in, check_characters, check_prompt, tokenize_prompt
+from mifo.toybox.judge import Judge, load_judge
 
 TOKENS = ("<asset0>", "<asset1>")
+PNG = b"\x89PNG\r\n\x1a\n"
 _holder = tempfile.TemporaryDirectory(prefix="mifo-fuzz-")
 
 
@@ -146,9 +152,44 @@ def adapter(data: bytes) -> None:
     _with_file(_bundle(), "text_lora/adapter_model.safetensors", data, _use_bundle)
 
 
+def recipe(data: bytes) -> None:
+    """What `evaluate --images` reads: a picture that says itself what was asked for."""
+    folder = _scratch() / "pictures"
+    folder.mkdir(exist_ok=True)
+    if not data.startswith(PNG):
+        info = PngImagePlugin.PngInfo()
+        info.add_text("mifo", data.decode("latin-1").replace("\0", " "))
+        data = _png(Image.new("RGB", (16, 16)), pnginfo=info)
+    (folder / "000001.png").write_bytes(data)
+    assert len(read_pictures(folder, None, None, TOKENS)) == 1
+
+
+def edit_picture(data: bytes) -> None:
+    path = _scratch() / "photo"
+    path.write_bytes(data)
+    picture = load_picture(path)
+    picture.save(_scratch() / "edited.png", picture.image, np.ones(picture.image.size[::-1], bool))
+
+
+@cache
+def _judge() -> Judge:
+    return load_judge()
+
+
+def truth(data: bytes) -> None:
+    """Beside the instance that a bundle keeps."""
+
+    def use(folder: Path) -> None:
+        backend = ToyboxBackend(load_instance(folder), judge=_judge())
+        assert len(backend.words) == 2 and backend.among_sources().shape == (2, 2)
+
+    _with_file(_instance(), "truth.json", data, use)
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     f.__name__: f
-    for f in (boxes, prompt, image, instance_image, mask, words, instance_names, bundle_json, adapter_config, rows, adapter)
+    for f in (boxes, prompt, image, instance_image, mask, words, instance_names, bundle_json, adapter_config, rows, adapter,
+              recipe, edit_picture, truth)
 }
 
 
@@ -197,7 +238,16 @@ def seeds(target: str) -> tuple[bytes, ...]:
             b"a photo of <asset0> and <asset1>", "a <\u0430sset0> \u202e\u200b".encode(), b"<ASSET0>,<asset1>.",
             b"asset0 < asset1 >", b"<|endoftext|> <|startoftext|>", "\u4e00\u5f20\u7167\u7247 \u2615".encode(), b"a\0b\x1b[2J",
         ),
-        "image": pictures, "instance_image": pictures, "mask": pictures,
+        "image": pictures, "instance_image": pictures, "mask": pictures, "edit_picture": pictures,
+        "recipe": (
+            json.dumps({"prompt": "a photo of <asset0>", "boxes": {"<asset0>": [0, 0, 1, 1]}, "seed": 1}).encode(),
+            b'{"prompt":"<asset1>","boxes":null,"seed":"7"}', b"[]", b"{" * 3000, pictures[0],
+        ),
+        "truth": (
+            json.dumps({"things": [{"class_name": "car", "main": "red", "second": "white", "pattern": "striped", "flipped": False,
+                                    "box": [0, 0, 1, 1]}] * 2}).encode(),
+            b'{"things":[{"class_name":[],"main":{},"second":0,"pattern":"plain","box":[0]}]}', b"[1e400]",
+        ),
         "words": (b"red cup\nblue cup\n", "tasse\n\xe7ay\n".encode(), b"\xff\xfe", b"\n\n\n"),
         "instance_names": (
             b"img.png\nx\nmask0.png\ny\nmask1.png", b"img.jpg\nimg.png\nMASK00.PNG\nmask-1.png", b"mask99999999999.png",

@@ -1,68 +1,243 @@
-"""Jobs of many items go on where they were interrupted, and say in the end what failed and why."""
+"""Jobs of many pictures go on where they were interrupted, and say in the end what failed and why."""
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from _tiny import FAST, ROOT, copy_bundle, mifo, snapshot, tiny_base_folder, tiny_bundle_folder
+from PIL import Image
 
-from mifo.batch import run_items
+from mifo import scenes
+from mifo.batch import PictureJob
 from mifo.errors import InputError
+from mifo.evaluate import run as evaluation
+from mifo.toybox.examples import write_example
 
-SETTINGS = {"seed": 0, "steps": (1, 2)}
-
-
-def job(calls: list[str], broken: tuple[str, ...] = (), killed_at: str = "") -> dict[str, Any]:
-    def item(name: str) -> Any:
-        def work() -> dict[str, Any]:
-            calls.append(name)
-            if name == killed_at:
-                raise KeyboardInterrupt
-            if name in broken:
-                raise InputError("no such mask") if name == "b" else ZeroDivisionError("by zero")
-            return {"name": name, "value": len(name) / 3}
-
-        return work
-
-    return {name: item(name) for name in "abcd"}
+Draw = Callable[[], list[Image.Image]]
+NIGHT = "a photo of <asset0> at night"
 
 
-def test_an_interrupted_job_does_each_item_once(tmp_path: Path):
-    journal, calls = tmp_path / "new" / "journal.jsonl", []
-    with pytest.raises(KeyboardInterrupt):
-        run_items(job(calls, killed_at="c"), journal, SETTINGS)
-    again = run_items(job(calls), journal, SETTINGS)
-    whole = run_items(job([]), tmp_path / "other.jsonl", SETTINGS)
-    assert calls == ["a", "b", "c", "c", "d"] and again.reused == 2
-    assert again.results == whole.results and list(again.results) == list("abcd")
+def draw(color: int, calls: list[int]) -> Draw:
+    def drawn() -> list[Image.Image]:
+        calls.append(color)
+        return [Image.new("RGB", (8, 8), (color, k, 0)) for k in range(2)]
+
+    return drawn
 
 
-def test_failures_are_reported_and_tried_again(tmp_path: Path):
-    journal, calls = tmp_path / "journal.jsonl", []
-    report = run_items(job(calls, broken=("b", "d")), journal, SETTINGS)
-    assert report.failures == {"b": "no such mask", "d": "ZeroDivisionError: by zero"} and list(report.results) == ["a", "c"]
-    assert report.summary().splitlines() == [
-        "2 of 4 items done, 0 of them earlier", "  failed: b: no such mask", "  failed: d: ZeroDivisionError: by zero",
+def do(folder: Path, colors: range, calls: list[int], facts: dict[str, Any] | None = None, **broken: Exception) -> PictureJob:
+    job = PictureJob(folder, facts or {})
+    for color in colors:
+        error = broken.get(f"item{color}")
+
+        def fail(error: Any = error) -> list[Image.Image]:
+            raise error
+
+        images = job.pictures(f"item{color}", {"color": color}, 2, fail if error else draw(color, calls))
+        assert (images is None) == bool(error)
+        if images:
+            assert [image.getpixel((0, 0)) for image in images] == [(color, k, 0) for k in range(2)]
+    return job
+
+
+# --- one job ------------------------------------------------------------------------------------
+
+
+def test_what_is_kept_is_not_drawn_again_unless_it_is_damaged_or_another(tmp_path: Path):
+    calls: list[int] = []
+    do(tmp_path, range(3), calls)
+    assert do(tmp_path, range(4), calls).reused == 3 and calls == [0, 1, 2, 3]
+    cut, changed, gone, _ = tmp_path.glob("item-*")
+    content = bytearray(changed.read_bytes())
+    content[-5] ^= 1
+    changed.write_bytes(content), cut.write_bytes(cut.read_bytes()[:-20]), gone.unlink()
+    assert do(tmp_path, range(4), calls).reused == 1 and len(calls) == 7
+    assert do(tmp_path, range(4), calls, {"seed": 1}).reused == 0 and len(calls) == 11
+    do(tmp_path, range(4), calls).clear()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failures_are_told_and_only_they_are_tried_again(tmp_path: Path):
+    calls: list[int] = []
+    job = do(tmp_path, range(4), calls, item1=InputError("no such mask"), item3=ZeroDivisionError("by zero"))
+    assert job.summary().splitlines() == [
+        "error: 2 of 4 items failed; the same command tries only them again", "  item1: no such mask",
+        "  item3: ZeroDivisionError: by zero",
     ]  # fmt: skip
-    assert run_items(job(calls), journal, SETTINGS).failures == {} and calls == [*"abcd", *"bd"]
+    assert job.status == 1 and do(tmp_path, range(4), calls, item1=InputError("no such mask")).status == 2
+    job.clear()  # keeps what there is while something is missing
+    last = do(tmp_path, range(4), calls)
+    assert last.status == 0 and last.reused == 3 and sorted(calls) == [0, 1, 2, 3]
 
 
-def test_a_journal_cut_short_at_any_byte_gives_the_same_results(tmp_path: Path):
-    journal = tmp_path / "journal.jsonl"
-    whole = run_items(job([]), journal, SETTINGS).results
-    content = journal.read_bytes()
-    for length in range(len(content)):
-        journal.write_bytes(content[:length])
-        for _ in range(2):
-            assert run_items(job([]), journal, SETTINGS).results == whole
-
-
-def test_a_job_with_other_settings_is_refused(tmp_path: Path):
-    journal = tmp_path / "journal.jsonl"
-    run_items(job([]), journal, SETTINGS)
-    with pytest.raises(InputError, match="seed is 0 there and 1 here"):
-        run_items(job([]), journal, {**SETTINGS, "seed": 1})
+def test_a_disk_that_is_full_ends_the_job(tmp_path: Path):
     (tmp_path / "file").touch()
+    calls: list[int] = []
     with pytest.raises(InputError, match="cannot be written"):
-        run_items(job([]), tmp_path / "file" / "journal.jsonl", SETTINGS)
+        do(tmp_path / "file" / "deep", range(4), calls)
+    assert calls == [0]
+
+
+# --- the commands -------------------------------------------------------------------------------
+
+
+class Synthesize:
+    """Stands before the real one: counts, and raises `error` for what it is told to break on."""
+
+    def __init__(self, real: Any, breaks: Callable[[str, int], BaseException | None] = lambda prompt, calls: None):
+        self.real, self.breaks, self.prompts = real, breaks, []
+
+    def __call__(self, base: Any, prompt: str, *given: Any) -> Any:
+        self.prompts.append(prompt)
+        if error := self.breaks(prompt, len(self.prompts)):
+            raise error
+        return self.real(base, prompt, *given)
+
+
+@pytest.fixture
+def synthesize(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Callable[..., Synthesize]]:
+    real = scenes.synthesize
+
+    def replaced(*breaks: Any) -> Synthesize:
+        stand_in = Synthesize(real, *breaks)
+        for module in (scenes, evaluation):
+            monkeypatch.setattr(module, "synthesize", stand_in)
+        return stand_in
+
+    yield replaced
+
+
+def variations(output: Path, *more: object, bundle: Path | None = None) -> list[object]:
+    return ["variations", bundle or tiny_bundle_folder(), "--output-path", output, "--count", 4, "--steps", 2, *more]
+
+
+def test_variations_killed_and_interrupted_go_on_to_the_same_bytes(tmp_path: Path, synthesize: Callable[..., Synthesize]):
+    """With SIGKILL in a process of its own, then with Ctrl-C at the last picture."""
+    arguments = variations(tmp_path / "out", "--steps", 6)
+    command = [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    kept = tmp_path / ".checkpoints" / "out"
+    until = time.monotonic() + 300
+    while not list(kept.glob("item-*")) and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    there = len(list(kept.glob("item-*")))
+    assert 0 < there < 4 and not (tmp_path / "out").exists(), "it was not killed between two pictures"
+
+    stopped = synthesize(lambda prompt, calls: KeyboardInterrupt() if calls == 4 - there else None)
+    said = mifo(*arguments, exit_code=130).stderr
+    assert len(stopped.prompts) == 4 - there and not (tmp_path / "out").exists()
+    assert "; 3 items are kept: the same command goes on from there" in said
+    again = synthesize()
+    said = mifo(*arguments).stdout
+    assert "4 pictures in" in said and "3 of them drawn before the interruption" in said and len(again.prompts) == 1
+    assert not kept.exists()
+    mifo(*variations(tmp_path / "whole", "--steps", 6))
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
+
+
+def test_a_bundle_learned_anew_draws_anew(tmp_path: Path, synthesize: Callable[..., Synthesize]):
+    from safetensors.torch import load_file, save_file
+
+    bundle = copy_bundle(tmp_path, "cups")
+    synthesize(lambda prompt, calls: KeyboardInterrupt() if calls == 3 else None)
+    mifo(*variations(tmp_path / "out", bundle=bundle), exit_code=130)
+    rows = load_file(bundle / "assets.safetensors")
+    save_file({k: 2 * v for k, v in rows.items()}, bundle / "assets.safetensors")
+    again = synthesize()
+    mifo(*variations(tmp_path / "out", bundle=bundle))
+    assert len(again.prompts) == 4
+
+
+def test_one_failing_variation_does_not_stop_the_others(tmp_path: Path, synthesize: Callable[..., Synthesize]):
+    synthesize(lambda prompt, calls: RuntimeError("CUDA error: an illegal\x1b[2J access") if calls in (2, 3) else None)
+    result = mifo(*variations(tmp_path / "out", "--json"), exit_code=1)
+    facts, record = json.loads(result.stdout), json.loads((tmp_path / "out" / "variations.json").read_text())
+    assert [Path(p).name for p in facts["images"]] == ["variation00.png", "variation03.png"]
+    assert facts["failed"] == record["failed"] and list(facts["failed"]) == ["variation01", "variation02"]
+    assert result.stderr.splitlines()[-3:] == [
+        "error: 2 of 4 items failed; the same command tries only them again",
+        r"  variation01: RuntimeError: CUDA error: an illegal\x1b[2J access",
+        r"  variation02: RuntimeError: CUDA error: an illegal\x1b[2J access",
+    ]
+    again = synthesize()
+    mifo(*variations(tmp_path / "out"))
+    mifo(*variations(tmp_path / "whole"))
+    assert len(again.prompts) == 2 + 4 and snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
+
+
+def test_when_everything_fails_nothing_is_written(tmp_path: Path, synthesize: Callable[..., Synthesize]):
+    for error, status in ((InputError("not this size"), 2), (MemoryError("1 GiB"), 1)):
+        synthesize(lambda prompt, calls, error=error: error)
+        result = mifo(*variations(tmp_path / "out"), exit_code=status)
+        assert "error: 4 of 4 items failed" in result.stderr and result.stdout == ""
+        assert snapshot(tmp_path) == {}
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that the toybox's judge can measure."""
+    folder = tmp_path_factory.mktemp("twins")
+    write_example("twins", folder / "twins")
+    mifo("learn", folder / "twins", "--model-path", tiny_base_folder(), "--output-dir", folder / "bundles", *FAST)
+    return folder / "bundles" / "twins"
+
+
+def test_an_interrupted_evaluation_goes_on_and_one_failure_does_not_stop_it(
+    tmp_path: Path, twins: Path, synthesize: Callable[..., Synthesize]
+):
+    (tmp_path / "prompts.txt").write_text(f"a photo of <asset1> in the snow\n{NIGHT}\n")
+    more = ["--prompts", tmp_path / "prompts.txt", "--samples", 2, "--backend", "toybox", "--steps", 2]
+
+    def evaluate(name: str, status: int = 0) -> dict[str, Any]:
+        said = mifo("evaluate", twins, "--output-path", tmp_path / name, *more, exit_code=status).stderr
+        with suppress(FileNotFoundError):
+            return {**json.loads((tmp_path / name / "evaluation.json").read_text()), "said": said}
+        return {"said": said}
+
+    count = synthesize()
+    whole = evaluate("whole")
+    total = len(count.prompts)
+    first = synthesize(lambda prompt, calls: KeyboardInterrupt() if prompt == NIGHT else None)
+    assert "items are kept: the same command goes on" in evaluate("out", 130)["said"]
+    assert not (tmp_path / "out").exists()
+    broken = synthesize(lambda prompt, calls: RuntimeError("out of luck") if prompt == NIGHT else None)
+    found = evaluate("out", 1)
+    assert len(first.prompts) - 1 + len(broken.prompts) == total
+    name = f"'{NIGHT}', seeds 0 to 1"
+    assert found["failed"] == {name: "RuntimeError: out of luck"} and f"  {name}: RuntimeError: out of luck" in found["said"]
+    assert [p["name"] for p in found["pictures"]] == ["00-000000.png", "00-000001.png"]
+    last = synthesize()
+    again = evaluate("out")
+    assert last.prompts == [NIGHT]
+    assert {**again, "said": ""} == {**whole, "said": ""}
+    shutil.rmtree(tmp_path / "whole")
+    assert not (tmp_path / ".checkpoints").exists()
+    (tmp_path / "prompts.txt").write_text("a photo of <asset1>\na photo of <asset0> " + "and a car " * 40)
+    none = synthesize()
+    assert "tokens too long" in evaluate("new", 2)["said"] and none.prompts == []
+
+
+def test_drift_leaves_out_a_prompt_that_one_side_lacks(tmp_path: Path, twins: Path, synthesize: Callable[..., Synthesize]):
+    (tmp_path / "prompts.txt").write_text("a photo of <asset1> in the snow\n")
+    more = ["--prompts", tmp_path / "prompts.txt", "--samples", 1, "--backend", "toybox", "--steps", 1]
+    seen: list[str] = []
+
+    def breaks(prompt: str, calls: int) -> BaseException | None:
+        seen.append(prompt)
+        return RuntimeError("no") if "<" not in prompt and seen.count(prompt) == 1 and len(set(seen)) % 2 else None
+
+    synthesize(breaks)
+    mifo("evaluate", twins, "--output-path", tmp_path / "out", *more, exit_code=1)
+    record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert 0 < record["drift"]["values"] == len({p for p in seen if "<" not in p}) - len(record["failed"])

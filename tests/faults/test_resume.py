@@ -9,84 +9,24 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from _tiny import copy_bundle, learn_arguments, load_base, mifo, snapshot, write_instance
-from PIL import Image
+from _short_runs import Crash, base, config, crash_at, learned, run
+from _tiny import copy_bundle, learn_arguments, mifo, snapshot, write_instance
 from safetensors.torch import load_file
 
-from mifo.base_model import BaseModel
 from mifo.bundle import load_bundle
 from mifo.checkpoints import Checkpointing, checkpoint_folder, hold_lock, latest, read_state, write_state
-from mifo.config import LearnConfig, learn_preset
 from mifo.errors import InputError
 from mifo.instance import Instance, load_instance
 from mifo.interrupts import stop_between_steps
-from mifo.learn import Learner, Progress, learn
+from mifo.learn import Learner, learn
 
-STEPS = 3  # of each phase
-
-
-class Crash(Exception):
-    """Stands for whatever ends a process."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_preview() -> Iterator[None]:
-    """Drawing the preview takes longer than these runs learn, and comes after all that is tested here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mifo.learn.write_preview", lambda path, *_: Image.new("L", (8, 8)).save(path))
-        yield
-
-
-@cache
-def base() -> BaseModel:
-    return load_base()
-
-
-def config(**changes: Any) -> LearnConfig:
-    preset = learn_preset("stable-diffusion")
-    return replace(
-        preset,
-        embedding=replace(preset.embedding, train_steps=STEPS, warmup_steps=1),
-        lora=replace(preset.lora, train_steps=STEPS, rank=2),
-        prior=replace(preset.prior, num_class_images=1, sampling_steps=1),
-        **changes,
-    )
-
-
-@pytest.fixture(scope="module")
-def instance(tmp_path_factory: pytest.TempPathFactory) -> Instance:
-    return load_instance(write_instance(tmp_path_factory.mktemp("photos") / "cups"))
-
-
-@pytest.fixture(scope="module")
-def whole(instance: Instance, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a run learns that nobody interrupts."""
-    return learn(instance, base(), config(), tmp_path_factory.mktemp("whole") / "cups").folder
-
-
-def learned(folder: Path) -> dict[str, bytes | None]:
-    """Everything in a bundle but the record, which has the seconds."""
-    return {name: content for name, content in snapshot(folder).items() if name != "bundle.json"}
-
-
-def crash_at(phase: str, step: int) -> Callable[[Progress], None]:
-    def report(progress: Progress) -> None:
-        if (progress.phase, progress.step) == (phase, step):
-            raise Crash
-
-    return report
-
-
-def run(instance: Instance, folder: Path, report: Any = lambda _: None, every: int = 1, resume: bool | None = True,
-        settings: LearnConfig | None = None) -> Path:  # fmt: skip
-    return learn(instance, base(), settings or config(), folder, report, None, Checkpointing(every, resume=resume)).folder
+pytestmark = pytest.mark.usefixtures("quick_preview")
 
 
 # --- the same bits ------------------------------------------------------------------------------
@@ -112,7 +52,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(instance: Instan
         run(instance, tmp_path / "cups", crash_at("lora", 3))
     older, newer = sorted(checkpoint_folder(tmp_path / "cups").glob("*.safetensors"))
     content = bytearray(newer.read_bytes())
-    content[-5] ^= 1  # one bit of one weight
+    start = 8 + int.from_bytes(content[:8], "little")
+    weight = json.loads(content[8:start])["t0"]["data_offsets"][0]  # the first of the parameters
+    content[start + weight + 2] ^= 0x20  # one bit of one weight
     newer.write_bytes(content)
     assert learned(run(instance, tmp_path / "cups")) == learned(whole)
     for bad in (b"", b"\0" * 100, older.name.encode()):
@@ -139,6 +81,9 @@ def test_other_settings_are_refused_by_name(instance: Instance, tmp_path: Path):
     with pytest.raises(InputError, match=r"checkpoint at phase 1, step 1 of 3; go on from it with --resume, or .*--no-resume"):
         run(instance, tmp_path / "cups", resume=None)
     assert snapshot(tmp_path) == before
+    another = replace(base(), fingerprint="0123")
+    with pytest.raises(InputError, match=r"base\.fingerprint is .* there and \"0123\" here; give the same ones, or --no-resume"):
+        learn(instance, another, config(), tmp_path / "cups", checkpointing=Checkpointing(resume=True))
     other = load_instance(write_instance(tmp_path / "mugs" / "cups", assets=1))
     with pytest.raises(InputError, match=r"instance is .* there and"):
         run(other, tmp_path / "cups")
@@ -243,7 +188,7 @@ def test_a_signal_that_is_ignored_or_only_noted_does_not_end_the_run(on_ctrl_c: 
 
 
 def hold_and_wait(folder: Path, held: Any) -> None:
-    with hold_lock(folder, folder):
+    with hold_lock(folder, "learning to cups", "wait"):
         held.set()
         signal.pause()
 
@@ -252,17 +197,18 @@ def test_a_second_run_to_one_name_refuses_and_a_dead_ones_lock_is_taken_over(tmp
     folder = tmp_path / ".checkpoints" / "cups"
     context = multiprocessing.get_context("fork")
     held = context.Event()
-    process = context.Process(target=hold_and_wait, args=(folder, held))
+    process = context.Process(target=hold_and_wait, args=(folder, held), daemon=True)
     process.start()
     assert held.wait(60)
-    with pytest.raises(InputError, match=rf"process {process.pid} is learning to .*; wait for it"), hold_lock(folder, folder):
+    second = hold_lock(folder, "learning to cups", "give another")
+    with pytest.raises(InputError, match=rf"process {process.pid} is learning to cups .*; wait for it, .* give another"), second:
         pass
     process.kill()
     process.join()
     assert (folder / "lock").read_text().strip() == str(process.pid)
-    with hold_lock(folder, folder):
+    with hold_lock(folder, "learning to cups", "wait"):
         assert (folder / "lock").read_text().strip() == str(os.getpid())
-        with pytest.raises(InputError, match="is learning to"), hold_lock(folder, folder):
+        with pytest.raises(InputError, match="is learning to"), hold_lock(folder, "learning to cups", "wait"):
             pass
         assert (folder / "lock").exists()
     assert os.listdir(tmp_path) == []
