@@ -26,12 +26,12 @@ LEARNING_RATES = {"weights": 5e-4, "latents": 5e-2}
 def feather(mask: BoolArray, width: float) -> npt.NDArray[np.float32]:
     """(H, W) weight of what is drawn: 0 outside the mask, rising to 1 over `width` pixels inside it.
 
-    In a mask too narrow for that it rises over an eighth of its half width, so that a thin one is not faded out.
+    In a mask too narrow for that it rises over a quarter of its half width, so that a thin one is not faded out.
     """
     if mask.all():
         return np.ones(mask.shape, np.float32)
     distance = ndimage.distance_transform_edt(mask)  # 1 on the first pixel inside
-    return np.clip(distance / (min(width, distance.max() / 8) + 1), 0, 1).astype(np.float32)
+    return np.clip(distance / (min(width, distance.max() / 4) + 1), 0, 1).astype(np.float32)
 
 
 def paste(source: Pixels, drawn: npt.NDArray[np.float32], mask: BoolArray, width: float) -> Pixels:
