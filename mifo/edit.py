@@ -105,6 +105,8 @@ def edit(base: BaseModel, image: Image.Image, mask: BoolArray, prompt: str, toke
          on_progress: Callable[[int, int], None] | None = None) -> Edit:  # fmt: skip
     """Draws `count` candidates of `prompt` into `image` (RGB) where `mask` (H, W) is True, and ranks them.
 
+    With `config.bounded` an asset keeps to its box, and the content words of a prompt without assets keep to the mask.
+
     `tokens`: the assets that exist. `layout`: a box per asset of the prompt, in fractions of the whole picture; one asset
     alone takes the mask's box. `crops`: the assets' own pictures (RGBA), to rank by. Candidate k depends on `seed + k` alone.
     Raises InputError for a prompt that the model cannot take, assets without boxes, and a mask below one latent pixel.
@@ -130,7 +132,7 @@ def edit(base: BaseModel, image: Image.Image, mask: BoolArray, prompt: str, toke
     scheduler = make_scheduler("ddim", base.scheduler)
     blend = _Blending(scheduler, config, first_step, source, noise, masks)
     control = None
-    bound = on_canvas or _bind_words(base, tokenized, masks[0])
+    bound = on_canvas or (_bind_words(base, tokenized, masks[0]) if config.bounded else None)
     if bound and config.bounded:
         control = BoundedAttention(tokenized, bound, (side, side), base.device)
         control.images, control.halves = count, 1 if config.guidance_scale == 1.0 else 2
