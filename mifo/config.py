@@ -207,9 +207,10 @@ class EditConfig:
     """What 'optimization' tunes: the decoder's 'weights' or the 'latents'."""
     reconstruction_steps: int = 75
     mask_dilation: int = 0
-    """Latent pixels by which the mask is larger at the start; it shrinks to the true mask on the way."""
+    """Latent pixels by which the mask is larger at the start; it shrinks to the true mask on the way. Plain words then fill the
+    mask: what it holds does not look at its surroundings, which it would otherwise continue."""
     bounded: bool = True
-    """Box-bounded attention: an asset keeps to its box."""
+    """Box-bounded attention: an asset keeps to its box, plain words to the mask."""
     own_text: bool = True
     """As in `SynthesisConfig`."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)

@@ -21,19 +21,20 @@ from .attention.bounded import BoundedAttention, bound_attention
 from .attention.sites import attention_sites
 from .base_model import BaseModel
 from .blending import clone, paste, paste_around, tune_to_source
-from .boxes import Layout
+from .boxes import Box, Layout
 from .config import EditConfig, to_dict
 from .dataset import encode, pixels_to_tensor
 from .denoise import denoise, initial_latents, make_scheduler
-from .edit_frame import BoolArray, EditFrame, latent_mask, make_frame, shrinking_masks, snapped_box, thickness
+from .edit_frame import BoolArray, EditFrame, latent_mask, make_frame, shrinking_masks, snapped_box, thickness, within_length
 from .errors import InputError
 from .guidance import LatentGuidance
 from .memory import peak_gib
-from .prompts import assets_in, check_prompt, tokenize_prompt
+from .prompts import TokenizedPrompt, assets_in, check_prompt, tokenize_prompt
 from .ranking import asset_similarity, best_first, prompt_similarity
 from .synthesize import check_boxes
 
 FloatPixels = npt.NDArray[np.float32]
+WORDS = "words"  # stands for the content words of a prompt without assets, where attention asks for an asset's token
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ def edit(base: BaseModel, image: Image.Image, mask: BoolArray, prompt: str, toke
          on_progress: Callable[[int, int], None] | None = None) -> Edit:  # fmt: skip
     """Draws `count` candidates of `prompt` into `image` (RGB) where `mask` (H, W) is True, and ranks them.
 
+    With `config.bounded` an asset keeps to its box, and the content words of a prompt without assets keep to the mask.
+
     `tokens`: the assets that exist. `layout`: a box per asset of the prompt, in fractions of the whole picture; one asset
     alone takes the mask's box. `crops`: the assets' own pictures (RGBA), to rank by. Candidate k depends on `seed + k` alone.
     Raises InputError for a prompt that the model cannot take, assets without boxes, and a mask below one latent pixel.
@@ -129,10 +132,13 @@ def edit(base: BaseModel, image: Image.Image, mask: BoolArray, prompt: str, toke
     scheduler = make_scheduler("ddim", base.scheduler)
     blend = _Blending(scheduler, config, first_step, source, noise, masks)
     control = None
-    if on_canvas and config.bounded:
-        control = BoundedAttention(tokenized, on_canvas, (side, side), base.device)
+    bound = on_canvas or (_bind_words(base, tokenized, masks[0]) if config.bounded else None)
+    if bound and config.bounded:
+        control = BoundedAttention(tokenized, bound, (side, side), base.device)
         control.images, control.halves = count, 1 if config.guidance_scale == 1.0 else 2
         blend.guidance = LatentGuidance(base.unet, control, config.guidance, states)
+        if on_canvas is None:
+            blend.bind_words(control)
     with bound_attention(base.unet, control) if control else nullcontext():
         latents = denoise(base.unet, scheduler, blend.start(), states, negative_states, config.steps, config.guidance_scale,
                           blend.before_step, blend.after_step, on_progress, first_step)  # fmt: skip
@@ -176,6 +182,19 @@ class _Blending:
         self.timesteps = scheduler.timesteps[first_step:]
         self.masks = [torch.from_numpy(m).to(noise.device) for m in masks]  # (h, w), one more than there are steps
         self.guidance: LatentGuidance | None = None
+        self.words: BoundedAttention | None = None
+
+    def bind_words(self, control: BoundedAttention) -> None:
+        """The prompt's words keep to the mask as it shrinks. Beyond the ends of the true mask they say nothing: what they
+        draw would stand there, and be cut away."""
+        self.words = control
+        control.apart = self.config.mask_dilation > 0  # a thin mask would be filled with its surroundings
+        self._bind(0)
+
+    def _bind(self, step: int) -> None:
+        if self.words:
+            region = within_length(self.masks[step].cpu().numpy(), self.masks[-1].cpu().numpy())
+            self.words.refine(torch.from_numpy(region).to(self.noise.device)[None, None])
 
     def start(self) -> torch.Tensor:
         """(B, C, h, w) at the first step's level. The same noise outside and inside, and all the way down: DDIM keeps it."""
@@ -188,6 +207,8 @@ class _Blending:
         return torch.where(self.masks[step], self.guidance.guide(step, timestep, latents), latents)
 
     def after_step(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        if not torch.equal(self.masks[step], self.masks[step + 1]):
+            self._bind(step + 1)
         return torch.where(self.masks[step + 1], latents, self._source_at(step + 1))
 
     def _source_at(self, step: int) -> torch.Tensor:
@@ -210,8 +231,7 @@ def _layout_on_canvas(base: BaseModel, prompt: str, frame: EditFrame, size: tupl
     if not assets:
         return None
     if layout is None:
-        cells = min(min(s.map_size(side, side)) for s in attention_sites(base.unet))
-        return Layout((assets[0],), (snapped_box(widest, cells),))
+        return Layout((assets[0],), (_box_around(base, widest),))
     boxes = []
     for token, box in layout:
         placed = frame.box_on_canvas(box, *size)
@@ -221,6 +241,24 @@ def _layout_on_canvas(base: BaseModel, prompt: str, frame: EditFrame, size: tupl
     result = Layout(layout.tokens, tuple(boxes))
     check_boxes(base, result, (side, side))
     return result
+
+
+def _box_around(base: BaseModel, mask: BoolArray) -> Box:
+    """The mask's box, so large that the model's smallest attention map shows it."""
+    side = len(mask)
+    return snapped_box(mask, min(min(s.map_size(side, side)) for s in attention_sites(base.unet)))
+
+
+def _bind_words(base: BaseModel, prompt: TokenizedPrompt, widest: BoolArray) -> Layout | None:
+    """Makes all content words of a prompt without assets one subject, whose box is the widest mask's; None if there is none.
+
+    `<background>` is what stands outside of boxes, and cannot be bound to one.
+    """
+    content = tuple(i for i in range(1, prompt.end_position) if i not in prompt.function_positions)
+    if prompt.asset_positions or not content:
+        return None
+    prompt.asset_positions[WORDS] = content
+    return Layout((WORDS,), (_box_around(base, widest),))
 
 
 def _decode(base: BaseModel, latents: torch.Tensor, canvas: npt.NDArray[np.uint8], inside: BoolArray,

@@ -83,7 +83,7 @@ def edit(
     negative_prompt: str = "",
     lora_scale: LoraScale = None,
     guidance: Annotated[bool | None, typer.Option(help="Move the latents until the asset lies in its box.")] = None,
-    bounded: Annotated[bool, typer.Option(help="Mask attention to the boxes.")] = True,
+    bounded: Annotated[bool, typer.Option(help="Keep an asset to its box, and plain words to the mask.")] = True,
     mixed_precision: Precision = Precision.auto,
     vram_gib: VramGib = None,
     attention_backend: AttentionBackend = Attention.auto,

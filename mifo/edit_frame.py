@@ -135,6 +135,19 @@ def shrinking_masks(mask: BoolArray, dilation: int, steps: int) -> list[BoolArra
     return masks
 
 
+def within_length(dilated: BoolArray, mask: BoolArray) -> BoolArray:
+    """`dilated` without what lies beyond the ends of `mask` along its longer side: as long as the mask, only thicker."""
+    left, top, right, bottom = bounds(mask)
+    near = np.zeros_like(mask)
+    if bottom - top > right - left:
+        near[top:bottom] = True
+    elif right - left > bottom - top:
+        near[:, left:right] = True
+    else:
+        near[:] = True
+    return dilated & near
+
+
 def snapped_box(mask: BoolArray, cells: int) -> Box:
     """The mask's bounding box, grown to whole cells of a cells x cells map, so that it is seen at every map size."""
     left, top, right, bottom = bounds(mask)

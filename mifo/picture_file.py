@@ -19,6 +19,7 @@ from .instance import DECODE_ERRORS, FORMATS, MIN_SIDE, load_grey, load_image
 BoolArray = npt.NDArray[np.bool_]
 #: modes whose colour profile still fits once the picture is RGB
 RGB_MODES = ("RGB", "RGBA", "P", "PA")
+MODE_NAMES = {"L": "grey", "LA": "grey", "I;16": "grey", "1": "black and white"}
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ def _losses(path: Path, stored: Image.Image) -> tuple[str, ...]:
     notes = []
     if stored.format in ("GIF", "PNG", "WEBP") and getattr(stored, "n_frames", 1) > 1:
         notes.append(f"{path} is an animation; its first frame is edited")
-    if stored.mode == "CMYK":
-        notes.append(f"{path} is CMYK; the result is RGB, without its colour profile")
+    if stored.mode == "CMYK" or (stored.mode not in RGB_MODES and stored.info.get("icc_profile")):
+        notes.append(f"{path} is {MODE_NAMES.get(stored.mode, stored.mode)}; the result is RGB, without its colour profile")
     if _png_bits(path) == 16:
         notes.append(f"{path} has more than 8 bits a channel; the result has 8")
     return tuple(notes)

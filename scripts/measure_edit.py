@@ -2,6 +2,7 @@
 
     python scripts/measure_edit.py
     python scripts/measure_edit.py --parts insert --blending-start 0 --name edit_start0      # to compare a setting
+    ... --bundles output/bundles                                                             # learn once, use again
 
 Parts: insert (each asset into drawn scenes with a free place), ranking (the best of four), reconstruction (PSNR outside the
 mask), thin (masks 2 latent pixels wide), background (the learned <background> alone), seconds (the command, as a process).
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from mifo.base_model import BaseModel, load_base_model
 from mifo.boxes import Box
-from mifo.bundle import Bundle, attach
+from mifo.bundle import Bundle, attach, load_bundle
 from mifo.config import EditConfig, edit_preset, learn_preset
 from mifo.edit import edit
 from mifo.instance import load_instance, with_background
@@ -71,41 +72,47 @@ def crops_of(bundle: Bundle) -> dict[str, Image.Image]:
 
 
 def learned(example: str, base: BaseModel, folder: Path, background: bool = False) -> Bundle:
+    """The example's bundle in `folder`; learned now unless it is there, with the same settings, from an earlier run."""
+    config, target = learn_preset(base.family), folder / f"{example}{'_background' * background}"
+    if target.exists():
+        bundle = load_bundle(target)
+        if bundle.config != config:
+            raise typer.BadParameter(f"{target} was learned with other settings; move it away")
+        return bundle
     instance = load_instance(Path("example") / example)
     if background:
         instance = with_background(instance)
     words = [*[None] * (instance.count - 1), "background"] if background else None
-    target = folder / f"{example}{'_background' * background}"
-    return learn(instance, base, learn_preset(base.family), target, initializer_words=words)
+    return learn(instance, base, config, target, initializer_words=words)
 
 
 # --- parts --------------------------------------------------------------------------------------
 
 
 def measure_insert(base: BaseModel, bundle: Bundle, things: list[Thing], judge: Any, config: EditConfig, scenes: int,
-                   candidates: int = 1) -> tuple[dict[str, Any], list[Image.Image]]:  # fmt: skip
+                   first: int, candidates: int = 1) -> tuple[dict[str, Any], list[Image.Image]]:  # fmt: skip
     """`<asset_i>` into the free places: the first and the best candidate, and what became of the rest of the picture."""
     right, own, best_own, all_own, differences, same_pixels, same_verdict, seconds, cells = [], [], [], [], [], [], [], [], []
     with attach(base, bundle):
         for index, token in enumerate(bundle.tokens):
-            for k, (scene, box) in enumerate(tqdm(free_places(things[index], scenes), desc=token)):
+            for k, (scene, box) in enumerate(tqdm(free_places(things[index], scenes, FIRST_SEED + first), desc=token)):
                 drawing = draw_scene(scene, PHOTO)
                 mask = box.rasterize(PHOTO, PHOTO)
-                prompt, seed = f"a photo of {token}", 1000 * index + k
+                prompt, seed = f"a photo of {token}", first + 1000 * index + k
                 result = edit(base, drawing.image, mask, prompt, bundle.tokens, config, seed, candidates, crops=crops_of(bundle))
                 seconds.append(result.seconds)
                 images = [result.picture(c) for c in range(candidates)]
                 before, *after = judge_images(judge, [drawing.image, *images])
                 hits = [_is_instance(v, box, things, index) for v in after]
-                first = min(range(candidates), key=lambda c: result.candidates[c].seed)
-                found, iou = best_in_box(after[first], box)
+                unranked = min(range(candidates), key=lambda c: result.candidates[c].seed)
+                found, iou = best_in_box(after[unranked], box)
                 right.append(compare(found, things[index]).all and iou > 0.1)
-                own.append(hits[first])
+                own.append(hits[unranked])
                 best_own.append(hits[0])
                 all_own += hits
-                differences.append(_outside(drawing, images[first], mask))
-                same_pixels += [_same_thing(drawing, images[first], i) for i in range(len(scene.things))]
-                same_verdict += _same_verdicts(before, after[first], scene)
+                differences.append(_outside(drawing, images[unranked], mask))
+                same_pixels += [_same_thing(drawing, images[unranked], i) for i in range(len(scene.things))]
+                same_verdict += _same_verdicts(before, after[unranked], scene)
                 if k < 3:
                     cells += [caption_below(enlarge(drawing.image, 192), f"{token}, seed {k}"), enlarge(images[0], 192)]
     numbers = {"right_instance": share(own), "class_colors_pattern": share(right)}
@@ -161,12 +168,13 @@ def _psnr_outside(before: Image.Image, after: Image.Image, mask: np.ndarray) -> 
     return float(10 * np.log10(255**2 / max(error, 1e-6)))
 
 
-def measure_thin(base: BaseModel, config: EditConfig, scenes: int, dilation: int) -> tuple[dict[str, Any], list[Image.Image]]:
+def measure_thin(base: BaseModel, config: EditConfig, scenes: int, dilation: int,
+                 first: int) -> tuple[dict[str, Any], list[Image.Image]]:  # fmt: skip
     """Bars 2 latent pixels wide on empty backgrounds, asked to be a balloon of one colour: is that the colour of most of it."""
     side, width = base.resolution, 2 * base.vae_factor
     hits: dict[int, list[bool]] = {dilation: [], 0: []}
     cells = []
-    for k in tqdm(range(scenes), desc="thin"):
+    for k in tqdm(range(first, first + scenes), desc="thin"):
         color = list(COLORS)[k % len(COLORS)]
         image = draw_scene(Scene((), BACKGROUNDS[k % len(BACKGROUNDS)], k), side).image
         mask = np.zeros((side, side), bool)
@@ -177,7 +185,7 @@ def measure_thin(base: BaseModel, config: EditConfig, scenes: int, dilation: int
             result = edit(base, image, mask, f"a photo of a {color} balloon", (), replace(config, mask_dilation=grown), k)
             after = np.asarray(result.picture(0))
             found.append(named_color(after[mask]) == color)
-            if k < 6:
+            if k < first + 6:
                 cells.append(caption_below(enlarge(result.picture(0), 192), f"{color}, dilation {grown}"))
     return {"right_color_dilated": share(hits[dilation]), "right_color_without": share(hits[0]), "dilation": dilation}, cells
 
@@ -228,6 +236,8 @@ def main(
     guidance: bool | None = None,
     dilation: Annotated[int, typer.Option(help="Latent pixels, for thin masks.")] = 4,
     name: str = "edit",
+    bundles: Annotated[Path | None, typer.Option(help="Keep what is learned here, and use what is there.")] = None,
+    first_seed: Annotated[int, typer.Option(help="Of the scenes; settings are chosen on others than those reported.")] = 0,
     sheet: Annotated[Path | None, typer.Option(help="Write some of the pictures here.")] = None,
 ) -> None:
     """Measures and writes scripts/results/<name>.json."""
@@ -242,18 +252,20 @@ def main(
     cells: list[Image.Image] = []
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
+        kept = bundles or work
         for example in instances.split(","):
             entry: dict[str, Any] = {}
             things = load_things(Path("example") / example)
             plain = {"insert", "ranking", "seconds"} & set(chosen)
-            bundle = learned(example, base, work) if plain else None
+            bundle = learned(example, base, kept) if plain else None
             if bundle and "insert" in chosen:
-                entry["insert"], shown = measure_insert(base, bundle, things, judge, config, scenes)
+                entry["insert"], shown = measure_insert(base, bundle, things, judge, config, scenes, first_seed)
                 cells += shown
             if bundle and "ranking" in chosen:
-                entry["ranking"], _ = measure_insert(base, bundle, things, judge, config, max(1, scenes // 3), candidates=4)
+                entry["ranking"], _ = measure_insert(base, bundle, things, judge, config, max(1, scenes // 3),
+                                                     first_seed, candidates=4)  # fmt: skip
             if "background" in chosen:
-                whole = learned(example, base, work, background=True)
+                whole = learned(example, base, kept, background=True)
                 entry["background"], shown = measure_background(base, whole, judge, scenes)
                 cells += shown
             if bundle and "seconds" in chosen:
@@ -264,7 +276,7 @@ def main(
             numbers["reconstruction"] = measure_reconstruction(base, config, max(1, scenes // 2))
             print(numbers["reconstruction"])
         if "thin" in chosen:
-            numbers["thin"], shown = measure_thin(base, config, scenes, dilation)
+            numbers["thin"], shown = measure_thin(base, config, scenes, dilation, first_seed)
             cells += shown
             print(numbers["thin"])
     if sheet and cells:

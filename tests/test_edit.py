@@ -15,7 +15,7 @@ from mifo.blending import clone, feather, paste, paste_around, tune_to_source
 from mifo.boxes import Box
 from mifo.config import EditConfig, GuidanceConfig
 from mifo.edit import _Blending, edit
-from mifo.edit_frame import latent_mask, make_frame, shrinking_masks, snapped_box, thickness
+from mifo.edit_frame import latent_mask, make_frame, shrinking_masks, snapped_box, thickness, within_length
 from mifo.errors import InputError
 from mifo.ranking import asset_similarity, best_first, prompt_similarity
 
@@ -94,6 +94,15 @@ def test_a_dilated_mask_shrinks_to_the_true_one():
     assert len(masks) == 20 and widths[0] == 8 and widths == sorted(widths, reverse=True)
     assert all(np.array_equal(m, thin) for m in masks[15:])
     assert all(np.array_equal(m, thin) for m in shrinking_masks(thin, 0, 4))
+
+
+def test_words_keep_beside_a_thin_mask_and_off_its_ends():
+    bar = block((16, 16), 7, 2, 9, 14)
+    wide = shrinking_masks(bar, 3, 4)[0]
+    assert np.array_equal(within_length(wide, bar), block((16, 16), 4, 2, 12, 14))
+    assert np.array_equal(within_length(wide.T, bar.T), block((16, 16), 2, 4, 14, 12))
+    square = block((16, 16), 5, 5, 9, 9)
+    assert np.array_equal(within_length(shrinking_masks(square, 2, 4)[0], square), block((16, 16), 3, 3, 11, 11))
 
 
 # --- outside the mask ---------------------------------------------------------------------------
@@ -304,3 +313,41 @@ def test_the_backgrounds_word_is_hidden_from_the_assets():
     assert unconditional.all()
     assert conditional[:, :2, 3].all() and not conditional[:, 2:, 3].any()
     assert conditional[:, 2:, 6].all() and not conditional[:, :2, 6].any()
+
+
+def test_apart_from_the_background_a_subject_goes_on_with_nothing():
+    from mifo.attention.bounded import BoundedAttention
+    from mifo.attention.sites import Site
+    from mifo.boxes import Layout
+    from mifo.prompts import TokenizedPrompt
+
+    prompt = TokenizedPrompt(list(range(10)), {"<asset0>": (3,)}, (), 8, 9)
+    control = BoundedAttention(prompt, Layout(("<asset0>",), (Box(0, 0, 0.5, 1),)), (4, 4), "cpu")
+    own = torch.from_numpy(block((4, 4), 0, 0, 2, 4)).flatten()
+    site = Site("site", "mid_block", False, 0)
+    visible = control.visible(site)
+    assert visible is not None and visible[0, 0][own].all()  # a subject sees its box and the background
+    control.apart = True
+    control.refine(own.view(1, 1, 4, 4))
+    visible = control.visible(site)
+    assert visible is not None
+    unconditional, conditional = visible[:, 0]
+    assert unconditional.all() and conditional[~own].all()
+    assert conditional[own][:, own].all() and not conditional[own][:, ~own].any()
+
+
+def test_a_thin_mask_is_filled_with_what_the_prompt_says():
+    """The toybox model itself, whose balloons are shorter than this bar; with free words a quarter of it is green."""
+    from mifo.base_model import load_base_model
+    from mifo.config import edit_preset
+    from mifo.toybox.draw import BACKGROUNDS, COLORS
+    from mifo.toybox.world import Scene, draw_scene
+
+    base = load_base_model("toybox")
+    picture = draw_scene(Scene((), BACKGROUNDS[507 % len(BACKGROUNDS)], 507), 64).image
+    bar = block(picture.size, 8, 36, 56, 44)
+    config = replace(edit_preset("toybox"), mask_dilation=4)
+    drawn = np.asarray(edit(base, picture, bar, "a photo of a green balloon", (), config, 507).picture(0))[bar]
+    distances = {name: ((drawn - np.array(color, float)) ** 2).sum(1) for name, color in COLORS.items()}
+    green = (distances["green"] == np.min(list(distances.values()), axis=0)).mean()
+    assert green > 0.6, green

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -76,19 +77,29 @@ def test_candidates_best_first_with_sheet_and_record(place: Path):
     assert np.abs(best - np.asarray(Image.open(place / "out" / "edit00.png"))).max() <= 1
 
 
-def test_a_camera_photo_keeps_its_size_profile_and_upright_pixels(tmp_path: Path):
+def test_a_camera_photo_keeps_its_megapixels_profile_and_upright_pixels(tmp_path: Path):
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     exif = Image.Exif()
     exif[ORIENTATION], exif[MAKER] = 6, "maker"  # stored on its side
-    write_picture(tmp_path / "img.jpg", (900, 600), exif=exif, icc_profile=profile, quality=90)
-    write_mask(tmp_path / "mask.png", (600, 900), (200, 500, 330, 640))
+    write_picture(tmp_path / "img.jpg", (4000, 3000), exif=exif, icc_profile=profile, quality=90)
+    write_mask(tmp_path / "mask.png", (3000, 4000), (1000, 2500, 1650, 3200))
     mifo(*edit(tmp_path, image="img.jpg"))
     stored = Image.open(tmp_path / "out" / "edit00.png")
     upright = np.asarray(Image.open(tmp_path / "img.jpg").transpose(Image.Transpose.ROTATE_270))
     mask = np.asarray(Image.open(tmp_path / "mask.png")) > 0
-    assert stored.size == (600, 900) and np.array_equal(np.asarray(stored)[~mask], upright[~mask])
+    assert stored.size == (3000, 4000) and np.array_equal(np.asarray(stored)[~mask], upright[~mask])
     assert stored.info["icc_profile"] == profile
     assert stored.getexif().get(ORIENTATION, 1) == 1 and stored.getexif()[MAKER] == "maker"
+
+
+def test_a_picture_below_the_models_resolution_is_edited_at_its_own_size(place: Path):
+    write_picture(place / "img.png", (40, 30))
+    write_mask(place / "mask.png", (40, 30), (12, 8, 30, 24))
+    mifo(*edit(place, "--start", "image"))
+    after, before = np.asarray(Image.open(place / "out" / "edit00.png")), np.asarray(Image.open(place / "img.png"))
+    mask = np.asarray(Image.open(place / "mask.png")) > 0
+    assert after.shape == (30, 40, 3) and np.array_equal(after[~mask], before[~mask])
+    assert (after[mask] != before[mask]).mean() > 0.5
 
 
 def test_transparency_stays_outside_the_mask(place: Path):
@@ -120,7 +131,7 @@ def test_two_assets_take_the_boxes_that_are_given(place: Path):
 # --- what goes in -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["CMYK", "I;16", "P", "1", "LA", "animation"])
+@pytest.mark.parametrize("mode", ["CMYK", "I;16", "16-bit colour", "P", "1", "LA", "grey profile", "animation"])
 def test_pictures_of_every_kind_are_read(tmp_path: Path, mode: str):
     image = Image.open(write_picture(tmp_path / "img.png"))
     path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.gif" if mode == "animation" else "a.png")
@@ -128,11 +139,20 @@ def test_pictures_of_every_kind_are_read(tmp_path: Path, mode: str):
         image.save(path, save_all=True, append_images=[Image.new("RGB", image.size, "red")])
     elif mode == "I;16":
         Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(path)
+    elif mode == "16-bit colour":  # which PIL reads but does not write
+        cv2.imwrite(str(path), np.asarray(image)[..., ::-1].astype(np.uint16) * 257)
+    elif mode == "grey profile":
+        image.convert("L").save(path, icc_profile=b"of a grey scanner")
     else:
         image.convert(mode).save(path)
     picture = load_picture(path)
     assert picture.image.mode == "RGB" and picture.image.size == (240, 160) and picture.transparent is None
-    expected = {"CMYK": "is CMYK", "I;16": "more than 8 bits", "animation": "first frame is edited"}.get(mode)
+    wanted = image.convert("L").convert("RGB") if mode in ("I;16", "grey profile") else image
+    difference = np.abs(np.asarray(picture.image).astype(int) - np.asarray(wanted))
+    assert mode in ("CMYK", "P", "1", "LA", "animation") or difference.max() <= 1
+    expected = {"CMYK": "is CMYK", "I;16": "more than 8 bits", "16-bit colour": "more than 8 bits",
+                "grey profile": "is grey; the result is RGB, without its colour profile",
+                "animation": "first frame is edited"}.get(mode)  # fmt: skip
     assert (len(picture.notes) == 1 and expected in picture.notes[0]) if expected else picture.notes == ()
 
 

@@ -42,6 +42,7 @@ class BoundedAttention:
         self.halves = 2  # 1 when classifier-free guidance is off and only the conditional half runs
         self.images = 1
         self.bounded = True  # False: nothing is masked, boxes only guide
+        self.apart = False  # True: subjects do not look at the background either, which they would otherwise continue
         self._refined: torch.Tensor | None = None  # (images, subjects, h, w) bool
         self._subjects: dict[tuple[int, int], torch.Tensor] = {}
         self._masks: dict[tuple, torch.Tensor] = {}
@@ -142,13 +143,22 @@ class BoundedAttention:
         return mask
 
     def _self_mask(self, size: tuple[int, int]) -> torch.Tensor:
-        """A subject's pixels see their own box and the background; the background sees all. Both halves alike."""
+        """A subject's pixels see their own box and the background; the background sees all. Both halves alike.
+
+        `apart` in sampling: in the conditional half they see their own box alone, and in the unconditional half everything, so
+        that classifier-free guidance leads away from going on with the background.
+        """
         subjects = self.subject_masks(size)
         background = ~subjects.any(1)
-        mask = background[:, :, None] | background[:, None, :]  # (I, h*w, h*w): 256 MiB for 1024 pixels, so nothing beside it
+        apart = self.apart and not self.guiding
+        keys = torch.zeros_like(background) if apart else background
+        mask = background[:, :, None] | keys[:, None, :]  # (I, h*w, h*w): 256 MiB for 1024 pixels, so nothing beside it
         for subject in subjects.unbind(1):
             mask |= subject[:, :, None] & subject[:, None, :]
         mask = mask[:, None]  # (I, 1, h*w, h*w)
+        if apart and self.halves == 2:
+            mask = mask.expand(self.images, -1, -1, -1)
+            return torch.cat([torch.ones_like(mask), mask])
         if len(mask) == 1:
             return mask
         return mask if self.guiding or self.halves == 1 else torch.cat([mask, mask])
