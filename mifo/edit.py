@@ -31,7 +31,7 @@ from .guidance import LatentGuidance
 from .memory import peak_gib
 from .prompts import TokenizedPrompt, assets_in, check_prompt, tokenize_prompt
 from .ranking import asset_similarity, best_first, prompt_similarity
-from .synthesize import check_boxes
+from .synthesize import check_boxes, encode_texts
 
 FloatPixels = npt.NDArray[np.float32]
 WORDS = "words"  # stands for the content words of a prompt without assets, where attention asks for an asset's token
@@ -127,22 +127,24 @@ def edit(base: BaseModel, image: Image.Image, mask: BoolArray, prompt: str, toke
     assets = [t for t in tokens if t in prompt.lower()]
     tokenized = tokenize_prompt(base.tokenizer, prompt, assets)
     negative = tokenize_prompt(base.tokenizer, config.negative_prompt, [])
-    with torch.no_grad():
-        states, negative_states = base.encode_prompt(torch.tensor([tokenized.input_ids, negative.input_ids])).chunk(2)
     scheduler = make_scheduler("ddim", base.scheduler)
     blend = _Blending(scheduler, config, first_step, source, noise, masks)
     control = None
     bound = on_canvas or (_bind_words(base, tokenized, masks[0]) if config.bounded else None)
     if bound and config.bounded:
-        control = BoundedAttention(tokenized, bound, (side, side), base.device)
+        control = BoundedAttention(tokenized, bound, (side, side), base.device, config.own_text)
         control.images, control.halves = count, 1 if config.guidance_scale == 1.0 else 2
+    texts = control.texts if control else [tokenized.input_ids]
+    states, negative_states = encode_texts(base, texts, negative.input_ids)
+    if control:
         blend.guidance = LatentGuidance(base.unet, control, config.guidance, states)
         if on_canvas is None:
             blend.bind_words(control)
     with bound_attention(base.unet, control) if control else nullcontext():
         latents = denoise(base.unet, scheduler, blend.start(), states, negative_states, config.steps, config.guidance_scale,
                           blend.before_step, blend.after_step, on_progress, first_step)  # fmt: skip
-    closeness = prompt_similarity(base.unet, scheduler, latents, blend.masks[-1], states, negative_states)
+    prompt_states, empty_states = (s[:, : len(tokenized.input_ids)] for s in (states, negative_states))
+    closeness = prompt_similarity(base.unet, scheduler, latents, blend.masks[-1], prompt_states, empty_states)
     drawn = _decode(base, latents, canvas, frame.coverage(mask, base.resolution) >= 0.5, config)
     regions = _asset_regions(on_canvas, frame.coverage(mask, base.resolution) > 0)
     candidates = []

@@ -190,16 +190,16 @@ def trace_drawing(model: Model, resolution: int, dtype: torch.dtype, rows: int, 
     return live.peak
 
 
-def _call_unet(model: Model, base: BaseModel, resolution: int, rows: int) -> None:
+def _call_unet(model: Model, base: BaseModel, resolution: int, rows: int, texts: int = 1) -> None:
     side = resolution // model.vae_factor
     latents = torch.empty((rows, int(model.configs["unet"]["in_channels"]), side, side), device="meta", dtype=base.dtype)
-    base.unet(latents, torch.empty((), dtype=torch.long, device="meta"), _states(model, base).expand(rows, -1, -1))
+    base.unet(latents, torch.empty((), dtype=torch.long, device="meta"), _states(model, base, texts).expand(rows, -1, -1))
 
 
-def _states(model: Model, base: BaseModel) -> torch.Tensor:
-    """(1, L, D) of a prompt"""
+def _states(model: Model, base: BaseModel, texts: int = 1) -> torch.Tensor:
+    """(1, texts * L, D) of texts one behind another"""
     length, width = model.configs["text_encoder"]["max_position_embeddings"], model.configs["unet"]["cross_attention_dim"]
-    return torch.empty((1, length, width), device="meta", dtype=base.dtype)
+    return torch.empty((1, texts * length, width), device="meta", dtype=base.dtype)
 
 
 class _TaggedControl(BoundedAttention):
@@ -227,9 +227,10 @@ def trace_placing(model: Model, resolution: int, dtype: torch.dtype, batch: int,
     length = int(model.configs["text_encoder"]["max_position_embeddings"])
     positions: dict[str, tuple[int, ...]] = {token: (1 + i,) for i, token in enumerate(tokens)}
     prompt = TokenizedPrompt(list(range(length)), positions, (), assets + 1, assets + 2)
-    control = _TaggedControl(prompt, layout, (side, side), "meta")
+    control = _TaggedControl(prompt, layout, (side, side), "meta", config.own_text and config.bounded)
+    texts = len(control.texts)
     control.images, control.bounded = batch, config.bounded
-    guidance = LatentGuidance(base.unet, control, config.guidance, _states(model, base))
+    guidance = LatentGuidance(base.unet, control, config.guidance, _states(model, base, texts))
     with counting(base, backend) as live, bound_attention(base.unet, control):
         control.live = live
         latents = torch.empty((batch, int(model.configs["unet"]["in_channels"]), side, side), device="meta", requires_grad=True)
@@ -240,11 +241,11 @@ def trace_placing(model: Model, resolution: int, dtype: torch.dtype, batch: int,
         del losses
         live.peak = Peak(0, {})
         with torch.no_grad():
-            _call_unet(model, base, resolution, 2 * batch)
+            _call_unet(model, base, resolution, 2 * batch, texts)
             if config.bounded and config.refinement.enabled:  # refined masks are a picture's own, and maps are kept for it
                 control.refine(torch.empty((batch, assets, side, side), dtype=torch.bool, device="meta"))
                 MaskRefinement(base.unet, control, config.refinement, 0).before(0)
-                _call_unet(model, base, resolution, 2 * batch)
+                _call_unet(model, base, resolution, 2 * batch, texts)
     return guided, live.peak
 
 

@@ -37,14 +37,15 @@ def draw(base: BaseModel, piece: str, resolution: int, assets: int, between: Cal
     positions: dict[str, tuple[int, ...]] = {asset_token(i): (1 + i,) for i in range(assets)}
     length = int(base.text_encoder.config.max_position_embeddings)
     prompt = TokenizedPrompt(list(range(length)), positions, (), assets + 1, assets + 2)
-    states = torch.zeros((1, length, int(base.unet.config["cross_attention_dim"])), dtype=base.dtype, device=base.device)
     latents = torch.zeros((1, int(base.unet.config["in_channels"]), side, side), device=base.device)
     timestep = torch.tensor(900, device=base.device)
     if piece == "decode":
         with torch.no_grad():
             (base.vae.decode(latents.to(base.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
         return
-    control = BoundedAttention(prompt, boxes_for(assets), (side, side), base.device)
+    control = BoundedAttention(prompt, boxes_for(assets), (side, side), base.device, config.own_text)
+    shape = (1, len(control.texts) * length, int(base.unet.config["cross_attention_dim"]))
+    states = torch.zeros(shape, dtype=base.dtype, device=base.device)
     with bound_attention(base.unet, control):
         if piece == "guidance":
             latents.requires_grad_(True)

@@ -126,7 +126,7 @@ def evaluate(base: BaseModel, bundle: Bundle, instance: Instance, backend: Backe
         "source_similarity": [[round(float(v), 4) for v in row] for row in among],
         "attention_outside": _by_token(tokens, attention[0]),
         "attention_in_others": _by_token(tokens, attention[1]),
-        "drift": drift(*([picture for p in both for picture in each[p]] for each in (before, after)), backend),
+        "drift": drift([drawn for p in both for drawn in before[p]], [drawn for p in both for drawn in after[p]], backend),
         "definitions": metrics.DEFINITIONS,
         "pictures": records,
     }
