@@ -2,9 +2,9 @@
 
 Baselines follow Break-A-Scene (arXiv 2305.16311, section 4.1): textual inversion and DreamBooth, each with the masked loss and
 with pairs, a small collection made from the one picture: random subsets of the assets cut out, on random plain backgrounds,
-flipped at random. DreamBooth is trained as LoRA, like everything here but the full fine-tuning. The other methods' assets are put in
-boxes with Bounded Attention as published (arXiv 2403.16990), which they do not have themselves; a text of each asset's own is
-this project's.
+flipped at random. DreamBooth is trained as LoRA, like everything here but the full fine-tuning. The other methods' assets are
+put in boxes with Bounded Attention as published (arXiv 2403.16990), which they do not have themselves; a text of each asset's
+own is this project's.
 """
 
 from __future__ import annotations
