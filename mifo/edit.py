@@ -136,14 +136,14 @@ def edit(base: BaseModel, image: Image.Image, mask: BoolArray, prompt: str, toke
         control.images, control.halves = count, 1 if config.guidance_scale == 1.0 else 2
     texts = control.texts if control else [tokenized.input_ids]
     states, negative_states = encode_texts(base, texts, negative.input_ids)
+    prompt_states, empty_states = (s[:, : len(tokenized.input_ids)] for s in (states, negative_states))
     if control:
-        blend.guidance = LatentGuidance(base.unet, control, config.guidance, states)
+        blend.guidance = LatentGuidance(base.unet, control, config.guidance, prompt_states)
         if on_canvas is None:
             blend.bind_words(control)
     with bound_attention(base.unet, control) if control else nullcontext():
         latents = denoise(base.unet, scheduler, blend.start(), states, negative_states, config.steps, config.guidance_scale,
                           blend.before_step, blend.after_step, on_progress, first_step)  # fmt: skip
-    prompt_states, empty_states = (s[:, : len(tokenized.input_ids)] for s in (states, negative_states))
     closeness = prompt_similarity(base.unet, scheduler, latents, blend.masks[-1], prompt_states, empty_states)
     drawn = _decode(base, latents, canvas, frame.coverage(mask, base.resolution) >= 0.5, config)
     regions = _asset_regions(on_canvas, frame.coverage(mask, base.resolution) > 0)

@@ -43,7 +43,7 @@ class LatentGuidance:
     control: BoundedAttention
     config: GuidanceConfig
     states: torch.Tensor
-    """(1, keys, D) the encoder hidden states of the control's texts, one behind another"""
+    """(1, L, D) the prompt's encoder hidden states"""
 
     def __post_init__(self) -> None:
         self.sites = choose_sites(self.unet, self.config.blocks, self.config.map_sizes, ("cross", "self"))
@@ -93,11 +93,12 @@ class LatentGuidance:
         return box_guidance_loss(foreground, background, alpha)
 
     def _context_tokens(self) -> torch.Tensor:
-        """(1, N, keys) bool: a subject's own token and the end of the text that it reads."""
-        shape = (1, len(self.control.layout), self.states.shape[1])
-        contexts = torch.zeros(shape, dtype=torch.bool, device=self.control.device)
-        for index in range(shape[1]):
-            contexts[0, index, [*self.control.subject_keys(index), self.control.end_key(index)]] = True
+        """(1, N, L) bool: a subject's own token and the end of the text."""
+        prompt = self.control.prompt
+        contexts = torch.zeros((1, len(self.control.layout), len(prompt.input_ids)), dtype=torch.bool, device=self.control.device)
+        contexts[..., prompt.end_position] = True
+        for index, (token, _) in enumerate(self.control.layout):
+            contexts[0, index, list(prompt.asset_positions[token])] = True
         return contexts
 
 

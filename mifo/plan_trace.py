@@ -230,7 +230,7 @@ def trace_placing(model: Model, resolution: int, dtype: torch.dtype, batch: int,
     control = _TaggedControl(prompt, layout, (side, side), "meta", config.own_text and config.bounded)
     texts = len(control.texts)
     control.images, control.bounded = batch, config.bounded
-    guidance = LatentGuidance(base.unet, control, config.guidance, _states(model, base, texts))
+    guidance = LatentGuidance(base.unet, control, config.guidance, _states(model, base))
     with counting(base, backend) as live, bound_attention(base.unet, control):
         control.live = live
         latents = torch.empty((batch, int(model.configs["unet"]["in_channels"]), side, side), device="meta", requires_grad=True)

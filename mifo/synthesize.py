@@ -74,7 +74,7 @@ def synthesize(base: BaseModel, prompt: str, layout: Layout | None, tokens: Sequ
     channels = int(base.unet.config["in_channels"])
     latents = initial_latents((channels, *latent_size), seed, count, base.device)
     scheduler = make_scheduler(config.scheduler, base.scheduler)
-    run = _Run(base, config, control, states)
+    run = _Run(base, config, control, states[:, : len(tokenized.input_ids)])
     with bound_attention(base.unet, control) if control else nullcontext():
         latents = denoise(base.unet, scheduler, latents, states, negative_states, config.steps, config.guidance_scale,
                           run.before_step, run.after_step, on_progress)  # fmt: skip

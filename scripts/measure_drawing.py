@@ -49,7 +49,7 @@ def draw(base: BaseModel, piece: str, resolution: int, assets: int, between: Cal
     with bound_attention(base.unet, control):
         if piece == "guidance":
             latents.requires_grad_(True)
-            losses = LatentGuidance(base.unet, control, config.guidance, states).losses(0, timestep, latents)
+            losses = LatentGuidance(base.unet, control, config.guidance, states[:, :length]).losses(0, timestep, latents)
             torch.autograd.grad(losses.sum(), latents)
             return
         control.guiding = True

@@ -29,8 +29,8 @@ class BoundedAttention:
 
     With `own_text` each of several subjects has a text of its own: the prompt, read as if all its assets were that one. A text
     encoder mixes what stands in one prompt, and look-alikes blend in it before any attention mask can part them (this
-    project's own; measured in scripts/results/toybench.json). The keys of cross-attention are then the states of all `texts`,
-    one behind another.
+    project's own; measured in scripts/results/toybench.json). The keys of a sampling pass's cross-attention are the states
+    of all `texts`, one behind another. A guidance pass reads the prompt alone: it is about places, which the one text compares.
     """
 
     def __init__(self, prompt: TokenizedPrompt, layout: Layout, latent_size: tuple[int, int], device: torch.device | str,
@@ -87,17 +87,14 @@ class BoundedAttention:
         return [ids, *own]
 
     def subject_keys(self, index: int) -> list[int]:
-        """The keys of cross-attention that are subject `index`'s own token."""
-        if not self.own_text:
-            return list(self.prompt.asset_positions[self.layout.tokens[index]])
-        return [self._first_key(index) + p for p in self._asset_positions]
+        """The keys of cross-attention that are subject `index`'s own token, in the kind of pass that runs."""
+        if self._reads_own:
+            return [(1 + index) * len(self.prompt.input_ids) + p for p in self._asset_positions]
+        return list(self.prompt.asset_positions[self.layout.tokens[index]])
 
-    def end_key(self, index: int) -> int:
-        """The key that is the end of the text which subject `index` reads."""
-        return self._first_key(index) + self.prompt.end_position
-
-    def _first_key(self, index: int) -> int:
-        return (1 + index) * len(self.prompt.input_ids) if self.own_text else 0
+    @property
+    def _reads_own(self) -> bool:
+        return self.own_text and not self.guiding
 
     # --- what may see what ---
 
@@ -117,11 +114,11 @@ class BoundedAttention:
     def _cross_mask(self, size: tuple[int, int]) -> torch.Tensor:
         """Conditional half: an asset's token shows to its own box, function words to nobody, the end of the text to
         subjects only (it sums the subjects up). In guidance the background sees the assets, to be pushed away from them.
-        With own texts, a subject reads its own and nothing else, and the background the prompt.
+        With own texts, a subject reads its own and nothing else when sampling, and the background the prompt.
         """
         subjects = self.subject_masks(size)
         background = ~subjects.any(1)  # (I, h*w)
-        readers = [background, *subjects.unbind(1)] if self.own_text else [torch.ones_like(background)]
+        readers = [background, *subjects.unbind(1)] if self._reads_own else [torch.ones_like(background)]
         mask = torch.cat([self._words(reader, background) for reader in readers], -1)  # (I, h*w, keys)
         mask[..., self._asset_positions] = False
         for index, subject in enumerate(subjects.unbind(1)):
