@@ -39,6 +39,7 @@ from .options import (
     OutputDir,
     OutputPath,
     OwnBase,
+    OwnText,
     Precision,
     Scale,
     Seed,
@@ -84,6 +85,7 @@ def edit(
     lora_scale: LoraScale = None,
     guidance: Annotated[bool | None, typer.Option(help="Move the latents until the asset lies in its box.")] = None,
     bounded: Annotated[bool, typer.Option(help="Keep an asset to its box, and plain words to the mask.")] = True,
+    own_text: OwnText = True,
     mixed_precision: Precision = Precision.auto,
     vram_gib: VramGib = None,
     attention_backend: AttentionBackend = Attention.auto,
@@ -231,7 +233,7 @@ def _crops(bundle: Bundle | None) -> dict[str, Any]:
 
 def _edit_overrides(config: EditConfig, given: dict[str, Any]) -> EditConfig:
     names = ("steps", "guidance_scale", "negative_prompt", "lora_scale", "blending_start_percentage", "start", "background",
-             "optimize", "reconstruction_steps", "mask_dilation", "bounded")  # fmt: skip
+             "optimize", "reconstruction_steps", "mask_dilation", "bounded", "own_text")  # fmt: skip
     config = override(config, **{n: given[n] for n in names})
     if given["guidance"] is None:
         return config

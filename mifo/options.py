@@ -87,6 +87,7 @@ def number(minimum: float, maximum: float | None = None, help: str | None = None
 
 
 ModelPath = Annotated[str, typer.Option(help="toybox (embedded), sd1.5, sd2.1, a hub id, or a folder.")]
+OwnText = Annotated[bool, typer.Option(help="In boxes, each asset reads the prompt as if it spoke of that asset alone.")]
 OutputDir = Annotated[Path, typer.Option(help="Where learned bundles are kept.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="The same seed gives the same result.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; empty picks what is there.")]
