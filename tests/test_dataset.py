@@ -10,11 +10,14 @@ import numpy as np
 import torch
 from _tiny import load_base, write_instance
 
+from mifo.clean_plate import clean_plate
 from mifo.config import learn_preset
-from mifo.dataset import InstanceData, random_shifts, shift
-from mifo.instance import fit_instance, load_instance
+from mifo.dataset import InstanceData, encode, pixels_to_tensor, random_shifts, shift
+from mifo.instance import fit_instance, load_instance, with_background
 from mifo.learn import Learner
 from mifo.prompts import tokenize_prompt
+from mifo.toybox.examples import EXAMPLES
+from mifo.toybox.world import Scene, draw_scene
 
 
 def test_a_shift_moves_pixels_and_fills_what_comes_in():
@@ -47,6 +50,36 @@ def test_a_step_takes_only_views_in_which_its_assets_are_whole(tmp_path: Path):
     assert min(len(found) for found in places.values()) > 3
     fixed = {tuple(still.sample(rng, generator, 1, False, 0.0).asset_masks.amax(0)[0].nonzero()[0].tolist()) for _ in range(5)}
     assert len(fixed) == 1
+
+
+def test_a_clean_plate_is_the_scene_as_if_nothing_had_stood_there():
+    scene = EXAMPLES["twins"]
+    drawing, empty = draw_scene(scene, 128), draw_scene(Scene((), scene.background, scene.seed), 128)
+    pictures = (clean_plate(drawing.image, drawing.masks), empty.image, drawing.image)
+    plate, truth, photo = (np.asarray(i).astype(float) for i in pictures)
+    things = np.max([np.asarray(m) for m in drawing.masks], axis=0) > 0
+    assert np.abs(photo - truth)[things].mean() > 60
+    assert np.abs(plate - truth)[things].mean() < 20  # what is left are blades of grass, a cloud, the horizon's place
+    far = np.asarray(drawing.image) == plate
+    assert far[~things].mean() > 0.7  # beyond the things' soft edges the photo stays
+
+
+def test_the_background_alone_is_learned_in_the_whole_picture_on_the_clean_plate(tmp_path: Path):
+    instance = with_background(load_instance(write_instance(tmp_path / "cups", size=(96, 64))))  # padded above and below
+    fitted, base = fit_instance(instance, 64), load_base()
+    data = InstanceData(fitted, base)
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    alone = [b for b in (data.sample(rng, generator, 1, True, 0.0) for _ in range(80)) if b.tokens == ("<background>",)]
+    whole = [b for b in alone if b.asset_masks.sum() > data.masks[False][2].sum()]
+    assert len(whole) > 15 and whole[0].prompt == "a photo of <background>"
+    valid = torch.from_numpy(np.asarray(fitted.valid) > 0).float()
+    assert torch.equal(whole[0].asset_masks[0, 0], valid)
+    assert whole[0].union_mask[0, 0, 0].sum() == 0  # the padding
+    assert data.plate is not None
+    plate = pixels_to_tensor(clean_plate(fitted.image, fitted.masks[:2]))
+    assert torch.equal(data.plate[True].mean, encode(base, plate.flip(-1))[0])  # and not the picture's own latents
+    drawn = torch.cat([b.latents for b in whole]).mean(0) - data.plate[False].mean[0]
+    assert (drawn.abs() < 5 * data.plate[False].std[0] / len(whole) ** 0.5).all()  # five standard errors
 
 
 def test_locality_counts_what_the_tokens_change_outside_the_masks_and_nothing_else():

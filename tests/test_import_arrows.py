@@ -15,7 +15,8 @@ ROWS = (
     ("errors",),
     ("config", "boxes", "prompts", "files", "memory", "console", "interrupts", "options"),  # plain data and the machine
     ("memory_trace", "known_models", "quantize", "half_precision"),
-    ("instance", "asset_crops", "references", "pictures", "picture_file", "edit_frame", "blending", "ranking"),  # pixels
+    ("instance", "asset_crops", "references", "pictures", "picture_file", "edit_frame", "blending", "clean_plate",
+     "ranking"),  # pixels
     ("keep_best", "embedding", "losses", "attention", "guidance", "denoise"),  # tensors, a bare UNet
     ("base_model",),
     ("bundle", "dataset", "prior", "mask_check", "checkpoints", "batch"),  # what a base model is dressed and fed with
