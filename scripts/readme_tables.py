@@ -245,6 +245,7 @@ def _seconds(entry: dict) -> str:
 TABLES = {"main_job": main_job_table, "base_model": base_model_table, "edit": edit_table, "bench": bench_table,
           "bench_jobs": jobs_table, "bench_growth": growth_table, "memory_goals": goals_table, "memory": memory_table,
           "toybench": lambda: toybench_table("toybench"),
+          "toybench_ablations": lambda: toybench_table("toybench_ablations"),
           "toybench_holdout": lambda: toybench_table("toybench_holdout")}  # fmt: skip
 
 
