@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 
 from mifo.boxes import Box, Layout
 from mifo.bundle import load_bundle
+from mifo.command_parts import instance_of
 from mifo.config import KeepConfig, learn_preset
 from mifo.evaluate.backend import Seen
 from mifo.evaluate.cases import Case, Picture
@@ -51,10 +52,10 @@ def test_the_background_is_learned_but_not_measured_as_a_thing(folder: Path, tmp
     mifo("learn", folder / "twins", "--model-path", tiny_base_folder(), "--output-dir", tmp_path, *FAST, "--background-asset",
          "--keep", "best", "--backend", "toybox")  # fmt: skip
     assert load_bundle(learned).tokens == ("<asset0>", "<asset1>", "<background>")
-    for more in ([], ["--instance", folder / "twins"]):
-        found = evaluate(learned, tmp_path / "out", "--samples", 1, *more)
-        assert found["tokens"] == ["<asset0>", "<asset1>"] == list(found["attention_outside"])
-        assert len(found["leakage_matrix"]) == 2 and not any("<background>" in case["prompt"] for case in found["cases"])
+    found = evaluate(learned, tmp_path / "out", "--samples", 1)
+    assert found["tokens"] == ["<asset0>", "<asset1>"] == list(found["attention_outside"])
+    assert len(found["leakage_matrix"]) == 2 and not any("<background>" in case["prompt"] for case in found["cases"])
+    assert instance_of(load_bundle(learned), folder / "twins").tokens == ("<asset0>", "<asset1>")
 
 
 # --- against the drawn truth --------------------------------------------------------------------

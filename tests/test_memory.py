@@ -251,7 +251,8 @@ def test_both_phases_learn_in_fp16_through_the_learners_own_loop(tmp_path: Path,
     config, data = real_learner(base, tmp_path, checkpointing=False)
     config = replace(config, embedding=replace(config.embedding, train_steps=2), lora=replace(config.lora, train_steps=1, rank=2))
     accelerator = Accelerator(cpu=True)
-    accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True  # Accelerate makes no scaler for a CPU by itself
+    accelerator.native_amp = True  # Accelerate makes no scaler for a CPU by itself
+    monkeypatch.setattr(accelerator.state, "_mixed_precision", "fp16")  # its state is the whole process's
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     tokens = ["<asset0>", "<asset1>"]
     add_asset_tokens(base.tokenizer, tokens)
