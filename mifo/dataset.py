@@ -55,8 +55,8 @@ class InstanceData:
     The VAE's distribution is kept, not one sample of it: each step draws afresh, as encoding every step would.
     `placements` shifted copies per asset keep a token from learning where in the photo its asset stood: a step takes one of
     the views in which all of its assets are whole.
-    Where `<background>` is learned, half of its steps are about it alone, on a clean plate and in the whole picture: the masked
-    loss says nothing about the places where the things stood, and the model would put things there.
+    Where `<background>` is learned by union sampling, most of its steps are about it alone, on a clean plate and in the whole
+    picture: the masked loss says nothing about the places where the things stood, and the model would put things there.
     """
 
     def __init__(self, fitted: FittedInstance, base: BaseModel, placements: int = 0, seed: int = 0):
@@ -75,28 +75,28 @@ class InstanceData:
                 turned, their_masks = (x.flip(-1) if flip else x for x in (moved, moved_masks))
                 self.views[flip].append(View(*encode(base, turned), their_masks.to(base.device), whole))
 
-        self.plate = self._plate(fitted, base) if BACKGROUND_TOKEN in self.tokens else None
+        self.background = self.tokens.index(BACKGROUND_TOKEN) if BACKGROUND_TOKEN in self.tokens else None
+        self.plate = None if self.background is None else self._plate(fitted, base)
 
     def _plate(self, fitted: FittedInstance, base: BaseModel) -> dict[bool, View]:
-        """The picture without its things. Its mask for each asset is all that is not padding."""
-        plate = pixels_to_tensor(clean_plate(fitted.image, fitted.masks[: self.tokens.index(BACKGROUND_TOKEN)]))
-        return {flip: View(*encode(base, plate.flip(-1) if flip else plate),
-                           self.masks[flip].amax(0, keepdim=True).expand_as(self.masks[flip]), frozenset())
-                for flip in (False, True)}  # fmt: skip
+        """The picture without its things, by flip. Its mask for each asset is all that is not padding."""
+        pixels, views = pixels_to_tensor(clean_plate(fitted.image, fitted.masks[: self.background])), {}
+        for flip in (False, True):
+            valid = self.masks[flip].amax(0, keepdim=True).expand_as(self.masks[flip])
+            views[flip] = View(*encode(base, pixels.flip(-1) if flip else pixels), valid, frozenset())
+        return views
 
     def sample(self, rng: np.random.Generator, generator: torch.Generator, draws: int, union_sampling: bool,
                flip_probability: float) -> Batch:  # fmt: skip
         """Draws a subset (size uniform in 1..N, random order), a flip, and `draws` latents."""
         size = int(rng.integers(1, self.count + 1)) if union_sampling else self.count
         assets = tuple(int(i) for i in rng.permutation(self.count)[:size])
-        clean = self.plate is not None and BACKGROUND_TOKEN in (self.tokens[i] for i in assets) and rng.random() < PLATE_SHARE
-        if clean:
-            assets = (self.tokens.index(BACKGROUND_TOKEN),)
         flip = bool(rng.random() < flip_probability)
-        fitting = [view for view in self.views[flip] if view.whole.issuperset(assets)]
-        view = fitting[int(rng.integers(len(fitting)))] if len(fitting) > 1 else fitting[0]
-        if clean and self.plate:
-            view = self.plate[flip]
+        if self.plate and union_sampling and self.background in assets and rng.random() < PLATE_SHARE:
+            assets, view = (self.background,), self.plate[flip]
+        else:
+            fitting = [view for view in self.views[flip] if view.whole.issuperset(assets)]
+            view = fitting[int(rng.integers(len(fitting)))] if len(fitting) > 1 else fitting[0]
         mean, std = view.mean, view.std
         noise = torch.randn((draws, *mean.shape[1:]), generator=generator).to(mean)
         masks = view.masks[list(assets)]

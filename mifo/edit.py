@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -130,7 +130,9 @@ def edit(base: BaseModel, image: Image.Image, mask: BoolArray, prompt: str, toke
     scheduler = make_scheduler("ddim", base.scheduler)
     blend = _Blending(scheduler, config, first_step, source, noise, masks)
     control = None
-    bound = on_canvas or (_bind_words(base, tokenized, masks[0]) if config.bounded else None)
+    bound = on_canvas
+    if config.bounded and bound is None and (words := _as_one_subject(tokenized)):
+        tokenized, bound = words, Layout((WORDS,), (_box_around(base, masks[0]),))
     if bound and config.bounded:
         control = BoundedAttention(tokenized, bound, (side, side), base.device, config.own_text)
         control.images, control.halves = count, 1 if config.guidance_scale == 1.0 else 2
@@ -251,16 +253,13 @@ def _box_around(base: BaseModel, mask: BoolArray) -> Box:
     return snapped_box(mask, min(min(s.map_size(side, side)) for s in attention_sites(base.unet)))
 
 
-def _bind_words(base: BaseModel, prompt: TokenizedPrompt, widest: BoolArray) -> Layout | None:
-    """Makes all content words of a prompt without assets one subject, whose box is the widest mask's; None if there is none.
+def _as_one_subject(prompt: TokenizedPrompt) -> TokenizedPrompt | None:
+    """The prompt with all its content words as one subject's token; None without such words, or with assets: they are subjects.
 
     `<background>` is what stands outside of boxes, and cannot be bound to one.
     """
     content = tuple(i for i in range(1, prompt.end_position) if i not in prompt.function_positions)
-    if prompt.asset_positions or not content:
-        return None
-    prompt.asset_positions[WORDS] = content
-    return Layout((WORDS,), (_box_around(base, widest),))
+    return replace(prompt, asset_positions={WORDS: content}) if content and not prompt.asset_positions else None
 
 
 def _decode(base: BaseModel, latents: torch.Tensor, canvas: npt.NDArray[np.uint8], inside: BoolArray,

@@ -205,8 +205,9 @@ def test_options_matter(tmp_path: Path):
         return pixels(synthesize(tmp_path, "--boxes", BOXES, *more)["images"][0])
 
     usual = draw()
-    for option in (["--no-guidance"], ["--no-bounded"], ["--lora-scale", 0], ["--negative-prompt", "a red car"],
-                   ["--guidance-scale", 2], ["--scheduler", "dpm"], ["--scheduler", "unipc"]):  # fmt: skip
+    for option in (["--no-guidance"], ["--no-bounded"], ["--no-own-text"], ["--lora-scale", 0],
+                   ["--negative-prompt", "a red car"], ["--guidance-scale", 2], ["--scheduler", "dpm"],
+                   ["--scheduler", "unipc"]):  # fmt: skip
         assert draw(*option) != usual, option
     assert draw("--subject-token-indices", "4,6") == usual  # accepted, never needed
 

@@ -212,6 +212,19 @@ def test_masks_that_cannot_be_used(place: Path, box: tuple[int, int, int, int], 
 # --- scenes -------------------------------------------------------------------------------------
 
 
+def test_two_assets_in_one_edit_read_texts_of_their_own_unless_told_otherwise(tmp_path: Path):
+    Image.new("RGB", (96, 96), "grey").save(tmp_path / "img.png")
+    mask = write_mask(tmp_path / "mask.png", (96, 96), (16, 16, 80, 80))
+    drawn = []
+    for k, more in enumerate(([], ["--no-own-text"])):
+        mifo("edit", tiny_bundle_folder(), "--init-image", tmp_path / "img.png", "--mask", mask, "--prompt",
+             "a photo of <asset0> and <asset1>", "--boxes", "[[0.1, 0.2, 0.5, 0.8], [0.5, 0.2, 0.9, 0.8]]", *QUICK,
+             "--output-path", tmp_path / f"out{k}", *more)  # fmt: skip
+        (picture,) = (p for p in (tmp_path / f"out{k}").glob("*.png") if p.name != "contact.png")
+        drawn.append(np.asarray(Image.open(picture)))
+    assert (drawn[0] != drawn[1]).any()
+
+
 def test_the_background_is_what_no_mask_covers(tmp_path: Path):
     instance = load_instance(write_instance(tmp_path / "cups"))
     extended = with_background(instance)

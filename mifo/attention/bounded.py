@@ -29,7 +29,7 @@ class BoundedAttention:
 
     With `own_text` each of several subjects has a text of its own: the prompt, read as if all its assets were that one. A text
     encoder mixes what stands in one prompt, and look-alikes blend in it before any attention mask can part them (this
-    project's own; measured in scripts/results/toybench.json). The keys of a sampling pass's cross-attention are the states
+    project's own; measured in scripts/results/toybench*.json). The keys of a sampling pass's cross-attention are the states
     of all `texts`, one behind another. A guidance pass reads the prompt alone: it is about places, which the one text compares.
     """
 
@@ -116,8 +116,9 @@ class BoundedAttention:
         subjects only (it sums the subjects up). In guidance the background sees the assets, to be pushed away from them.
         With own texts, a subject reads its own and nothing else when sampling, and the background the prompt.
         """
-        subjects = self.subject_masks(size)
+        subjects = self.subject_masks(size)  # (I, N, h*w)
         background = ~subjects.any(1)  # (I, h*w)
+        # the pixels that read each text, (I, h*w)
         readers = [background, *subjects.unbind(1)] if self._reads_own else [torch.ones_like(background)]
         mask = torch.cat([self._words(reader, background) for reader in readers], -1)  # (I, h*w, keys)
         mask[..., self._asset_positions] = False
