@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from measure_main_job import load_things
+from measure_main_job import load_things, measure_alone, measure_boxes
 from PIL import Image
 from results import share, spread, write_result
 from tqdm import tqdm
@@ -28,12 +28,13 @@ from tqdm import tqdm
 from mifo.base_model import BaseModel, load_base_model
 from mifo.boxes import Box
 from mifo.bundle import Bundle, attach, load_bundle
-from mifo.config import EditConfig, edit_preset, learn_preset
+from mifo.config import EditConfig, edit_preset, learn_preset, synthesis_preset
 from mifo.edit import edit
 from mifo.instance import load_instance, with_background
 from mifo.learn import learn
 from mifo.learn_report import sample_prompts
 from mifo.pictures import caption_below, enlarge, grid
+from mifo.prompts import things_among
 from mifo.references import kept_crops
 from mifo.toybox.draw import BACKGROUNDS, COLORS
 from mifo.toybox.judge import Verdict, judge_images, load_judge, match
@@ -196,14 +197,21 @@ def named_color(pixels: np.ndarray) -> str:
     return min(COLORS, key=lambda name: float(((np.array(COLORS[name]) - middle) ** 2).sum()))
 
 
-def measure_background(base: BaseModel, bundle: Bundle, judge: Any, samples: int) -> tuple[dict[str, Any], list[Image.Image]]:
+def measure_background(base: BaseModel, bundle: Bundle, things: list[Thing], judge: Any,
+                       samples: int) -> tuple[dict[str, Any], list[Image.Image]]:  # fmt: skip
+    """`<background>` alone, and what learning it leaves of the assets, which get fewer steps."""
+    assets = replace(bundle, tokens=things_among(bundle.tokens))
     with attach(base, bundle):
+        alone, _ = measure_alone(base, assets, things, judge, max(1, samples // 6))
+        boxes, _ = measure_boxes(base, assets, things, judge, synthesis_preset(base.family), max(1, samples // 2))
         images = sample_prompts(base, ["a photo of <background>"] * samples, bundle.tokens, 0, steps=25)
     verdicts = judge_images(judge, images)
     wanted = judge_images(judge, [load_instance(Path("example") / bundle.name.removesuffix("_background")).image])[0].background
     cells = [caption_below(enlarge(i, 192), f"{bundle.name}") for i in images[:6]]
     return {"no_object": share([not v.findings for v in verdicts]),
-            "same_background": share([v.background == wanted for v in verdicts])}, cells  # fmt: skip
+            "same_background": share([v.background == wanted for v in verdicts]),
+            "assets_alone": {k: alone[k] for k in ("right", "not_confused")},
+            "assets_in_boxes": {k: boxes[k] for k in ("right_instance", "wrong_instance")}}, cells  # fmt: skip
 
 
 def measure_seconds(bundle: Bundle, folder: Path, repeats: int = 3) -> dict[str, Any]:
@@ -266,7 +274,7 @@ def main(
                                                      first_seed, candidates=4)  # fmt: skip
             if "background" in chosen:
                 whole = learned(example, base, kept, background=True)
-                entry["background"], shown = measure_background(base, whole, judge, scenes)
+                entry["background"], shown = measure_background(base, whole, things, judge, scenes)
                 cells += shown
             if bundle and "seconds" in chosen:
                 entry["seconds_of_the_command"] = measure_seconds(bundle, work)
