@@ -6,6 +6,8 @@ Exit status: 0 done, 2 the input is wrong, 1 our fault, 130 interrupted, 143 ter
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import os
 import signal
@@ -448,6 +450,7 @@ for command in (edit_commands.edit, edit_commands.decompose, edit_commands.varia
 
 def main() -> None:
     """Runs the command line of this process."""
+    atexit.register(gc.freeze)  # at the end Python would look for garbage among PyTorch's objects, for more than a second
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "error")  # advice to programmers
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -111,11 +111,15 @@ def edit_table() -> str:
                   f"| {name}: class, both colours and pattern right | {percent(found['class_colors_pattern'])} | |",
                   f"| {name}: the same, the best ranked of 4 | {percent(result[name]['ranking']['class_colors_pattern'])} | |",
                   f"| {name}: the scene's own things, unchanged bytes | {percent(found['objects_unchanged_pixels'])} | 100 % |",
+                  f"| {name}: the scene's own things, the same to the judge | {percent(found['objects_unchanged_judge'])} | |",
                   f"| {name}: largest difference outside the mask | {found['max_difference_outside']} | 0 |"]  # fmt: skip
         if command := seconds.get(name, {}).get("seconds_of_the_command"):
             lines.append(f"| {name}: the command, loading included, seconds (median) | {command['one']['median']:.1f} | 10 |")
         if plain := background.get(name, {}).get("background"):
-            lines.append(f"| {name}: `<background>` alone shows no thing | {percent(plain['no_object'])} | 90 % |")
+            boxed, alone = plain["assets_in_boxes"]["right_instance"], plain["assets_alone"]["right"]
+            lines += [f"| {name}: `<background>` alone shows no thing | {percent(plain['no_object'])} | 90 % |",
+                      f"| {name}: assets learned beside it, right instance in its box | {percent(boxed)} | |",
+                      f"| {name}: assets learned beside it, all looks right alone | {percent(alone)} | |"]  # fmt: skip
     rebuilt, thin = result["reconstruction"], result["thin"]
     weights, latents = (f"{rebuilt[f'optimization_{what}_gain_db']:.1f} dB" for what in ("weights", "latents"))
     lines += [f"| PSNR outside, decoder's weights tuned, above `none` | {weights} | 5 dB |",
