@@ -19,7 +19,7 @@ from .config import SynthesisConfig, to_dict
 from .errors import InputError
 from .files import replace_files
 from .pictures import caption_below, enlarge, grid
-from .prompts import ASSET_PATTERN, BACKGROUND_TOKEN, check_prompt, join_assets, tokenize_prompt
+from .prompts import ASSET_PATTERN, BACKGROUND_TOKEN, check_prompt, join_assets, things_among, tokenize_prompt
 from .synthesize import synthesize
 
 MAX_PROMPTS_BYTES = 1 << 20
@@ -52,7 +52,7 @@ class Shot:
 
 def decomposition(tokens: Sequence[str], seed: int) -> list[Shot]:
     """Each asset alone, all of them together, and the background where it was learned."""
-    things = [t for t in tokens if t != BACKGROUND_TOKEN]
+    things = things_among(tokens)
     shots = [Shot(t.strip("<>"), join_assets([t]), seed) for t in things]
     shots.append(Shot("all", join_assets(things), seed))
     if BACKGROUND_TOKEN in tokens:
@@ -73,9 +73,8 @@ def variations(tokens: Sequence[str], templates: Sequence[str], count: int, seed
 
 def choose_asset(name: str | None, tokens: Sequence[str]) -> list[str]:
     """`<asset0>`, `asset0` or `0` -> its token; None is the whole scene. Raises InputError when there is no such asset."""
-    things = [t for t in tokens if t != BACKGROUND_TOKEN]
     if name is None:
-        return things
+        return list(things_among(tokens))
     bare = name.strip().lower().strip("<>")
     token = f"<{bare}>" if not bare.isdigit() else f"<asset{int(bare[:9])}>"
     if token not in tokens:
