@@ -7,7 +7,6 @@ Exit status: 0 done, 2 the input is wrong, 1 our fault, 130 interrupted, 143 ter
 from __future__ import annotations
 
 import atexit
-import gc
 import logging
 import os
 import signal
@@ -26,6 +25,7 @@ from .command_parts import (
     choose_device,
     choose_dtype,
     family_of,
+    import_libraries,
     instance_folders,
     load_base_of,
     measured_by,
@@ -33,7 +33,7 @@ from .command_parts import (
     own_base,
     plan_within,
 )
-from .console import Bar, running, say, terminate
+from .console import Bar, leave, running, say, terminate
 from .errors import InputError
 from .files import check_replaceable, check_writable
 from .options import (
@@ -134,6 +134,7 @@ def learn(
         targets = [output_dir / _bundle_name(name or each.name) for each in instances]
         _check_targets(targets)
 
+        import_libraries()
         from .attention.backend import use_backend
         from .base_model import load_base_model
         from .checkpoints import Checkpointing
@@ -214,6 +215,7 @@ def synthesize(
         if subject_token_indices:
             say("note: --subject-token-indices is not needed; the assets' positions are found in the prompt")
 
+        import_libraries()
         from .attention.backend import use_backend
         from .bundle import attach, find_bundle, load_bundle
         from .config import synthesis_preset
@@ -295,6 +297,7 @@ def export(
     with running(as_json) as job:
         check_writable(output_path.parent)
 
+        import_libraries()
         from .bundle import export_for_diffusers, find_bundle, load_bundle
 
         export_for_diffusers(load_bundle(find_bundle(model_id, output_dir)), output_path)
@@ -314,6 +317,7 @@ def demo(
     with running(as_json) as job:
         check_writable(output_path)
 
+        import_libraries()
         from .demo import run_demo
 
         with Bar() as bar:
@@ -450,7 +454,8 @@ for command in (edit_commands.edit, edit_commands.decompose, edit_commands.varia
 
 def main() -> None:
     """Runs the command line of this process."""
-    atexit.register(gc.freeze)  # at the end Python would look for garbage among PyTorch's objects, for more than a second
+    status = 1  # of an error that nobody expected; Python has said which
+    atexit.register(lambda: leave(status))  # the first to be registered is the last to run
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "error")  # advice to programmers
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -462,4 +467,9 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a file's name may hold bytes that are no text
     signal.signal(signal.SIGTERM, terminate)
-    app()
+    try:
+        app()
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise

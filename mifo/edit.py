@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from .attention.bounded import BoundedAttention, bound_attention
-from .attention.sites import attention_sites
+from .attention.sites import smallest_map
 from .base_model import BaseModel
 from .blending import clone, paste, paste_around, tune_to_source
 from .boxes import Box, Layout
@@ -250,7 +250,7 @@ def _layout_on_canvas(base: BaseModel, prompt: str, frame: EditFrame, size: tupl
 def _box_around(base: BaseModel, mask: BoolArray) -> Box:
     """The mask's box, so large that the model's smallest attention map shows it."""
     side = len(mask)
-    return snapped_box(mask, min(min(s.map_size(side, side)) for s in attention_sites(base.unet)))
+    return snapped_box(mask, min(smallest_map(base.unet, side, side)))
 
 
 def _as_one_subject(prompt: TokenizedPrompt) -> TokenizedPrompt | None:

@@ -18,6 +18,7 @@ from .command_parts import (
     choose_dtype,
     end_job,
     family_of,
+    import_libraries,
     load_base_of,
     override,
     own_base,
@@ -50,8 +51,9 @@ from .options import (
 
 if TYPE_CHECKING:
     from .base_model import BaseModel
+    from .boxes import Layout
     from .bundle import Bundle
-    from .config import EditConfig
+    from .config import EditConfig, SynthesisConfig
     from .scenes import Shot
 
 
@@ -113,17 +115,17 @@ def decompose(
     device: Device = "",
     as_json: AsJson = False,
 ) -> None:
-    """Draw what a scene consists of: each asset alone, all together, and the background if it was learned."""
+    """Draw what a scene consists of: each asset alone, all in their places, and the background if it was learned."""
     given = dict(locals())
     with running(as_json) as job:
         check_writable(output_path)
 
         from .scenes import decomposition
 
-        def shots(bundle: Bundle, family: str) -> list[Shot]:
+        def shots(bundle: Bundle, base: BaseModel, config: SynthesisConfig) -> list[Shot]:
             if "<background>" not in bundle.tokens:
                 say("note: the background was not learned; 'learn --background-asset' adds it")
-            return decomposition(bundle.tokens, seed)
+            return decomposition(bundle.tokens, seed, _places(bundle, base, config))
 
         _run_shots(job, given, "decompose", shots)
 
@@ -133,6 +135,9 @@ def variations(
     count: Annotated[int, typer.Option(min=1, max=10_000, help="Pictures; the prompts take turns.")] = 8,
     asset: Annotated[str | None, typer.Option(help="One asset, such as 0 or <asset0>; the whole scene by default.")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="One prompt a line; {} is the scene or the asset.")] = None,
+    keep_places: Annotated[
+        bool, typer.Option("--keep-places/--free-places", help="Several assets keep to where they stood in the photo.")
+    ] = True,
     model_path: OwnBase = None,
     output_dir: OutputDir = Path("Model_ours"),
     output_path: OutputPath = Path("output/variations"),
@@ -151,10 +156,10 @@ def variations(
         from .scenes import VARIATIONS, choose_asset, read_prompts
         from .scenes import variations as list_variations
 
-        def shots(bundle: Bundle, family: str) -> list[Shot]:
+        def shots(bundle: Bundle, base: BaseModel, config: SynthesisConfig) -> list[Shot]:
             chosen = choose_asset(asset, bundle.tokens)
-            templates = read_prompts(prompts_file, bundle.tokens) if prompts_file else VARIATIONS[family]
-            return list_variations(chosen, templates, count, seed)
+            templates = read_prompts(prompts_file, bundle.tokens) if prompts_file else VARIATIONS[base.family]
+            return list_variations(chosen, templates, count, seed, _places(bundle, base, config) if keep_places else None)
 
         _run_shots(job, given, "variations", shots)
 
@@ -179,6 +184,7 @@ def _run_edit(job: Job, given: dict[str, Any], name: str) -> None:
     for note in picture.notes:
         say(f"note: {note}")
 
+    import_libraries()
     from .attention.backend import use_backend
     from .base_model import load_base_model
     from .bundle import attach, find_bundle, load_bundle
@@ -241,8 +247,9 @@ def _edit_overrides(config: EditConfig, given: dict[str, Any]) -> EditConfig:
 
 
 def _run_shots(job: Job, given: dict[str, Any], command: str,
-               make_shots: Callable[[Bundle, str], list[Shot]]) -> None:  # fmt: skip
+               make_shots: Callable[[Bundle, BaseModel, SynthesisConfig], list[Shot]]) -> None:  # fmt: skip
     """What `decompose` and `variations` share: load, draw a list of prompts, save."""
+    import_libraries()
     from .batch import open_job
     from .bundle import attach, find_bundle, load_bundle
     from .config import synthesis_preset
@@ -251,9 +258,9 @@ def _run_shots(job: Job, given: dict[str, Any], command: str,
     bundle = load_bundle(find_bundle(given["model_id"], given["output_dir"]))
     chosen = choose_device(given["device"])
     base = load_base_of(bundle, given["model_path"], chosen, choose_dtype(given["mixed_precision"], chosen))
-    shots = make_shots(bundle, base.family)
     config = synthesis_preset(base.family)
     config = override(config, steps=given["steps"], guidance_scale=given["guidance_scale"])
+    shots = make_shots(bundle, base, config)
     output = given["output_path"]
     facts = {"bundle": bundle.name, "base_model": base.name, "steps": config.steps, "guidance_scale": config.guidance_scale}
     with open_job(output, base, bundle) as pictures:
@@ -269,6 +276,18 @@ def _run_shots(job: Job, given: dict[str, Any], command: str,
     job.json({"images": [str(p) for p in paths], "prompts": [s.prompt for s in drawn], "failed": pictures.failures,
               "contact_sheet": str(output / "contact.png"), "json": str(output / f"{command}.json")})  # fmt: skip
     end_job(pictures)
+
+
+def _places(bundle: Bundle, base: BaseModel, config: SynthesisConfig) -> Layout | None:
+    """Where the things stood in the photo; None for a bundle that does not hold it."""
+    from .references import kept_instance
+    from .scenes import places_in_photo
+
+    try:
+        return places_in_photo(kept_instance(bundle.folder, bundle.tokens), base, config)
+    except InputError as error:
+        say(f"note: assets that share a picture get no boxes: {error}")
+        return None
 
 
 def _count(paths: list[Path]) -> str:

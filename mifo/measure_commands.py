@@ -16,6 +16,7 @@ from .command_parts import (
     choose_dtype,
     end_job,
     family_of,
+    import_libraries,
     instance_folders,
     instance_of,
     load_base_of,
@@ -74,6 +75,7 @@ def evaluate(
     """Measure a bundle: identity, leakage, layout, prompt fit and drift, with intervals. The same seed, the same JSON."""
     given = dict(locals())
     with running(as_json) as job:
+        import_libraries()
         from .batch import open_job
         from .bundle import find_bundle, load_bundle
         from .evaluate.cases import mask_aspects, read_cases, read_pictures

@@ -1,6 +1,6 @@
 """Looking at what was learned: the scene taken apart, and variations of it (Break-A-Scene, section 5).
 
-Knows bundles' tokens and prompts. Knows nothing of learning, boxes or masks.
+Knows bundles' tokens, prompts, and where things stood in the photo. Knows nothing of learning, or of how boxes act.
 """
 
 from __future__ import annotations
@@ -11,16 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
+from .attention.sites import smallest_map
 from .base_model import BaseModel
 from .batch import Keep, draw_now
+from .boxes import Layout
 from .config import SynthesisConfig, to_dict
+from .edit_frame import snapped_box
 from .errors import InputError
 from .files import replace_files
+from .instance import Instance
 from .pictures import caption_below, enlarge, grid
-from .prompts import ASSET_PATTERN, BACKGROUND_TOKEN, check_prompt, join_assets, things_among, tokenize_prompt
-from .synthesize import synthesize
+from .prompts import ASSET_PATTERN, BACKGROUND_TOKEN, assets_in, check_prompt, join_assets, things_among, tokenize_prompt
+from .synthesize import latent_shape, synthesize
 
 MAX_PROMPTS_BYTES = 1 << 20
 #: `{}` stands for the scene or the asset. The toybox model knows its own few places only.
@@ -48,27 +53,49 @@ class Shot:
     """Of its file, without the suffix."""
     prompt: str
     seed: int
+    layout: Layout | None = None
+    """Several assets' boxes."""
+
+    def recipe(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {"prompt": self.prompt, "boxes": self.layout.to_json() if self.layout else None, "seed": self.seed}
 
 
-def decomposition(tokens: Sequence[str], seed: int) -> list[Shot]:
-    """Each asset alone, all of them together, and the background where it was learned."""
+def places_in_photo(instance: Instance, base: BaseModel, config: SynthesisConfig) -> Layout:
+    """A box per thing: where it stands in the photo; as large as the model's coarsest attention map needs to show it."""
+    cells = min(smallest_map(base.unet, *latent_shape(base, config)))
+    things = things_among(instance.tokens)
+    boxes = tuple(snapped_box(np.asarray(mask) > 127, cells) for mask in instance.masks[: len(things)])
+    return Layout(things, boxes)
+
+
+def _placed(prompt: str, places: Layout | None) -> Layout | None:
+    """The places of the prompt's assets; none for one asset alone, which may stand anywhere."""
+    assets = tuple(assets_in(prompt))
+    return Layout(assets, tuple(places.box_of(t) for t in assets)) if places and len(assets) > 1 else None
+
+
+def decomposition(tokens: Sequence[str], seed: int, places: Layout | None = None) -> list[Shot]:
+    """Each asset alone, all of them together in their `places`, and the background where it was learned."""
     things = things_among(tokens)
     shots = [Shot(t.strip("<>"), join_assets([t]), seed) for t in things]
-    shots.append(Shot("all", join_assets(things), seed))
+    shots.append(Shot("all", join_assets(things), seed, _placed(join_assets(things), places)))
     if BACKGROUND_TOKEN in tokens:
         shots.append(Shot("background", join_assets([BACKGROUND_TOKEN]), seed))
     return shots
 
 
-def variations(tokens: Sequence[str], templates: Sequence[str], count: int, seed: int) -> list[Shot]:
-    """`count` pictures, the templates taking turns, each with a seed of its own.
+def variations(tokens: Sequence[str], templates: Sequence[str], count: int, seed: int,
+               places: Layout | None = None) -> list[Shot]:  # fmt: skip
+    """`count` pictures, the templates taking turns, each with a seed of its own; several assets keep to their `places`.
 
     `tokens` are what `{}` stands for. A template that names assets itself stays as it is.
     """
     subject = " and ".join(tokens)
     prompts = [template.replace("{}", subject) for template in templates]
     width = max(2, len(str(count - 1)))
-    return [Shot(f"variation{k:0{width}d}", prompts[k % len(prompts)], seed + k) for k in range(count)]
+    layouts = [_placed(prompt, places) for prompt in prompts]
+    return [Shot(f"variation{k:0{width}d}", prompts[k % len(prompts)], seed + k, layouts[k % len(prompts)]) for k in range(count)]
 
 
 def choose_asset(name: str | None, tokens: Sequence[str]) -> list[str]:
@@ -111,7 +138,7 @@ def read_prompts(path: Path, tokens: Sequence[str]) -> list[str]:
 def draw_shots(base: BaseModel, shots: Sequence[Shot], tokens: Sequence[str], config: SynthesisConfig,
                on_progress: Callable[[int, int], None] | None = None,
                keep: Keep = draw_now) -> dict[Shot, Image.Image]:  # fmt: skip
-    """One picture per shot, without boxes; those that `keep` has are not drawn again, those that fail are left out.
+    """One picture per shot; those that `keep` has are not drawn again, those that fail are left out.
 
     Raises InputError for a prompt that is too long, before anything is drawn.
     """
@@ -125,9 +152,9 @@ def draw_shots(base: BaseModel, shots: Sequence[Shot], tokens: Sequence[str], co
                 on_progress(k * total + done, len(shots) * total)
 
         def draw(shot: Shot = shot, progress: Callable[[int, int], None] = progress) -> list[Image.Image]:
-            return synthesize(base, shot.prompt, None, tokens, config, shot.seed, 1, progress).images
+            return synthesize(base, shot.prompt, shot.layout, tokens, config, shot.seed, 1, progress).images
 
-        recipe = {"prompt": shot.prompt, "tokens": list(tokens), "seed": shot.seed, "config": to_dict(config)}
+        recipe = {**shot.recipe(), "tokens": list(tokens), "config": to_dict(config)}
         if found := keep(shot.name, recipe, 1, draw):
             drawn[shot] = found[0]
     return drawn
@@ -136,7 +163,7 @@ def draw_shots(base: BaseModel, shots: Sequence[Shot], tokens: Sequence[str], co
 def save_shots(drawn: Mapping[Shot, Image.Image], output: Path, record_name: str, facts: dict[str, Any]) -> list[Path]:
     """A PNG per shot, `contact.png` and `<record_name>.json`. All are written, or none."""
     cells = [caption_below(enlarge(i, 256), s.prompt) for s, i in drawn.items()]
-    listed = [{"image": f"{s.name}.png", "prompt": s.prompt, "seed": s.seed} for s in drawn]
+    listed = [{"image": f"{s.name}.png", **s.recipe()} for s in drawn]
     with replace_files(output) as temporary:
         for shot, image in drawn.items():
             image.save(temporary / f"{shot.name}.png", "PNG")

@@ -18,7 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .attention.bounded import BoundedAttention, bound_attention
-from .attention.sites import attention_sites
+from .attention.sites import smallest_map
 from .base_model import BaseModel
 from .boxes import Layout
 from .config import SynthesisConfig, to_dict
@@ -138,7 +138,7 @@ def latent_shape(base: BaseModel, config: SynthesisConfig) -> tuple[int, int]:
 
 def check_boxes(base: BaseModel, layout: Layout, latent_size: tuple[int, int]) -> None:
     """Raises InputError for a box that has no pixel on the model's smallest attention map."""
-    smallest = min(s.map_size(*latent_size) for s in attention_sites(base.unet))
+    smallest = smallest_map(base.unet, *latent_size)
     for _, box in layout:
         box.check_visible(*smallest)
 

@@ -48,6 +48,11 @@ def attention_sites(unet: UNet2DConditionModel) -> list[Site]:
     return sorted(sites, key=lambda s: (order[s.block.split(".")[0]], s.block))
 
 
+def smallest_map(unet: UNet2DConditionModel, latent_height: int, latent_width: int) -> tuple[int, int]:
+    """(height, width) of the UNet's coarsest attention map for latents of that size."""
+    return min(site.map_size(latent_height, latent_width) for site in attention_sites(unet))
+
+
 def choose_sites(unet: UNet2DConditionModel, blocks: tuple[str, ...], map_sizes: tuple[int, ...],
                  kinds: tuple[str, ...] = ("cross",)) -> list[Site]:  # fmt: skip
     """Sites in `blocks` (prefixes such as "up_blocks") whose map has one of `map_sizes` at the model's own resolution.
