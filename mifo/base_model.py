@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -123,17 +124,18 @@ def load_base_model(name: str = "toybox", device: str = "cpu", dtype: torch.dtyp
     _check_layout(folder, name)
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        text_encoder = CLIPTextModel.from_pretrained(
-            folder / "text_encoder", dtype=dtype, use_safetensors=True, local_files_only=True
-        )
-        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype, use_safetensors=True)
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, use_safetensors=True)
+        common: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+        text_encoder, text_info = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, **common)
+        vae, vae_info = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype, **common)
+        unet, unet_info = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, **common)
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
     except MemoryError:
         raise
     except Exception as error:  # diffusers and transformers raise whatever a wrong configuration leads to
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"the base model '{name}' in {folder} does not load ({first_line}); fetch or copy it again") from None
+    for part_name, info in (("text_encoder", text_info), ("vae", vae_info), ("unet", unet_info)):
+        _check_complete(folder / part_name, info["missing_keys"])
     for part in (text_encoder, vae, unet):
         part.requires_grad_(False)
         part.eval()
@@ -145,6 +147,15 @@ def load_base_model(name: str = "toybox", device: str = "cpu", dtype: torch.dtyp
     vae.to("cpu" if memory.vae_on_cpu else device)
     text_encoder.to(**({"device": "cpu", "dtype": torch.float32} if memory.text_encoder_on_cpu else {"device": device}))
     return BaseModel(name, source, revision, fingerprint(folder), tokenizer, text_encoder, vae, unet, scheduler, memory)
+
+
+def _check_complete(folder: Path, missing: Collection[str]) -> None:
+    """Raises InputError when weights were not in the file: the libraries would start them at random, and only warn."""
+    if missing:
+        raise InputError(
+            f"{len(missing)} weights of the model are not in {folder}, such as {min(missing)}; it is another model's, or was "
+            "saved by a newer transformers or diffusers: update them, or fetch the base model again"
+        )
 
 
 def tile_vae(vae: AutoencoderKL) -> None:

@@ -128,7 +128,21 @@ def _lend_adapter(part: Any, folder: Path, scale: float) -> Iterator[None]:
                 module.set_scale("default", scale)
         yield
     finally:
-        model.unload()
+        remove_adapter(model)
+
+
+def remove_adapter(adapter: PeftModel) -> None:
+    """Gives the module its own layers back, and leaves nothing of the adapter in it."""
+    module = adapter.unload()
+    vars(module).pop("peft_config", None)  # peft before 0.20 leaves it, and warns of it when the next adapter comes
+
+
+def _published_name(name: str) -> str:
+    """Newer transformers have no `text_model` in a CLIPTextModel; older ones, and adapters as other programs read them, do.
+
+    A bundle has the names of the versions that learned it, as PEFT's own loading wants them.
+    """
+    return name.replace("base_model.model.encoder.", "base_model.model.text_model.encoder.")
 
 
 def _read_lora_config(path: Path) -> LoraConfig:
@@ -145,6 +159,8 @@ def _fill_adapter(model: PeftModel, path: Path) -> None:
     """Loads every weight of the adapter, and nothing else."""
     weights = load_file(path)
     expected = {k: v.shape for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    own_names = {_published_name(name): name for name in expected}
+    weights = {own_names.get(_published_name(name), name): weight for name, weight in weights.items()}
     if {k: v.shape for k, v in weights.items()} != expected:
         raise InputError(f"{path} does not fit the base model's layers; learn the bundle again")
     set_peft_model_state_dict(model, weights)
@@ -356,7 +372,7 @@ def export_for_diffusers(bundle: Bundle, output: Path) -> None:
     weights = {}
     for adapter in bundle.adapters:
         saved = load_file(bundle.folder / adapter / "adapter_model.safetensors")
-        own = {k.removeprefix("base_model.model."): v for k, v in saved.items()}
+        own = {_published_name(k).removeprefix("base_model.model."): v for k, v in saved.items()}
         weights.update({f"{prefixes[adapter]}.{k}": v for k, v in convert_state_dict_to_diffusers(own).items()})
     with replace_folder(output, _is_export) as temporary:
         if weights:

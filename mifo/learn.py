@@ -23,7 +23,7 @@ from peft import PeftModel
 from .attention.record import AttentionRecorder, record_attention, token_maps
 from .attention.sites import Site, choose_sites
 from .base_model import BaseModel
-from .bundle import Bundle, add_adapters, save_bundle
+from .bundle import Bundle, add_adapters, remove_adapter, save_bundle
 from .checkpoints import Checkpointing, Checkpoints, open_checkpoints
 from .config import AttentionTerms, EmbeddingPhase, LearnConfig, LoraPhase, to_dict
 from .dataset import Batch, InstanceData
@@ -141,7 +141,7 @@ def lend_adapters(base: BaseModel, phase: LoraPhase, seed: int) -> Iterator[dict
         yield adapters
     finally:
         for adapter in adapters.values():
-            adapter.unload()
+            remove_adapter(adapter)
 
 
 @contextmanager

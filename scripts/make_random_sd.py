@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from hub_names import use_hub_names
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from mifo.files import check_writable, replace_folder
@@ -52,6 +53,7 @@ def write_random_sd(name: str, folder: Path, width_divisor: int = 1, seed: int =
             _save(sharpen(UNet2DConditionModel(**shape["unet"])), temporary / "unet")
             _save(AutoencoderKL(**shape["vae"]), temporary / "vae")
             _save(CLIPTextModel(CLIPTextConfig(**shape["text_encoder"])), temporary / "text_encoder")
+            use_hub_names(temporary / "text_encoder")
         finally:
             torch.set_default_dtype(before)
         DDIMScheduler(**shape["scheduler"]).save_pretrained(temporary / "scheduler")

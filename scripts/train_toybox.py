@@ -32,6 +32,7 @@ import torch.nn.functional as F
 import typer
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
+from hub_names import use_hub_names
 from PIL import Image
 from tqdm import tqdm
 from training_loop import Replicas, Stage, build_optimizers, save_sheet
@@ -443,6 +444,7 @@ def export(workdir: Path, stage: str, vae: AutoencoderKL, tokenizer: CLIPTokeniz
     ema.load_state_dict(torch.load(workdir / f"{stage}.pt", map_location="cpu", weights_only=False)["state"]["ema"])
     ema.copy_to(model.parameters())
     as_pipeline(model, vae.cpu(), tokenizer).to(dtype=torch.float16).save_pretrained(output, safe_serialization=True)
+    use_hub_names(output / "text_encoder")
     for config in output.glob("*/config.json"):  # where this machine had the parts is nobody's business
         entries = {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}
         config.write_text(json.dumps(entries, indent=2) + "\n")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from mifo.base_model import HUB_MODELS, TOYBOX_FOLDER, fingerprint, load_base_model, resolve
 from mifo.errors import InputError
@@ -105,3 +106,20 @@ def test_a_damaged_or_foreign_folder_is_refused(tmp_path: Path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(InputError, match="does not load"):
         load_base_model(str(copy))
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae", "unet"])
+def test_a_model_that_lacks_a_weight_is_refused_not_started_at_random(part: str, tmp_path: Path):
+    copy = tmp_path / "model"
+    shutil.copytree(TOYBOX_FOLDER, copy)
+    path = next((copy / part).glob("*.safetensors"))
+    weights = load_file(path)
+    weights.pop(next(name for name in weights if name.endswith("norm1.weight")))
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"1 weights of the model are not in .*{part}, such as .*norm1.weight"):
+        load_base_model(str(copy))
+
+
+def test_every_version_of_transformers_knows_the_text_encoders_weights():
+    """Version 4 takes `encoder.` for other weights than those of `text_model.encoder.`, and starts at random."""
+    assert all(name.startswith("text_model.") for name in load_file(TOYBOX_FOLDER / "text_encoder" / "model.safetensors"))

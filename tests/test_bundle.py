@@ -23,7 +23,16 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from mifo.base_model import BaseModel, load_base_model
-from mifo.bundle import Bundle, add_adapters, attach, export_for_diffusers, find_bundle, load_bundle, save_bundle
+from mifo.bundle import (
+    Bundle,
+    add_adapters,
+    attach,
+    export_for_diffusers,
+    find_bundle,
+    load_bundle,
+    remove_adapter,
+    save_bundle,
+)
 from mifo.config import LearnConfig, LoraPhase
 from mifo.embedding import use_assets
 from mifo.errors import InputError
@@ -88,7 +97,7 @@ def test_rows_and_adapters_come_back_bit_equal(base: BaseModel, tmp_path: Path):
     expected = {n: {k: v.half().clone() for k, v in s.items()} for n, s in states.items()}
     saved = save(base, tmp_path / "cups", rows, adapters, seconds=1.5)
     for adapter in adapters.values():
-        adapter.unload()
+        remove_adapter(adapter)
     again = load_bundle(tmp_path / "cups")
     assert again.tokens == ("<asset0>", "<asset1>") and again.config == LearnConfig(seed=7) and again.facts["seconds"] == 1.5
     assert torch.equal(again.rows, rows) and torch.equal(saved.rows, rows) and again.rows.dtype == torch.float32
@@ -108,7 +117,7 @@ def test_the_same_adapters_are_saved_as_the_same_bytes(base: BaseModel, tmp_path
     adapters = add_adapters(base, 3, text_encoder=False)
     save(base, tmp_path / "a", random_rows(), adapters)
     save(base, tmp_path / "b", random_rows(), adapters)
-    adapters["unet_lora"].unload()
+    remove_adapter(adapters["unet_lora"])
     first, second = snapshot(tmp_path / "a"), snapshot(tmp_path / "b")
     del first["bundle.json"], second["bundle.json"]
     assert first == second
@@ -213,7 +222,7 @@ def test_lora_is_fp32_and_the_base_is_not_touched(dtype: torch.dtype):
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
         outputs_of_training(base).float().pow(2).mean().backward()
     optimizer.step()
-    adapter.unload()
+    remove_adapter(adapter)
     assert all(torch.equal(frozen[n], w) for n, w in base.unet.named_parameters())
 
 
@@ -248,8 +257,23 @@ def test_ours_and_pefts_own_loading_draw_the_same(base: BaseModel, bundle: Bundl
         size = int(base.unet.config["sample_size"])
         latents = torch.randn((1, 8, size, size), generator=torch.Generator().manual_seed(5))
         theirs = base.unet(latents, torch.tensor(300), states).sample
-    model.unload()
+    remove_adapter(model)
     assert torch.equal(prediction, theirs)
+
+
+def test_adapters_learned_with_another_version_of_transformers_fit(base: BaseModel, bundle: Bundle, tmp_path: Path):
+    folder = tmp_path / "cups"
+    shutil.copytree(bundle.folder, folder)
+    path, inner = folder / "text_lora" / "adapter_model.safetensors", "base_model.model."
+    weights = load_file(path)
+    other = {True: (f"{inner}text_model.", inner), False: (inner, f"{inner}text_model.")}
+    old, new = other[any("text_model." in name for name in weights)]
+    save_file({name.replace(old, new): weight for name, weight in weights.items()}, path)
+    drawn = []
+    for each in (bundle, load_bundle(folder)):
+        with attach(base, each):
+            drawn.append(outputs(base, PROMPT))
+    assert torch.equal(drawn[0][0], drawn[1][0]) and torch.equal(drawn[0][1], drawn[1][1])
 
 
 # --- diffusers ----------------------------------------------------------------------------------
@@ -261,6 +285,9 @@ def test_diffusers_reads_the_export_and_predicts_the_same(base: BaseModel, bundl
     export_for_diffusers(bundle, tmp_path / "export")
     names = [f"{n}.safetensors" for n in ("asset0", "asset1", "pytorch_lora_weights")]
     assert sorted(os.listdir(tmp_path / "export")) == names
+    exported = load_file(tmp_path / "export" / "pytorch_lora_weights.safetensors")
+    text = [name for name in exported if not name.startswith("unet.")]
+    assert text and all(name.startswith("text_encoder.text_model.encoder.") for name in text)  # as other programs read them
     pipe = StableDiffusionPipeline.from_pretrained(tiny_base_folder(), torch_dtype=torch.float32)
     for token in ("asset0", "asset1"):
         pipe.load_textual_inversion(tmp_path / "export" / f"{token}.safetensors")
