@@ -276,6 +276,25 @@ def test_variations_take_turns_over_the_prompts(tmp_path: Path):
     assert first != last  # the same prompt, another seed
 
 
+def test_assets_that_share_a_picture_keep_to_where_they_stood(tmp_path: Path):
+    """The tiny bundle's photo has one cup left and one right; boxes fill whole cells of an 8 x 8 map."""
+    mifo("decompose", tiny_bundle_folder(), "--output-path", tmp_path / "d", "--steps", 1)
+    boxes = {i["image"]: i["boxes"] for i in json.loads((tmp_path / "d" / "decompose.json").read_text())["images"]}
+    assert boxes["asset0.png"] is None and boxes["asset1.png"] is None
+    left, right = boxes["all.png"]["<asset0>"], boxes["all.png"]["<asset1>"]
+    assert left[2] <= right[0] + 0.01 and left[0] < 0.3 and right[2] > 0.7
+    (tmp_path / "prompts.txt").write_text("{} at night\n<asset1> and <asset0>\n<asset1> in the snow\n")
+    common = ["--prompts-file", tmp_path / "prompts.txt", "--count", 3, "--steps", 2]
+    drawn = {}
+    for way in ("--keep-places", "--free-places"):
+        mifo("variations", tiny_bundle_folder(), "--output-path", tmp_path / way, way, *common)
+        listed = json.loads((tmp_path / way / "variations.json").read_text())["images"]
+        drawn[way] = [i["boxes"] for i in listed], [(tmp_path / way / i["image"]).read_bytes() for i in listed]
+    kept, free = drawn["--keep-places"], drawn["--free-places"]
+    assert kept[0] == [boxes["all.png"], {"<asset1>": right, "<asset0>": left}, None] and free[0] == [None] * 3
+    assert kept[1][0] != free[1][0] and kept[1][1] != free[1][1] and kept[1][2] == free[1][2]
+
+
 def test_wrong_prompts_and_assets_of_variations(tmp_path: Path):
     prompts = tmp_path / "prompts.txt"
     command = ["variations", tiny_bundle_folder(), "--output-path", tmp_path / "out", "--prompts-file", prompts]
