@@ -90,12 +90,16 @@ def toybench_table(name: str) -> str:
     result = load(name)
     if result is None:
         return "Not measured yet."
-    from toybench_report import table
+    from toybench_report import table, versus_table
 
     held = " that were never used for choosing anything" if result["split"] == "holdout" else ""
     scenes = f"{result['scenes']} scenes{held}, the same scenes and seeds for every method; 95 % bootstrap intervals over scenes."
     figure = f"![{name}: a bar with its interval for every method and level](scripts/results/{name}.png)"
-    return "\n".join([scenes, "", table(result["methods"]), "", figure, "", source(name, result)])
+    lines = [scenes, "", table(result["methods"]), ""]
+    if "mifo_against_it" in result["methods"].get("break-a-scene", {}):
+        lines += ["By level and by number of things, bold where the intervals stay apart:", "",
+                  versus_table(result["methods"], "break-a-scene"), ""]  # fmt: skip
+    return "\n".join([*lines, figure, "", source(name, result)])
 
 
 def edit_table() -> str:

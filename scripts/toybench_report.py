@@ -70,21 +70,23 @@ def summarize(items: Sequence[Item]) -> dict[str, Any]:
         methods[item["method"]].append(item)
     found: dict[str, Any] = {}
     for name in [m for m in METHODS if m in methods]:
-        own = methods[name]
-        groups = {"all": own, **{level: [i for i in own if i["level"] == level] for level in LEVELS}}
-        groups |= {f"{n} instances": [i for i in own if i["count"] == n] for n in sorted({i["count"] for i in own})}
-        entry: dict[str, Any] = {"items": len(own), "cost": costs(own)}
-        for group, chosen in groups.items():
-            if chosen:
-                entry[group] = {m: interval(by_scene(chosen, m)) for m in MEASURES if by_scene(chosen, m)}
-        if name != OURS and OURS in methods:
+        own, ours = grouped(methods[name]), grouped(methods.get(OURS, []))
+        entry: dict[str, Any] = {"items": len(own["all"]), "cost": costs(own["all"])}
+        for group, chosen in own.items():
+            entry[group] = {m: interval(by_scene(chosen, m)) for m in MEASURES if by_scene(chosen, m)}
+        if name != OURS and ours:
             entry["mifo_against_it"] = {
-                level: {m: compare([i for i in methods[OURS] if level in ("all", i["level"])],
-                                   [i for i in own if level in ("all", i["level"])], m) for m in MEASURES}
-                for level in ("all", *LEVELS)
-            }  # fmt: skip
+                group: {m: compare(ours[group], own[group], m) for m in MEASURES} for group in ours if group in own
+            }
         found[name] = entry
     return found
+
+
+def grouped(items: Sequence[Item]) -> dict[str, list[Item]]:
+    """All of them, by level, and by number of things; no empty groups."""
+    groups = {"all": list(items), **{level: [i for i in items if i["level"] == level] for level in LEVELS}}
+    groups |= {f"{n} instances": [i for i in items if i["count"] == n] for n in sorted({i["count"] for i in items})}
+    return {name: chosen for name, chosen in groups.items() if chosen}
 
 
 def costs(items: Sequence[Item]) -> dict[str, float]:
@@ -112,6 +114,23 @@ def table(summary: dict[str, Any]) -> str:
         cells = [shown(entry["all"].get(m)) for m in IN_TABLE]
         cost = entry["cost"]
         lines.append(f"| {name} | {' | '.join(cells)} | {cost['learn_seconds']:.0f} | {cost['seconds_per_picture']:.1f} |")
+    return "\n".join(lines)
+
+
+def versus_table(summary: dict[str, Any], other: str) -> str:
+    """This project and another method by level and by number of things; bold where the intervals stay apart in our favour."""
+    measures = ("margin_in_boxes", "confused_in_boxes", "margin_alone", "confused_alone")
+    titles = [f"{MEASURES[m][0]}: {name}" for m in measures for name in (OURS, other)]
+    lines = [f"| | scenes | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
+    for group, found in summary[other]["mifo_against_it"].items():
+        compared = {m: c for m, c in found.items() if c and m in measures}
+        cells = []
+        for measure in measures:
+            own, theirs = (shown(summary[name][group].get(measure)) for name in (OURS, other))
+            apart = measure in compared and compared[measure]["ahead_with_intervals_apart"]
+            cells += [f"**{own}**" if apart else own, theirs]
+        scenes = max((c["scenes"] for c in compared.values()), default=0)
+        lines.append(f"| {group} | {scenes} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
