@@ -149,7 +149,7 @@ def test_comparison_by_scene():
     against = found["rank-4"]["mifo_against_it"]["colors"]["margin_in_boxes"]
     assert against["scenes"] == 8 and against["ahead_with_intervals_apart"] is True and 0.6 < against["difference"]["mean"] < 0.75
     assert found["rank-4"]["mifo_against_it"]["all"]["confused_alone"]["ahead_with_intervals_apart"] is True
-    assert found["rank-4"]["mifo_against_it"]["rare"]["margin_in_boxes"] is None
+    assert "rare" not in found["rank-4"]["mifo_against_it"]  # one of them has nothing there
     assert found["mifo"]["cost"] == {"learn_seconds": 13.5, "seconds_per_picture": 0.5} and "mifo_against_it" not in found["mifo"]
     assert "| mifo | 0.87 (" in toybench_report.table(found)
     assert trained.__doc__ and toybench_report.figure(found, 9).width == 820
