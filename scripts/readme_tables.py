@@ -124,13 +124,16 @@ def edit_table() -> str:
             lines += [f"| {name}: `<background>` alone shows no thing | {percent(plain['no_object'])} | 90 % |",
                       f"| {name}: assets learned beside it, right instance in its box | {percent(boxed)} | |",
                       f"| {name}: assets learned beside it, all looks right alone | {percent(alone)} | |"]  # fmt: skip
-    rebuilt, thin = result["reconstruction"], result["thin"]
+    rebuilt, thin = result["reconstruction"], (load("edit_thin") or result)["thin"]
     weights, latents = (f"{rebuilt[f'optimization_{what}_gain_db']:.1f} dB" for what in ("weights", "latents"))
     lines += [f"| PSNR outside, decoder's weights tuned, above `none` | {weights} | 5 dB |",
               f"| PSNR outside, latents tuned, above `none` | {latents} | 5 dB |",
               f"| thin mask, progressive dilation: right colour | {percent(thin['right_color_dilated'])} | 70 % |",
               f"| thin mask, without dilation | {percent(thin['right_color_without'])} | |"]  # fmt: skip
-    sources = [source(name, r) for name, r in (("edit", result), ("edit_background", background), ("edit_seconds", seconds)) if r]
+    if "right_color_best_of_4" in thin:
+        lines.append(f"| thin mask, progressive dilation, the best ranked of 4 | {percent(thin['right_color_best_of_4'])} | |")
+    parts = {"edit": result, "edit_background": background, "edit_seconds": seconds, "edit_thin": load("edit_thin")}
+    sources = [source(name, found) for name, found in parts.items() if found]
     return "\n".join([*lines, "", *sources])
 
 
