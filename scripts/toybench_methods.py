@@ -193,8 +193,8 @@ def trained(base: BaseModel, instance: Instance, plan: Training, work: Path, bac
         with attach(base, bundle):
             yield facts
         return
-    fitted = fit_instance(instance, base.resolution)
-    data = PairData(fitted, base, plan.config.seed) if plan.kind == "pairs" else InstanceData(fitted, base)
+    fitted, seed = fit_instance(instance, base.resolution), plan.config.seed
+    data = PairData(fitted, base, seed) if plan.kind == "pairs" else InstanceData(fitted, base, plan.config.placements, seed)
     known = base.tokenizer.get_added_vocab()
     add_asset_tokens(base.tokenizer, [t for t in instance.tokens if t not in known])
     ids = [base.tokenizer.get_added_vocab()[t] for t in instance.tokens]
