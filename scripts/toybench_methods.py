@@ -24,7 +24,7 @@ from PIL import Image
 
 from mifo.base_model import BaseModel
 from mifo.bundle import attach
-from mifo.config import AttentionTerms, LearnConfig, SynthesisConfig, learn_preset
+from mifo.config import AttentionTerms, LearnConfig, PriorConfig, SynthesisConfig, learn_preset
 from mifo.dataset import Batch, InstanceData, encode, pixels_to_tensor
 from mifo.embedding import initial_rows, use_assets
 from mifo.evaluate.backend import Backend
@@ -129,8 +129,14 @@ def _penalty_times(config: LearnConfig, factor: float) -> LearnConfig:
     return _both(config, penalty_weight=factor * config.lora.attention.penalty_weight)
 
 
+def _baseline(config: LearnConfig) -> LearnConfig:
+    """Without what is this project's own: no attention loss, no shifted copies, no locality; a plain class prompt for the prior."""
+    return replace(_both(config, loss="none"), placements=0, locality_weight=0.0,
+                   prior=replace(config.prior, class_prompt=PriorConfig.class_prompt))  # fmt: skip
+
+
 def _textual_inversion(config: LearnConfig) -> LearnConfig:
-    config = _both(config, loss="none")
+    config = _baseline(config)
     steps = config.embedding.train_steps + config.lora.train_steps
     return replace(config, embedding=replace(config.embedding, train_steps=steps), lora=replace(config.lora, train_steps=0),
                    prior=replace(config.prior, enabled=False))  # fmt: skip
@@ -138,7 +144,7 @@ def _textual_inversion(config: LearnConfig) -> LearnConfig:
 
 def _dreambooth(config: LearnConfig) -> LearnConfig:
     """Tokens stay as they start; only the weights learn, for all the steps."""
-    config = _both(config, loss="none")
+    config = _baseline(config)
     steps = config.embedding.train_steps + config.lora.train_steps
     return replace(config, embedding=replace(config.embedding, train_steps=0),
                    lora=replace(config.lora, train_steps=steps, row_learning_rate=0.0))  # fmt: skip
