@@ -130,7 +130,7 @@ def _penalty_times(config: LearnConfig, factor: float) -> LearnConfig:
 
 
 def _baseline(config: LearnConfig) -> LearnConfig:
-    """Without what is this project's own: no attention loss, no shifted copies, no locality; a plain class prompt for the prior."""
+    """Without what is this project's own: no attention loss, no shifted copies, no locality; a plain prior prompt."""
     return replace(_both(config, loss="none"), placements=0, locality_weight=0.0,
                    prior=replace(config.prior, class_prompt=PriorConfig.class_prompt))  # fmt: skip
 
