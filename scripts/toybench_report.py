@@ -40,9 +40,14 @@ BARS = ("margin_in_boxes", "confused_in_boxes", "identity_in_boxes", "margin_alo
 
 
 def load_items(folder: Path, methods: Sequence[str], levels: Sequence[str], counts: Sequence[int]) -> list[Item]:
-    """Every finished item of these methods and cells."""
+    """The items of these methods and cells, of the scenes that all methods which have any have finished."""
     items = [json.loads(path.read_text()) for path in sorted(folder.glob("*/*.json"))]
-    return [i for i in items if i["method"] in methods and i["level"] in levels and i["count"] in counts]
+    items = [i for i in items if i["method"] in methods and i["level"] in levels and i["count"] in counts]
+    scenes: dict[str, set[str]] = defaultdict(set)
+    for item in items:
+        scenes[item["method"]].add(item["scene"])
+    shared = set.intersection(*scenes.values()) if scenes else set()
+    return [i for i in items if i["scene"] in shared]
 
 
 def by_scene(items: Sequence[Item], measure: str) -> dict[str, list[float]]:
