@@ -97,7 +97,7 @@ def toybench_table(name: str) -> str:
     figure = f"![{name}: a bar with its interval for every method and level](scripts/results/{name}.png)"
     lines = [scenes, "", table(result["methods"]), ""]
     if "mifo_against_it" in result["methods"].get("break-a-scene", {}):
-        lines += ["By level and by number of things, bold where the intervals stay apart:", "",
+        lines += ["By level and by number of things, bold where the intervals of five scenes or more stay apart:", "",
                   versus_table(result["methods"], "break-a-scene"), ""]  # fmt: skip
     return "\n".join([*lines, figure, "", source(name, result)])
 
