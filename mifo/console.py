@@ -96,11 +96,12 @@ def running(as_json: bool) -> Iterator[Job]:
 
 def leave(status: int) -> NoReturn:
     """Ends the process with `status` and no more ado: Python would free PyTorch's objects one by one, for more than a second."""
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except OSError:  # a full disk, or a reader that has gone
-        status = status or 1
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:  # a shell's `>&-`
+                stream.flush()
+        except (OSError, ValueError):  # a full disk, a reader that has gone, a stream that was closed
+            status = status or 1
     os._exit(status)
 
 

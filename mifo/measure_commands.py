@@ -156,6 +156,7 @@ def plan(
 ) -> None:  # fmt: skip
     """Count a job's GPU memory before it runs, without loading any weights, and what to give up to fit a budget."""
     with running(as_json) as out:
+        import_libraries()
         import torch
 
         from .config import edit_preset, learn_preset, synthesis_preset

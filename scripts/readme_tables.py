@@ -108,7 +108,7 @@ def edit_table() -> str:
         return "Editing: not measured yet."
     title = f"Assets inserted into {result['scenes']} drawn scenes each, toybox on a CPU, by the judge."
     lines = [title, "", "| | measured | aimed at |", "|---|---|---|"]
-    background, seconds = load("edit_background") or {}, load("edit_seconds") or {}
+    background, seconds, thin = (load(f"edit_{part}") or {} for part in ("background", "seconds", "thin"))
     for name in ("toy_car", "shelf"):
         found = result[name]["insert"]
         lines += [f"| {name}: right instance in the mask | {percent(found['right_instance'])} | 85 % |",
@@ -124,15 +124,16 @@ def edit_table() -> str:
             lines += [f"| {name}: `<background>` alone shows no thing | {percent(plain['no_object'])} | 90 % |",
                       f"| {name}: assets learned beside it, right instance in its box | {percent(boxed)} | |",
                       f"| {name}: assets learned beside it, all looks right alone | {percent(alone)} | |"]  # fmt: skip
-    rebuilt, thin = result["reconstruction"], (load("edit_thin") or result)["thin"]
+    rebuilt = result["reconstruction"]
     weights, latents = (f"{rebuilt[f'optimization_{what}_gain_db']:.1f} dB" for what in ("weights", "latents"))
     lines += [f"| PSNR outside, decoder's weights tuned, above `none` | {weights} | 5 dB |",
-              f"| PSNR outside, latents tuned, above `none` | {latents} | 5 dB |",
-              f"| thin mask, progressive dilation: right colour | {percent(thin['right_color_dilated'])} | 70 % |",
-              f"| thin mask, without dilation | {percent(thin['right_color_without'])} | |"]  # fmt: skip
-    if "right_color_best_of_4" in thin:
-        lines.append(f"| thin mask, progressive dilation, the best ranked of 4 | {percent(thin['right_color_best_of_4'])} | |")
-    parts = {"edit": result, "edit_background": background, "edit_seconds": seconds, "edit_thin": load("edit_thin")}
+              f"| PSNR outside, latents tuned, above `none` | {latents} | 5 dB |"]  # fmt: skip
+    if bars := thin.get("thin"):
+        best = percent(bars["right_color_best_of_4"])
+        lines += [f"| thin mask, progressive dilation: right colour | {percent(bars['right_color_dilated'])} | 70 % |",
+                  f"| thin mask, without dilation | {percent(bars['right_color_without'])} | |",
+                  f"| thin mask, progressive dilation, the best ranked of 4 | {best} | |"]  # fmt: skip
+    parts = {"edit": result, "edit_background": background, "edit_seconds": seconds, "edit_thin": thin}
     sources = [source(name, found) for name, found in parts.items() if found]
     return "\n".join([*lines, "", *sources])
 

@@ -18,7 +18,7 @@ from mifo.evaluate.plots import Bar, bar_chart, below
 
 Item = dict[str, Any]
 OURS = "mifo"
-MIN_SCENES = 5
+MIN_SCENES = 5  # fewer have intervals that say little
 
 #: name in the table -> (column title, values of one item, larger is better)
 MEASURES: dict[str, tuple[str, Callable[[Item], list[float]], bool]] = {
@@ -126,7 +126,7 @@ def table(summary: dict[str, Any]) -> str:
 def versus_table(summary: dict[str, Any], other: str) -> str:
     """This project and another method by level and by number of things; bold where the intervals stay apart in our favour.
 
-    Not with fewer than MIN_SCENES scenes, whose intervals say little.
+    Never bold with fewer than MIN_SCENES scenes.
     """
     measures = ("margin_in_boxes", "confused_in_boxes", "margin_alone", "confused_alone")
     titles = [f"{MEASURES[m][0]}: {name}" for m in measures for name in (OURS, other)]
@@ -136,8 +136,8 @@ def versus_table(summary: dict[str, Any], other: str) -> str:
         cells = []
         for measure in measures:
             own, theirs = (shown(summary[name][group].get(measure)) for name in (OURS, other))
-            found_here = compared.get(measure, {"ahead_with_intervals_apart": False, "scenes": 0})
-            apart = found_here["ahead_with_intervals_apart"] and found_here["scenes"] >= MIN_SCENES
+            against = compared.get(measure)
+            apart = against and against["ahead_with_intervals_apart"] and against["scenes"] >= MIN_SCENES
             cells += [f"**{own}**" if apart else own, theirs]
         scenes = max((c["scenes"] for c in compared.values()), default=0)
         lines.append(f"| {group} | {scenes} | {' | '.join(cells)} |")

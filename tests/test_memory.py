@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from _tiny import ROOT, load_base, mifo, tiny_base_folder, write_instance
+from safetensors.torch import load_file
 
 from mifo.attention import backend as backends
 from mifo.attention.record import record_attention
@@ -335,6 +336,8 @@ def test_random_stable_diffusion_loads_and_draws(tmp_path: Path, monkeypatch: py
     from make_random_sd import write_random_sd
 
     write_random_sd("sd1.5", tmp_path / "sd", width_divisor=8)
+    names = load_file(tmp_path / "sd" / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in names)  # as on the hub, for every version of transformers
     base = load_base_model(str(tmp_path / "sd"))
     assert base.scheduler.config["prediction_type"] == "epsilon" and base.resolution == 512
     assert base.text_encoder.get_input_embeddings().num_embeddings == len(base.tokenizer) == 49408

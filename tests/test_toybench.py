@@ -154,4 +154,7 @@ def test_comparison_by_scene():
     assert "rare" not in found["rank-4"]["mifo_against_it"]  # one of them has nothing there
     assert found["mifo"]["cost"] == {"learn_seconds": 13.5, "seconds_per_picture": 0.5} and "mifo_against_it" not in found["mifo"]
     assert "| mifo | 0.87 (" in toybench_report.table(found)
+    assert "| colors | 8 | **0.87 (" in toybench_report.versus_table(found, "rank-4")
+    few = toybench_report.summarize([i for i in items if i["scene"] in ("s0", "s1", "s2", "s3")])
+    assert "| colors | 4 | 0.8" in toybench_report.versus_table(few, "rank-4")  # apart, yet too few to be bold
     assert trained.__doc__ and toybench_report.figure(found, 9).width == 820
