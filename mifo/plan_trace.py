@@ -18,6 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from .attention.backend import Backend, use_backend
 from .attention.bounded import BoundedAttention, bound_attention
+from .attention.parts import Groups, group_pixels
 from .attention.record import AttentionRecorder, RecordingProcessor
 from .attention.sites import Site, choose_sites, use_processors
 from .base_model import BaseModel, tile_vae
@@ -202,7 +203,14 @@ def _states(model: Model, base: BaseModel, texts: int = 1) -> torch.Tensor:
     return torch.empty((1, texts * length, width), device="meta", dtype=base.dtype)
 
 
-class _TaggedControl(BoundedAttention):
+class BoxedControl(BoundedAttention):
+    """What sees what is known from the boxes alone, where refined masks have no values."""
+
+    def make_groups(self, size: tuple[int, int]) -> Groups:
+        return group_pixels(self.box_masks(size)).to(self.device)
+
+
+class _TaggedControl(BoxedControl):
     """Its masks and wanted maps count as such."""
 
     live: LiveBytes
@@ -216,16 +224,22 @@ class _TaggedControl(BoundedAttention):
         super().note(site, probabilities)
 
 
+def spread_boxes(assets: int) -> Layout:
+    """Small boxes in two rows. The smaller boxes are, the more each asset's pixels see, and the more attention keeps."""
+    columns = -(-assets // 2)
+    corners = [((k % columns) / columns, (k // columns) / 2) for k in range(assets)]
+    boxes = tuple(Box(x, y, x + 0.5 / columns, y + 0.25) for x, y in corners)
+    return Layout(tuple(asset_token(i) for i in range(assets)), boxes)
+
+
 @lru_cache(maxsize=64)
-def trace_placing(model: Model, resolution: int, dtype: torch.dtype, batch: int, assets: int, config: SynthesisConfig,
+def trace_placing(model: Model, resolution: int, dtype: torch.dtype, batch: int, layout: Layout, config: SynthesisConfig,
                   backend: str) -> tuple[Peak, Peak]:  # fmt: skip
-    """A guidance pass with its gradient, and bounded sampling passes after it, with `assets` boxes."""
+    """A guidance pass with its gradient, and bounded sampling passes after it."""
     base = build(model, dtype)
     side = resolution // model.vae_factor
-    tokens = tuple(asset_token(i) for i in range(assets))
-    layout = Layout(tokens, (Box(0.0, 0.0, 0.5, 0.5),) * assets)  # masks are dense: their bytes do not depend on the boxes
-    length = int(model.configs["text_encoder"]["max_position_embeddings"])
-    positions: dict[str, tuple[int, ...]] = {token: (1 + i,) for i, token in enumerate(tokens)}
+    assets, length = len(layout), int(model.configs["text_encoder"]["max_position_embeddings"])
+    positions: dict[str, tuple[int, ...]] = {token: (1 + i,) for i, token in enumerate(layout.tokens)}
     prompt = TokenizedPrompt(list(range(length)), positions, (), assets + 1, assets + 2)
     control = _TaggedControl(prompt, layout, (side, side), "meta", config.own_text and config.bounded)
     texts = len(control.texts)

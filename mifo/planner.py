@@ -18,7 +18,7 @@ from .config import EditConfig, LearnConfig, MemoryConfig, RefinementConfig, Syn
 from .errors import InputError
 from .known_models import SHAPES, shape_of
 from .memory_trace import Peak
-from .plan_trace import Model, trace_drawing, trace_learning, trace_placing, trace_tuning, trace_vae
+from .plan_trace import Model, spread_boxes, trace_drawing, trace_learning, trace_placing, trace_tuning, trace_vae
 from .quantize import NF4_BYTES
 
 GIB = 2**30
@@ -207,7 +207,7 @@ def _drawing_phases(model: Model, s: Settings) -> tuple[Phase, ...]:
         encoded = trace_vae(model, s.resolution, s.dtype, False, s.memory.tiled_vae)
         phases.append(Phase("encode", _with_vae(model, s, resident, encoded)))
     if s.assets and (s.synthesis.bounded or s.job == "synthesize"):
-        guidance, sampling = trace_placing(model, s.resolution, s.dtype, s.batch, s.assets, s.synthesis, s.backend)
+        guidance, sampling = trace_placing(model, s.resolution, s.dtype, s.batch, spread_boxes(s.assets), s.synthesis, s.backend)
         if s.synthesis.guidance.enabled:
             phases.append(Phase("guidance", _merge(resident, guidance)))
     else:

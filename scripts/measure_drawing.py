@@ -17,7 +17,7 @@ from mifo.config import SynthesisConfig
 from mifo.guidance import LatentGuidance, MaskRefinement
 from mifo.known_models import shape_of
 from mifo.memory_trace import LiveBytes
-from mifo.plan_trace import Model, trace_placing, trace_vae
+from mifo.plan_trace import BoxedControl, Model, trace_placing, trace_vae
 from mifo.prompts import TokenizedPrompt, asset_token
 
 GIB = 2**30
@@ -26,7 +26,7 @@ PIECES = ("guidance", "sampling", "decode")
 
 def planned(model: Model, resolution: int, dtype: torch.dtype, assets: int) -> dict[str, float]:
     """GiB by piece."""
-    guidance, sampling = trace_placing(model, resolution, dtype, 1, assets, SynthesisConfig(), "sdpa")
+    guidance, sampling = trace_placing(model, resolution, dtype, 1, boxes_for(assets), SynthesisConfig(), "sdpa")
     peaks = (guidance, sampling, trace_vae(model, resolution, dtype, True, False))
     return {piece: peak.total / GIB for piece, peak in zip(PIECES, peaks, strict=True)}
 
@@ -43,7 +43,7 @@ def draw(base: BaseModel, piece: str, resolution: int, assets: int, between: Cal
         with torch.no_grad():
             (base.vae.decode(latents.to(base.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
         return
-    control = BoundedAttention(prompt, boxes_for(assets), (side, side), base.device, config.own_text)
+    control = BoxedControl(prompt, boxes_for(assets), (side, side), base.device, config.own_text)
     shape = (1, len(control.texts) * length, int(base.unet.config["cross_attention_dim"]))
     states = torch.zeros(shape, dtype=base.dtype, device=base.device)
     with bound_attention(base.unet, control):
@@ -53,16 +53,22 @@ def draw(base: BaseModel, piece: str, resolution: int, assets: int, between: Cal
             torch.autograd.grad(losses.sum(), latents)
             return
         control.guiding = True
-        guiding_masks = [control.visible(s) for s in attention_sites(base.unet)]  # they stay while it samples
+        guiding_masks = _masks(base, control)  # they stay while it samples
         control.guiding = False
         pair = (torch.cat([latents, latents]).to(base.dtype), timestep, states.expand(2, -1, -1))
         with torch.no_grad():
             base.unet(*pair)
             del guiding_masks
-            control.refine(torch.ones((1, assets, side, side), dtype=torch.bool, device=base.device))
+            control.refine(control.subject_masks((side, side)).unflatten(-1, (side, side)))
             MaskRefinement(base.unet, control, config.refinement, 0).before(0)
             between()
             base.unet(*pair)
+
+
+def _masks(base: BaseModel, control: BoundedAttention) -> list[torch.Tensor | None]:
+    """Those that a guidance pass makes."""
+    widths = {s.name: base.unet.get_submodule(s.name.removesuffix(".processor")).inner_dim for s in attention_sites(base.unet)}
+    return [control.visible(s) for s in attention_sites(base.unet) if not control.groups(s, widths[s.name])]
 
 
 def measured_for_real(shape: str, width_divisor: int, piece: str, resolution: int, assets: int, dtype: torch.dtype,

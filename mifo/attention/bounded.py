@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 
 from ..boxes import Layout
 from ..prompts import BACKGROUND_TOKEN, TokenizedPrompt
+from .parts import Groups, attention_in_groups, group_pixels
 from .sites import Processor, Site, attention_probabilities, attention_sites, fused_attention, use_processors
 
 
@@ -46,6 +49,7 @@ class BoundedAttention:
         self._refined: torch.Tensor | None = None  # (images, subjects, h, w) bool
         self._subjects: dict[tuple[int, int], torch.Tensor] = {}
         self._masks: dict[tuple, torch.Tensor] = {}
+        self._groups: dict[tuple[int, int], Groups] = {}
         self._wanted: dict[str, Site] = {}
         self._maps: dict[str, torch.Tensor] = {}
         self._stop_when_complete = False
@@ -58,19 +62,22 @@ class BoundedAttention:
         A refined mask that vanishes at a small size gives way to its box there.
         """
         if size not in self._subjects:
-            rows = torch.stack([torch.from_numpy(box.rasterize(*size)) for _, box in self.layout])
-            masks = rows[None].flatten(2).to(self.device)
+            masks = torch.from_numpy(self.box_masks(size))[None].to(self.device)
             if self._refined is not None:
                 resized = (F.interpolate(self._refined.float(), size, mode="bilinear", antialias=True) >= 0.5).flatten(2)
                 masks = torch.where(resized.any(2, keepdim=True), resized, masks)
             self._subjects[size] = masks
         return self._subjects[size]
 
+    def box_masks(self, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
+        """(subjects, h*w), from the boxes alone."""
+        return np.stack([box.rasterize(*size).ravel() for _, box in self.layout])
+
     def refine(self, masks: torch.Tensor) -> None:
         """From now on (images, subjects, h, w) bool masks stand for the boxes."""
         self._refined = masks
-        self._subjects.clear()
-        self._masks.clear()
+        for made in (self._subjects, self._masks, self._groups):
+            made.clear()
 
     # --- texts ---
 
@@ -161,6 +168,26 @@ class BoundedAttention:
             return mask
         return mask if self.guiding or self.halves == 1 else torch.cat([mask, mask])
 
+    def groups(self, site: Site, numbers: int) -> Groups | None:
+        """Of the pixels of a self-attention map, to be used instead of `visible`; `numbers` are a pixel's over batch and heads.
+
+        None where a mask is needed (pictures or halves differ), where nothing is bounded, or where groups do not pay.
+        """
+        if site.is_cross or not self.bounded or (self.apart and not self.guiding):
+            return None
+        size = site.map_size(*self.latent_size)
+        if self._refined is not None and len(self._refined) > 1:
+            return None
+        if size not in self._groups:
+            self._groups[size] = self.make_groups(size)
+        found = self._groups[size]
+        return found if found.pays(numbers, torch.is_grad_enabled()) else None
+
+    def make_groups(self, size: tuple[int, int]) -> Groups:
+        """For a map of that size; from boxes without a look at the device."""
+        masks = self.box_masks(size) if self._refined is None else self.subject_masks(size)[0].cpu().numpy()
+        return group_pixels(masks).to(self.device)
+
     # --- recording ---
 
     def want(self, sites: Sequence[Site], stop_when_complete: bool = False) -> None:
@@ -183,14 +210,17 @@ class BoundedAttention:
 
 
 class _BoundedProcessor(Processor):
-    """Fused attention under the mask; the map itself only where it is wanted."""
+    """Fused attention under the mask, or without one in groups; the map itself only where it is wanted."""
 
     def __init__(self, site: Site, control: BoundedAttention):
         self.site, self.control = site, control
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        wanted = self.control.wants(self.site)
+        if not wanted and (groups := self.control.groups(self.site, query.numel() // query.shape[2])):
+            return attention_in_groups(query, key, value, groups, scale)
         visible = self.control.visible(self.site)
-        if not self.control.wants(self.site):
+        if not wanted:
             return fused_attention(query, key, value, visible, scale)
         probabilities = attention_probabilities(query, key, scale, visible)
         self.control.note(self.site, probabilities)
