@@ -72,7 +72,7 @@ def item_path(work: Path, cell: Cell, method: str) -> Path:
 
 def item_key(fingerprint: str, cell: Cell, method: str, samples: int, share: float) -> str:
     """Changes whenever the item would be measured differently."""
-    plan = training(METHODS[method].training, cell.seed % 1000, share)
+    plan = training(METHODS[method].training, cell.seed % 1000, share, cell.count)
     drawing = METHODS[method].drawing(synthesis_preset("toybox"))
     facts = [VERSION, fingerprint, cell.seed, samples, plan.kind, to_dict(plan.config), to_dict(drawing),
              METHODS[method].with_boxes]  # fmt: skip
@@ -107,7 +107,7 @@ def run_job(job: Job) -> list[str]:
     torch.set_num_threads(1)
     base = base_of(job.model, job.device)
     scene = bench_scene(job.cell)
-    plan = training(job.training, job.cell.seed % 1000, job.share)
+    plan = training(job.training, job.cell.seed % 1000, job.share, job.cell.count)
     (job.work / "jobs").mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=job.work / "jobs"))
     try:

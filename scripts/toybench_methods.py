@@ -74,7 +74,7 @@ MAIN = ("mifo", "break-a-scene", "textual-inversion-masked", "textual-inversion-
         "dreambooth-lora-pairs")  # fmt: skip
 ABLATIONS = ("no-penalty", "penalty-x5", "penalty-x25", "no-locality", "no-placements", "separation-instead", "separation-beside",
              "no-reward", "no-union-sampling", "no-prior", "full-3e-5", "full-1e-4", "full-3e-4", "rank-1", "rank-4", "rank-64",
-             "keep-best", "loss-by-picture")  # fmt: skip
+             "keep-best", "loss-by-picture", "steps-by-count")  # fmt: skip
 METHODS: dict[str, Method] = {name: Method(name, _shared_text if name in MAIN[1:] else _as_it_is) for name in (*MAIN, *ABLATIONS)}
 METHODS |= {
     "shared-text": Method("mifo", _shared_text, only_boxes=True),
@@ -100,8 +100,10 @@ def choose_methods(text: str) -> list[str]:
 # --- configurations -----------------------------------------------------------------------------
 
 
-def training(name: str, seed: int, share: float = 1.0) -> Training:
-    """What a method trains with; `share` of the steps, for quick runs."""
+def training(name: str, seed: int, share: float = 1.0, count: int = 3) -> Training:
+    """What a method trains with, for `count` things; `share` of the steps, for quick runs."""
+    if name == "steps-by-count":
+        share *= max(1, count / 3)
     base = learn_preset("toybox", "break-a-scene" if name == "break-a-scene" else "mifo")
     kind, config = _CHANGES[name](base) if name in _CHANGES else ("product", base)
     embedding = replace(config.embedding, train_steps=_scaled(config.embedding.train_steps, share))

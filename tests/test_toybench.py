@@ -67,8 +67,10 @@ def test_methods_change_what_they_say():
     assert training("full-1e-4", 0).kind == "full" and training("rank-4", 0).config.lora.rank == 4
     quick = training("mifo", 0, 0.1).config
     assert (quick.embedding.train_steps, quick.embedding.attention.reward_steps, quick.lora.train_steps) == (60, 20, 40)
-    changed = [name for name in METHODS if METHODS[name].training != "mifo"]
-    assert all(training(name, 0).config != ours for name in changed)
+    changed = {method.training for method in METHODS.values()} - {"mifo"}
+    assert all(training(name, 3, count=4) != training("mifo", 3, count=4) for name in changed)
+    steps = [training("steps-by-count", 0, count=count).config.lora.train_steps for count in (2, 3, 6)]
+    assert steps == [400, 400, 800], "more things, more steps; never fewer than one photo's worth"
     assert choose_methods("main,rank-4")[-1] == "rank-4" and "masks-only" in choose_methods("ablations")
     with pytest.raises(KeyError):
         choose_methods("best-method")
