@@ -90,8 +90,12 @@ def toybench_table(name: str) -> str:
     result = load(name)
     if result is None:
         return "Not measured yet."
-    from toybench_report import table, versus_table
+    from toybench_report import paired_table, table, versus_table
 
+    if result.get("paired"):
+        text = ("Each method minus mifo, scene by scene, with 95 % bootstrap intervals over the scenes that both have; bold "
+                "where the interval of five scenes or more leaves 0 out.")  # fmt: skip
+        return "\n".join([text, "", paired_table(result["methods"]), "", source(name, result)])
     held = " that were never used for choosing anything" if result["split"] == "holdout" else ""
     scenes = f"{result['scenes']} scenes{held}, the same scenes and seeds for every method; 95 % bootstrap intervals over scenes."
     figure = f"![{name}: a bar with its interval for every method and level](scripts/results/{name}.png)"
@@ -139,22 +143,23 @@ def edit_table() -> str:
 
 
 def bench_table() -> str:
-    result = load("bench_guidance_384")
-    if result is None:
+    results = {name: result for name in ("bench_guidance_384", "bench_guidance_512") if (result := load(name))}
+    if not results:
         return "Speed on Stable Diffusion's shape: not measured yet."
-    found = result["guidance"]
-    ours, (dtype, theirs) = found["ours"], next(iter(found["baseline"].items()))
-    pixels = result["options"]["resolution"]
     lines = [
-        f"One guidance pass with its gradient on the sd2.1 shape (random weights), {pixels} pixels, {dtype}.",
-        "", "| | ours | as published |", "|---|---|---|",
-        f"| seconds, median (min-max) | {_seconds(ours)} | {_seconds(theirs)} |",
-        f"| GiB of tensors beside the weights | {ours['peak_gib']:.2f} | {theirs['peak_gib']:.2f} |",
-        f"| times faster | {found['times_faster_than_baseline_in'][dtype]:.1f} | |",
-        f"| relative difference of the gradients | {found['relative_gradient_error'][dtype]:.0e} | |",
-        "| on a GPU | not measured | not measured |",
+        "One guidance pass with its gradient on the sd2.1 shape (random weights); tensors are counted beside the weights.",
+        "", "| | ours: seconds, median (min-max) | as published | times faster | GiB of tensors, ours | as published "
+        "| the gradients differ by |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    return "\n".join([*lines, "", source("bench_guidance_384", result)])
+    for result in results.values():
+        found, pixels = result["guidance"], result["options"]["resolution"]
+        for dtype, theirs in found["baseline"].items():
+            ours, times = found["ours"], found["times_faster_than_baseline_in"][dtype]
+            lines.append(f"| {pixels} pixels, {dtype} | {_seconds(ours)} | {_seconds(theirs)} | {times:.1f} "
+                         f"| {ours['peak_gib']:.2f} | {theirs['peak_gib']:.2f} "
+                         f"| {found['relative_gradient_error'][dtype]:.0e} |")  # fmt: skip
+    lines.append("| on a GPU | not measured | not measured | | | | |")
+    return "\n".join([*lines, "", *(source(name, result) for name, result in results.items())])
 
 
 def jobs_table() -> str:

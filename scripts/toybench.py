@@ -243,6 +243,7 @@ def main(
     device: str = "cpu",
     work: Annotated[Path, typer.Option(help="Where items are kept.")] = Path("runs/toybench"),
     name: Annotated[str | None, typer.Option(help="Of scripts/results/NAME.json; by default from split and size.")] = None,
+    paired: Annotated[bool, typer.Option(help="Report each method against mifo on the scenes that the two have.")] = False,
     report_only: bool = False,
 ) -> None:
     """Runs what is missing, then writes scripts/results/<name>.json and <name>.png from all items of this split."""
@@ -279,10 +280,11 @@ def main(
             print(f"{done}/{total} {', '.join(names)}; about {left / 60:.0f} min left", flush=True)
 
         failures = run_all(jobs, workers, report)
-    items = load_items(work / ITEMS / split, chosen, levels.split(","), [int(c) for c in counts.split(",")])
+    items = load_items(work / ITEMS / split, chosen, levels.split(","), [int(c) for c in counts.split(",")], paired)
     label = name or f"toybench{'_quick' if quick else ''}{'_large' if large else ''}{'_holdout' if split == 'holdout' else ''}"
     if items:
-        print(write_report(label, items, {"split": split, "samples": samples, "workers": workers, "model": model_path}, device))
+        facts = {"split": split, "samples": samples, "workers": workers, "model": model_path, "paired": paired}
+        print(write_report(label, items, facts, device))
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
     raise typer.Exit(1 if failures or not items else 0)

@@ -37,17 +37,23 @@ MEASURES: dict[str, tuple[str, Callable[[Item], list[float]], bool]] = {
 }
 IN_TABLE = ("margin_in_boxes", "confused_in_boxes", "identity_in_boxes", "margin_alone", "confused_alone", "identity_alone",
             "iou", "prompt_fit", "drift")  # fmt: skip
+IN_PAIRED_TABLE = ("margin_in_boxes", "confused_in_boxes", "identity_in_boxes", "margin_alone", "confused_alone",
+                   "identity_alone", "drift")  # fmt: skip
 BARS = ("margin_in_boxes", "confused_in_boxes", "identity_in_boxes", "margin_alone", "confused_alone")
 
 
-def load_items(folder: Path, methods: Sequence[str], levels: Sequence[str], counts: Sequence[int]) -> list[Item]:
-    """The items of these methods and cells, of the scenes that all methods which have any have finished."""
+def load_items(folder: Path, methods: Sequence[str], levels: Sequence[str], counts: Sequence[int],
+               paired: bool = False) -> list[Item]:  # fmt: skip
+    """The items of these methods and cells, of the scenes that all methods which have any have finished.
+
+    `paired`: all items, since each method is compared with this project on the scenes that the two have.
+    """
     items = [json.loads(path.read_text()) for path in sorted(folder.glob("*/*.json"))]
     items = [i for i in items if i["method"] in methods and i["level"] in levels and i["count"] in counts]
     scenes: dict[str, set[str]] = defaultdict(set)
     for item in items:
         scenes[item["method"]].add(item["scene"])
-    shared = set.intersection(*scenes.values()) if scenes else set()
+    shared = set.intersection(*scenes.values()) if scenes and not paired else set().union(*scenes.values())
     return [i for i in items if i["scene"] in shared]
 
 
@@ -106,8 +112,11 @@ def write_report(name: str, items: Sequence[Item], facts: dict[str, Any], device
     """scripts/results/<name>.json and <name>.png; returns the Markdown table."""
     summary = summarize(items)
     scenes = len({i["scene"] for i in items})
+    paired = facts.get("paired", False)
     write_result(name, {**facts, "scenes": scenes, "items": len(items), "measures": {m: t for m, (t, _, _) in MEASURES.items()},
                         "methods": summary}, device)  # fmt: skip
+    if paired:
+        return paired_table(summary)
     figure(summary, scenes).save(FOLDER / f"{name}.png", "PNG")
     return table(summary)
 
@@ -142,6 +151,35 @@ def versus_table(summary: dict[str, Any], other: str) -> str:
         scenes = max((c["scenes"] for c in compared.values()), default=0)
         lines.append(f"| {group} | {scenes} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def paired_table(summary: dict[str, Any]) -> str:
+    """Each method minus this project, scene by scene, on the scenes that the two have; bold where the interval leaves 0 out.
+
+    Never bold with fewer than MIN_SCENES scenes.
+    """
+    titles = [MEASURES[m][0] for m in IN_PAIRED_TABLE]
+    lines = [f"| minus {OURS} | scenes | {' | '.join(titles)} | learn, s |", "|---" * (len(titles) + 3) + "|"]
+    for name, entry in summary.items():
+        if name == OURS:
+            continue
+        against = entry["mifo_against_it"]["all"]
+        cells, scenes = [], 0
+        for found in (against[m] for m in IN_PAIRED_TABLE):
+            cells.append(_difference(found) if found else "-")
+            scenes = max(scenes, found["scenes"] if found else 0)
+        lines.append(f"| {name} | {scenes} | {' | '.join(cells)} | {entry['cost']['learn_seconds']:.0f} |")
+    return "\n".join(lines)
+
+
+def _difference(compared: dict[str, Any]) -> str:
+    ours_minus_theirs = compared["difference"]
+    mean, low_high = -ours_minus_theirs["mean"], ours_minus_theirs["interval_95"]
+    if not low_high:
+        return f"{mean:+.2f}"
+    low, high = -low_high[1], -low_high[0]
+    text = f"{mean:+.2f} ({low:+.2f} to {high:+.2f})".replace("-0.00", "+0.00")
+    return f"**{text}**" if (low > 0 or high < 0) and compared["scenes"] >= MIN_SCENES else text
 
 
 def shown(entry: dict[str, Any] | None) -> str:

@@ -157,6 +157,9 @@ def test_comparison_by_scene():
     assert found["mifo"]["cost"] == {"learn_seconds": 13.5, "seconds_per_picture": 0.5} and "mifo_against_it" not in found["mifo"]
     assert "| mifo | 0.87 (" in toybench_report.table(found)
     assert "| colors | 8 | **0.87 (" in toybench_report.versus_table(found, "rank-4")
+    paired = toybench_report.paired_table(found)
+    assert "| rank-4 | 8 | **-0.6" in paired and "| mifo |" not in paired  # 0.2 against 0.87; the ninth scene has no partner
     few = toybench_report.summarize([i for i in items if i["scene"] in ("s0", "s1", "s2", "s3")])
     assert "| colors | 4 | 0.8" in toybench_report.versus_table(few, "rank-4")  # apart, yet too few to be bold
+    assert "| rank-4 | 4 | -0.6" in toybench_report.paired_table(few)
     assert trained.__doc__ and toybench_report.figure(found, 9).width == 820
