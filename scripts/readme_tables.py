@@ -186,8 +186,8 @@ def jobs_table() -> str:
 
 
 def growth_table() -> str:
-    result = load("bench_growth")
-    if result is None:
+    result, assets = load("bench_growth"), load("bench_growth_assets")
+    if result is None or assets is None:
         return "How time and memory grow: not measured yet."
     options = result["options"]
     size = f"width divided by {options['width_divisor']}, " if options["width_divisor"] > 1 else ""
@@ -196,13 +196,15 @@ def growth_table() -> str:
         f"{options['assets']} assets where pixels grow.",
         "", "| | phase 2 step, seconds | GiB of tensors | guidance pass, seconds | GiB of tensors |", "|---|---|---|---|---|",
     ]  # fmt: skip
-    for row in result["growth"]["rows"]:
+    rows = [row for found, over in ((assets, "assets"), (result, "resolution"))
+            for row in found["growth"]["rows"] if row["over"] == over]  # fmt: skip
+    for row in rows:
         label = _size(row)
         cells = [f"{_seconds(row[p])} | {row[p]['peak_gib']:.3f}" if p in row else "failed | "
                  for p in ("phase2", "guidance")]  # fmt: skip
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     lines.append("| on a GPU | not measured | | not measured | |")
-    return "\n".join([*lines, "", source("bench_growth", result)])
+    return "\n".join([*lines, "", source("bench_growth_assets", assets), source("bench_growth", result)])
 
 
 def goals_table() -> str:
