@@ -163,26 +163,32 @@ def bench_table() -> str:
 
 
 def jobs_table() -> str:
-    result = load("bench_jobs")
-    if result is None:
+    results = {name: result for name in ("bench_jobs", "bench_synthesize_512") if (result := load(name))}
+    if "bench_jobs" not in results:
         return "Whole jobs against the published way: not measured yet."
-    options = result["options"]
+    options = results["bench_jobs"]["options"]
     size = f"width divided by {options['width_divisor']}, " if options["width_divisor"] > 1 else ""
     lines = [
-        f"Random weights in the sd2.1 shape, {size}{options['resolution']} pixels, {options['dtype']}: speed only, no quality.",
+        f"Random weights in the sd2.1 shape, {size}{options['dtype']}: speed only, no quality.",
         "", "| | ours: seconds, median (min-max) | as published | times faster | GiB of tensors, ours | as published |",
-        "|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|", *(row for result in results.values() for row in _job_rows(result)),
+        "| on a GPU | not measured | not measured | | | |",
     ]  # fmt: skip
+    if found := results["bench_jobs"].get("mfu"):
+        lines += ["", f"A phase 2 step uses {found['utilization_percent']:.0f} % of the device's measured matrix product rate."]
+    return "\n".join([*lines, "", *(source(name, result) for name, result in results.items())])
+
+
+def _job_rows(result: Any) -> list[str]:
+    options, rows = result["options"], []
     labels = {"synthesize": f"synthesize, {options['steps']} steps", "phase1": "phase 1 step", "phase2": "phase 2 step"}
     for piece in (p for p in labels if p in result):
         ours, times = result[piece]["ours"], result[piece]["times_faster_than_baseline_in"]
         for dtype, theirs in result[piece]["baseline"].items():
-            lines.append(f"| {labels[piece]}, against {dtype} | {_seconds(ours)} | {_seconds(theirs)} | {times[dtype]:.1f} "
-                         f"| {ours['peak_gib']:.3f} | {theirs['peak_gib']:.3f} |")  # fmt: skip
-    lines.append("| on a GPU | not measured | not measured | | | |")
-    if found := result.get("mfu"):
-        lines += ["", f"A phase 2 step uses {found['utilization_percent']:.0f} % of the device's measured matrix product rate."]
-    return "\n".join([*lines, "", source("bench_jobs", result)])
+            rows.append(f"| {labels[piece]}, {options['resolution']} pixels, against {dtype} | {_seconds(ours)} "
+                        f"| {_seconds(theirs)} | {times[dtype]:.1f} | {ours['peak_gib']:.3f} "
+                        f"| {theirs['peak_gib']:.3f} |")  # fmt: skip
+    return rows
 
 
 def growth_table() -> str:
@@ -228,12 +234,12 @@ def goals_table() -> str:
 
 def memory_table() -> str:
     """The plan against measurements."""
-    lines = ["| | planned, GiB | measured, GiB | plan off by |", "|---|---|---|---|"]
+    lines = ["| | planned, GiB | measured, GiB | plan off by | the process grew by, GiB |", "|---|---|---|---|---|"]
     sources = []
     for name, kind in (("memory_fake", "fake tensors"), ("memory_real", "real steps on a CPU")):
         result = load(name)
         if result is None:
-            lines.append(f"| {kind} | not measured yet | | |")
+            lines.append(f"| {kind} | not measured yet | | | |")
             continue
         width = f", width divided by {result['width_divisor']}" if result["width_divisor"] > 1 else ""
         where = f"{kind}{width}, {result['resolution']} pixels, {result['dtype']}"
@@ -253,7 +259,8 @@ def _size(row: dict[str, Any]) -> str:
 
 
 def _plan_row(label: str, plan: float, measured: float, row: dict[str, Any]) -> str:
-    return f"| {label} | {plan:.3f} | {measured:.3f} | {row['plan_off_percent']:.1f} % |"
+    grown = row["measured_gib"].get("resident_growth") if isinstance(row["measured_gib"], dict) else None
+    return f"| {label} | {plan:.3f} | {measured:.3f} | {row['plan_off_percent']:.1f} % | {f'{grown:.3f}' if grown else ''} |"
 
 
 def _seconds(entry: dict) -> str:
