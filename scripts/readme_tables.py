@@ -90,7 +90,7 @@ def toybench_table(name: str) -> str:
     result = load(name)
     if result is None:
         return "Not measured yet."
-    from toybench_report import paired_table, table, versus_table
+    from toybench_report import difference_table, paired_table, table, versus_table
 
     if result.get("paired"):
         text = ("Each method minus mifo, scene by scene, with 95 % bootstrap intervals over the scenes that both have; bold "
@@ -102,7 +102,9 @@ def toybench_table(name: str) -> str:
     lines = [scenes, "", table(result["methods"]), ""]
     if "mifo_against_it" in result["methods"].get("break-a-scene", {}):
         lines += ["By level and by number of things, bold where the intervals of five scenes or more stay apart:", "",
-                  versus_table(result["methods"], "break-a-scene"), ""]  # fmt: skip
+                  versus_table(result["methods"], "break-a-scene"), "",
+                  "The same, scene by scene; bold where the interval of five scenes or more leaves 0 out:", "",
+                  difference_table(result["methods"], "break-a-scene"), ""]  # fmt: skip
     return "\n".join([*lines, figure, "", source(name, result)])
 
 

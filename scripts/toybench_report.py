@@ -37,6 +37,7 @@ MEASURES: dict[str, tuple[str, Callable[[Item], list[float]], bool]] = {
 }
 IN_TABLE = ("margin_in_boxes", "confused_in_boxes", "identity_in_boxes", "margin_alone", "confused_alone", "identity_alone",
             "iou", "prompt_fit", "drift")  # fmt: skip
+VERSUS = ("margin_in_boxes", "confused_in_boxes", "margin_alone", "confused_alone")
 IN_PAIRED_TABLE = ("margin_in_boxes", "confused_in_boxes", "identity_in_boxes", "margin_alone", "confused_alone",
                    "identity_alone", "drift")  # fmt: skip
 BARS = ("margin_in_boxes", "confused_in_boxes", "identity_in_boxes", "margin_alone", "confused_alone")
@@ -137,19 +138,27 @@ def versus_table(summary: dict[str, Any], other: str) -> str:
 
     Never bold with fewer than MIN_SCENES scenes.
     """
-    measures = ("margin_in_boxes", "confused_in_boxes", "margin_alone", "confused_alone")
-    titles = [f"{MEASURES[m][0]}: {name}" for m in measures for name in (OURS, other)]
+    titles = [f"{MEASURES[m][0]}: {name}" for m in VERSUS for name in (OURS, other)]
     lines = [f"| | scenes | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
     for group, found in summary[other]["mifo_against_it"].items():
-        compared = {m: c for m, c in found.items() if c and m in measures}
+        compared = {m: c for m, c in found.items() if c and m in VERSUS}
         cells = []
-        for measure in measures:
+        for measure in VERSUS:
             own, theirs = (shown(summary[name][group].get(measure)) for name in (OURS, other))
             against = compared.get(measure)
             apart = against and against["ahead_with_intervals_apart"] and against["scenes"] >= MIN_SCENES
             cells += [f"**{own}**" if apart else own, theirs]
         scenes = max((c["scenes"] for c in compared.values()), default=0)
         lines.append(f"| {group} | {scenes} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def difference_table(summary: dict[str, Any], other: str) -> str:
+    """This project minus another method, scene by scene, by level and by number of things; bold as in `paired_table`."""
+    lines = [f"| {OURS} minus {other} | {' | '.join(MEASURES[m][0] for m in VERSUS)} |", "|---" * (len(VERSUS) + 1) + "|"]
+    for group, found in summary[other]["mifo_against_it"].items():
+        cells = [_difference(found[m], 1) if found[m] else "-" for m in VERSUS]
+        lines.append(f"| {group} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -166,18 +175,18 @@ def paired_table(summary: dict[str, Any]) -> str:
         against = entry["mifo_against_it"]["all"]
         cells, scenes = [], 0
         for found in (against[m] for m in IN_PAIRED_TABLE):
-            cells.append(_difference(found) if found else "-")
+            cells.append(_difference(found, -1) if found else "-")
             scenes = max(scenes, found["scenes"] if found else 0)
         lines.append(f"| {name} | {scenes} | {' | '.join(cells)} | {entry['cost']['learn_seconds']:.0f} |")
     return "\n".join(lines)
 
 
-def _difference(compared: dict[str, Any]) -> str:
-    ours_minus_theirs = compared["difference"]
-    mean, low_high = -ours_minus_theirs["mean"], ours_minus_theirs["interval_95"]
+def _difference(compared: dict[str, Any], sign: int) -> str:
+    """Ours minus theirs, or with `sign` -1 theirs minus ours."""
+    mean, low_high = sign * compared["difference"]["mean"], compared["difference"]["interval_95"]
     if not low_high:
         return f"{mean:+.2f}"
-    low, high = -low_high[1], -low_high[0]
+    low, high = sorted(sign * v for v in low_high)
     text = f"{mean:+.2f} ({low:+.2f} to {high:+.2f})".replace("-0.00", "+0.00")
     return f"**{text}**" if (low > 0 or high < 0) and compared["scenes"] >= MIN_SCENES else text
 

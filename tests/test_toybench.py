@@ -159,6 +159,7 @@ def test_comparison_by_scene():
     assert "| colors | 8 | **0.87 (" in toybench_report.versus_table(found, "rank-4")
     paired = toybench_report.paired_table(found)
     assert "| rank-4 | 8 | **-0.6" in paired and "| mifo |" not in paired  # 0.2 against 0.87; the ninth scene has no partner
+    assert "| colors | **+0.6" in toybench_report.difference_table(found, "rank-4")
     few = toybench_report.summarize([i for i in items if i["scene"] in ("s0", "s1", "s2", "s3")])
     assert "| colors | 4 | 0.8" in toybench_report.versus_table(few, "rank-4")  # apart, yet too few to be bold
     assert "| rank-4 | 4 | -0.6" in toybench_report.paired_table(few)
