@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -272,9 +273,8 @@ def _seconds(entry: dict) -> str:
 
 TABLES = {"main_job": main_job_table, "base_model": base_model_table, "edit": edit_table, "bench": bench_table,
           "bench_jobs": jobs_table, "bench_growth": growth_table, "memory_goals": goals_table, "memory": memory_table,
-          "toybench": lambda: toybench_table("toybench"),
-          "toybench_ablations": lambda: toybench_table("toybench_ablations"),
-          "toybench_holdout": lambda: toybench_table("toybench_holdout")}  # fmt: skip
+          **{name: partial(toybench_table, name) for name in (
+              "toybench", "toybench_holdout", "toybench_large", "toybench_baselines", "toybench_ablations")}}  # fmt: skip
 
 
 def filled(text: str) -> str:
