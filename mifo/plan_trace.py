@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from .attention.backend import Backend, use_backend
 from .attention.bounded import BoundedAttention, bound_attention
-from .attention.parts import Groups, group_pixels
+from .attention.groups import Groups, group_pixels
 from .attention.record import AttentionRecorder, RecordingProcessor
 from .attention.sites import Site, choose_sites, use_processors
 from .base_model import BaseModel, tile_vae
@@ -225,7 +225,10 @@ class _TaggedControl(BoxedControl):
 
 
 def spread_boxes(assets: int) -> Layout:
-    """Small boxes in two rows. The smaller boxes are, the more each asset's pixels see, and the more attention keeps."""
+    """Small boxes in two rows: each asset's pixels see nearly everything, so attention keeps much.
+
+    Not the most there is: with three tiny or overlapping boxes a guidance pass takes up to 0.06 GiB more (sd2.1, 1024 pixels, bf16).
+    """
     columns = -(-assets // 2)
     corners = [((k % columns) / columns, (k // columns) / 2) for k in range(assets)]
     boxes = tuple(Box(x, y, x + 0.5 / columns, y + 0.25) for x, y in corners)

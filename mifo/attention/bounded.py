@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 
 from ..boxes import Layout
 from ..prompts import BACKGROUND_TOKEN, TokenizedPrompt
-from .parts import Groups, attention_in_groups, group_pixels
+from .groups import Groups, attention_in_groups, group_pixels
 from .sites import Processor, Site, attention_probabilities, attention_sites, fused_attention, use_processors
 
 
@@ -168,8 +168,8 @@ class BoundedAttention:
             return mask
         return mask if self.guiding or self.halves == 1 else torch.cat([mask, mask])
 
-    def groups(self, site: Site, numbers: int) -> Groups | None:
-        """Of the pixels of a self-attention map, to be used instead of `visible`; `numbers` are a pixel's over batch and heads.
+    def groups(self, site: Site, elements: int) -> Groups | None:
+        """Of the pixels of a self-attention map, to be used instead of `visible`; `elements` as in `Groups.pays`.
 
         None where a mask is needed (pictures or halves differ), where nothing is bounded, or where groups do not pay.
         """
@@ -181,7 +181,7 @@ class BoundedAttention:
         if size not in self._groups:
             self._groups[size] = self.make_groups(size)
         found = self._groups[size]
-        return found if found.pays(numbers, torch.is_grad_enabled()) else None
+        return found if found.pays(elements, torch.is_grad_enabled()) else None
 
     def make_groups(self, size: tuple[int, int]) -> Groups:
         """For a map of that size; from boxes without a look at the device."""

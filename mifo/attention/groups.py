@@ -18,11 +18,12 @@ from .sites import fused_attention
 
 @dataclass(frozen=True)
 class Group:
-    """Pixels, as (n,) indices into a flattened map, and what they see."""
+    """Pixels that see the same."""
 
     queries: torch.Tensor
+    """(n,) indices into a flattened map"""
     keys: torch.Tensor | None
-    """None: all pixels"""
+    """(k,) indices of what they see; None: all pixels"""
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,15 @@ class Groups:
         moved = (Group(g.queries.to(device), None if g.keys is None else g.keys.to(device)) for g in self.groups)
         return Groups(tuple(moved), self.pixels)
 
-    def pays(self, numbers: int, with_gradient: bool) -> bool:
-        """Whether what is gathered takes less memory than a mask as numbers does; `numbers` are a pixel's, over batch and heads.
+    def pays(self, elements: int, with_gradient: bool) -> bool:
+        """Whether what is gathered takes less memory than a mask does, which kernels turn into numbers;
+        `elements` are those of one pixel of the query, (B * heads * D).
 
         With a gradient every group's keys and values are kept for it, without one a group's at a time. Large maps pay.
         """
         gathered = [len(g.keys) for g in self.groups if g.keys is not None] or [0]
         keys = sum(gathered) if with_gradient else max(gathered)
-        return 2 * (keys + self.pixels) * numbers < self.pixels**2  # keys and values; queries and outputs
+        return 2 * (keys + self.pixels) * elements < self.pixels**2  # keys and values; queries and outputs
 
 
 def group_pixels(subjects: npt.NDArray[np.bool_]) -> Groups:

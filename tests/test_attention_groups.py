@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_attention import CORNERS, PROMPT, SELF, as_text, control_of, inputs
 
 from mifo.attention.bounded import BoundedAttention, bound_attention
-from mifo.attention.parts import Groups, attention_in_groups, group_pixels
+from mifo.attention.groups import Groups, attention_in_groups, group_pixels
 from mifo.attention.sites import fused_attention, set_fused_attention
 from mifo.base_model import BaseModel
 from mifo.boxes import Box, Layout
