@@ -227,7 +227,8 @@ class _TaggedControl(BoxedControl):
 def spread_boxes(assets: int) -> Layout:
     """Small boxes in two rows: each asset's pixels see nearly everything, so attention keeps much.
 
-    Not the most there is: with three tiny or overlapping boxes a guidance pass takes up to 0.06 GiB more (sd2.1, 1024 pixels, bf16).
+    Not the most there is: with three tiny or overlapping boxes a guidance pass takes up to 0.06 GiB more (sd2.1,
+    1024 pixels, bf16).
     """
     columns = -(-assets // 2)
     corners = [((k % columns) / columns, (k // columns) / 2) for k in range(assets)]

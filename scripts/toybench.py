@@ -280,7 +280,7 @@ def main(
             print(f"{done}/{total} {', '.join(names)}; about {left / 60:.0f} min left", flush=True)
 
         failures = run_all(jobs, workers, report)
-    items = load_items(work / ITEMS / split, chosen, levels.split(","), [int(c) for c in counts.split(",")], paired)
+    items = load_items(work / ITEMS / split, chosen, cells, paired)
     label = name or f"toybench{'_quick' if quick else ''}{'_large' if large else ''}{'_holdout' if split == 'holdout' else ''}"
     if items:
         facts = {"split": split, "samples": samples, "workers": workers, "model": model_path, "paired": paired}

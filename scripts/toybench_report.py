@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from results import FOLDER, write_result
 from toybench_methods import METHODS
-from toybench_scenes import LEVELS
+from toybench_scenes import LEVELS, Cell
 
 from mifo.evaluate.metrics import interval
 from mifo.evaluate.plots import Bar, bar_chart, below
@@ -43,14 +43,14 @@ IN_PAIRED_TABLE = ("margin_in_boxes", "confused_in_boxes", "identity_in_boxes", 
 BARS = ("margin_in_boxes", "confused_in_boxes", "identity_in_boxes", "margin_alone", "confused_alone")
 
 
-def load_items(folder: Path, methods: Sequence[str], levels: Sequence[str], counts: Sequence[int],
-               paired: bool = False) -> list[Item]:  # fmt: skip
+def load_items(folder: Path, methods: Sequence[str], cells: Sequence[Cell], paired: bool = False) -> list[Item]:
     """The items of these methods and cells, of the scenes that all methods which have any have finished.
 
     `paired`: all items, since each method is compared with this project on the scenes that the two have.
     """
     items = [json.loads(path.read_text()) for path in sorted(folder.glob("*/*.json"))]
-    items = [i for i in items if i["method"] in methods and i["level"] in levels and i["count"] in counts]
+    asked = {cell.name for cell in cells}
+    items = [i for i in items if i["method"] in methods and i["scene"] in asked]
     scenes: dict[str, set[str]] = defaultdict(set)
     for item in items:
         scenes[item["method"]].add(item["scene"])
