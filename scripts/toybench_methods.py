@@ -74,7 +74,7 @@ MAIN = ("mifo", "break-a-scene", "textual-inversion-masked", "textual-inversion-
         "dreambooth-lora-pairs")  # fmt: skip
 ABLATIONS = ("no-penalty", "penalty-x5", "penalty-x25", "no-locality", "no-placements", "separation-instead", "separation-beside",
              "no-reward", "no-union-sampling", "no-prior", "full-3e-5", "full-1e-4", "full-3e-4", "rank-1", "rank-4", "rank-64",
-             "keep-best", "loss-by-picture", "steps-by-count")  # fmt: skip
+             "lora-5e-4", "lora-2e-3", "keep-best", "loss-by-picture", "steps-by-count")  # fmt: skip
 METHODS: dict[str, Method] = {name: Method(name, _shared_text if name in MAIN[1:] else _as_it_is) for name in (*MAIN, *ABLATIONS)}
 METHODS |= {
     "shared-text": Method("mifo", _shared_text, only_boxes=True),
@@ -160,6 +160,10 @@ def _rank(rank: int) -> Callable[[LearnConfig], tuple[str, LearnConfig]]:
     return lambda c: ("product", replace(c, lora=replace(c.lora, rank=rank)))
 
 
+def _rate(rate: float) -> Callable[[LearnConfig], tuple[str, LearnConfig]]:
+    return lambda c: ("product", replace(c, lora=replace(c.lora, learning_rate=rate)))
+
+
 _CHANGES: dict[str, Callable[[LearnConfig], tuple[str, LearnConfig]]] = {
     "textual-inversion-masked": lambda c: ("product", _textual_inversion(c)),
     "textual-inversion-pairs": lambda c: ("pairs", _textual_inversion(c)),
@@ -177,6 +181,7 @@ _CHANGES: dict[str, Callable[[LearnConfig], tuple[str, LearnConfig]]] = {
     "no-prior": lambda c: ("product", replace(c, prior=replace(c.prior, enabled=False))),
     "full-3e-5": _full(3e-5), "full-1e-4": _full(1e-4), "full-3e-4": _full(3e-4),
     "rank-1": _rank(1), "rank-4": _rank(4), "rank-64": _rank(64),
+    "lora-5e-4": _rate(5e-4), "lora-2e-3": _rate(2e-3),
     "keep-best": lambda c: ("product", replace(c, keep=replace(c.keep, enabled=True))),
     "loss-by-picture": lambda c: ("product", replace(c, masked_loss_by_area=False)),
 }  # fmt: skip
