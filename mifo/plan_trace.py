@@ -6,19 +6,20 @@ Runs the project's own adapters, processors, guidance and losses on parts built 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from .attention.backend import Backend, use_backend
 from .attention.bounded import BoundedAttention, bound_attention
-from .attention.groups import Groups, group_pixels
 from .attention.record import AttentionRecorder, RecordingProcessor
 from .attention.sites import Site, choose_sites, use_processors
 from .base_model import BaseModel, tile_vae
@@ -206,8 +207,8 @@ def _states(model: Model, base: BaseModel, texts: int = 1) -> torch.Tensor:
 class BoxedControl(BoundedAttention):
     """What sees what is known from the boxes alone, where refined masks have no values."""
 
-    def make_groups(self, size: tuple[int, int]) -> Groups:
-        return group_pixels(self.box_masks(size)).to(self.device)
+    def known_masks(self, size: tuple[int, int]) -> Iterable[npt.NDArray[np.bool_]]:
+        return [self.box_masks(size)] * (1 if self._refined is None else len(self._refined))
 
 
 class _TaggedControl(BoxedControl):

@@ -40,17 +40,19 @@ def test_groups_of_a_layout_by_hand() -> None:
 
 
 @pytest.mark.parametrize("layout", [CORNERS, OVERLAPPING])
-@pytest.mark.parametrize("refined", [False, True])
+@pytest.mark.parametrize("refined", [0, 1, 2])
 @pytest.mark.parametrize("guiding", [False, True])
-def test_groups_see_what_the_mask_shows(layout: Layout, refined: bool, guiding: bool) -> None:
-    control = control_of(layout, guiding=guiding)
+def test_groups_see_what_the_mask_shows(layout: Layout, refined: int, guiding: bool) -> None:
+    control = control_of(layout, guiding=guiding, images=2)
     if refined:
-        masks = torch.zeros((1, 2, 4, 4), dtype=torch.bool)
-        masks[0, 0, 1, 1:3] = masks[0, 1, 1:, 2] = True
-        control.refine(masks)
-    mask = control.visible(SELF)
-    assert mask is not None
-    assert seen(control.make_groups((4, 4))) == as_text(mask[0, 0])
+        masks = torch.zeros((2, 2, 4, 4), dtype=torch.bool)
+        masks[0, 0, 1, 1:3] = masks[0, 1, 1:, 2] = masks[1, 0, 0] = masks[1, 1, 2:] = True
+        control.refine(masks[:refined])
+    mask, groups = control.visible(SELF), control.groups(SELF, 0)
+    assert mask is not None and groups is not None
+    assert len(groups) == max(1, refined)
+    for k, of_picture in enumerate(groups):
+        assert seen(of_picture) == as_text(mask[k, 0])
 
 
 masks = st.integers(1, 5).flatmap(lambda count: st.lists(st.lists(st.booleans(), min_size=count, max_size=count), min_size=2,
@@ -71,7 +73,7 @@ def test_groups_equal_the_mask_with_gradients(columns: list[list[bool]]) -> None
     for in_groups in (False, True):
         query, key, value = (t.clone().requires_grad_() for t in tensors[:3])
         if in_groups:
-            out = attention_in_groups(query, key, value, group_pixels(subjects.numpy()), 0.5)
+            out = attention_in_groups(query, key, value, [group_pixels(subjects.numpy())], 0.5)
         else:
             out = fused_attention(query, key, value, visible, 0.5)
         results.append((out, *torch.autograd.grad((out * tensors[3]).sum(), (query, key, value))))
@@ -89,16 +91,13 @@ def test_groups_are_used_where_they_take_less_memory_than_a_mask() -> None:
     assert groups.pays(27, with_gradient=False) and not groups.pays(28, with_gradient=False)  # 2 (80 + 100) x 28 = 10,080
 
 
-def test_a_mask_is_needed_where_pictures_or_halves_differ() -> None:
+def test_a_mask_is_needed_where_halves_differ() -> None:
     def has_groups(change: Callable[[BoundedAttention], object]) -> bool:
         control = control_of(images=2)
         change(control)
         return control.groups(SELF, 0) is not None
 
-    alike, different = torch.ones((1, 2, 4, 4), dtype=torch.bool), torch.ones((2, 2, 4, 4), dtype=torch.bool)
     assert has_groups(lambda c: None)
-    assert has_groups(lambda c: c.refine(alike))
-    assert not has_groups(lambda c: c.refine(different))
     assert not has_groups(lambda c: setattr(c, "bounded", False))
     assert not has_groups(lambda c: setattr(c, "apart", True))
 
@@ -111,22 +110,31 @@ def test_refining_makes_new_groups() -> None:
     refined[0, 0, 0, 0] = refined[0, 1, 3, 3] = True
     control.refine(refined)
     after = control.groups(SELF, 0)
-    assert after is not None and seen(after) != seen(before)
+    assert after is not None and seen(after[0]) != seen(before[0])
 
 
-def run(unet: UNet2DConditionModel, grouped: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and its gradient in the latents, bounded, with groups everywhere or nowhere."""
+def run(unet: UNet2DConditionModel, refined: torch.Tensor | None, grouped: bool,
+        monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Output of both halves of two pictures and its gradient in the latents, bounded, with groups everywhere or nowhere."""
     monkeypatch.setattr(Groups, "pays", lambda *_, **__: grouped)
     control = BoundedAttention(PROMPT, OVERLAPPING, (16, 16), "cpu")
-    feed = inputs(unet, batch=2, size=(16, 16))
+    control.images = 2
+    if refined is not None:
+        control.refine(refined)
+    feed = inputs(unet, batch=4, size=(16, 16))
     feed["sample"].requires_grad_()
     with bound_attention(unet, control):
         out = unet(**feed).sample
     return out.detach(), torch.autograd.grad(out.square().sum(), feed["sample"])[0]
 
 
-def test_a_model_in_groups_equals_the_model_under_masks(any_base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    under_masks, in_groups = (run(any_base.unet, grouped, monkeypatch) for grouped in (False, True))
+@pytest.mark.parametrize("own_masks", [False, True])
+def test_a_model_in_groups_equals_the_model_under_masks(any_base: BaseModel, own_masks: bool,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    refined = torch.zeros((2, 2, 16, 16), dtype=torch.bool)  # pictures, subjects, h, w
+    refined[0, 0, :8, :4] = refined[0, 1, 2:9, 10:] = refined[1, 0, :3] = refined[1, 1, 6:, 3:7] = True
+    under_masks, in_groups = (run(any_base.unet, refined if own_masks else None, grouped, monkeypatch)
+                              for grouped in (False, True))  # fmt: skip
     for grouped, masked in zip(in_groups, under_masks, strict=True):
         assert (grouped - masked).norm() < 1e-4 * masked.norm()  # fp32 rounding through the whole UNet
 

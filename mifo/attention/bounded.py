@@ -5,7 +5,7 @@ Knows boxes, token positions and sites. Knows nothing of losses, steps or schedu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -49,7 +49,7 @@ class BoundedAttention:
         self._refined: torch.Tensor | None = None  # (images, subjects, h, w) bool
         self._subjects: dict[tuple[int, int], torch.Tensor] = {}
         self._masks: dict[tuple, torch.Tensor] = {}
-        self._groups: dict[tuple[int, int], Groups] = {}
+        self._groups: dict[tuple[int, int], tuple[Groups, ...]] = {}
         self._wanted: dict[str, Site] = {}
         self._maps: dict[str, torch.Tensor] = {}
         self._stop_when_complete = False
@@ -168,25 +168,23 @@ class BoundedAttention:
             return mask
         return mask if self.guiding or self.halves == 1 else torch.cat([mask, mask])
 
-    def groups(self, site: Site, elements: int) -> Groups | None:
-        """Of the pixels of a self-attention map, to be used instead of `visible`; `elements` as in `Groups.pays`.
+    def groups(self, site: Site, elements: int) -> tuple[Groups, ...] | None:
+        """Of the pixels of a self-attention map, to be used instead of `visible`: for all pictures, or for each of them;
+        `elements` as in `Groups.pays`.
 
-        None where a mask is needed (pictures or halves differ), where nothing is bounded, or where groups do not pay.
+        None where a mask is needed (halves differ), where nothing is bounded, or where groups do not pay.
         """
         if site.is_cross or not self.bounded or (self.apart and not self.guiding):
             return None
         size = site.map_size(*self.latent_size)
-        if self._refined is not None and len(self._refined) > 1:
-            return None
         if size not in self._groups:
-            self._groups[size] = self.make_groups(size)
-        found = self._groups[size]
-        return found if found.pays(elements, torch.is_grad_enabled()) else None
+            self._groups[size] = tuple(group_pixels(masks).to(self.device) for masks in self.known_masks(size))
+        found, with_gradient = self._groups[size], torch.is_grad_enabled()
+        return found if all(g.pays(elements // len(found), with_gradient) for g in found) else None
 
-    def make_groups(self, size: tuple[int, int]) -> Groups:
-        """For a map of that size; from boxes without a look at the device."""
-        masks = self.box_masks(size) if self._refined is None else self.subject_masks(size)[0].cpu().numpy()
-        return group_pixels(masks).to(self.device)
+    def known_masks(self, size: tuple[int, int]) -> Iterable[npt.NDArray[np.bool_]]:
+        """(subjects, h*w) for all pictures, or for each of them; from boxes without a look at the device."""
+        return [self.box_masks(size)] if self._refined is None else self.subject_masks(size).cpu().numpy()
 
     # --- recording ---
 

@@ -6,6 +6,7 @@ Knows queries, keys, values and pixels. Knows nothing of boxes, sites or models.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -66,9 +67,20 @@ def group_pixels(subjects: npt.NDArray[np.bool_]) -> Groups:
     return Groups(tuple(groups), subjects.shape[1])
 
 
-def attention_in_groups(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: Groups,
+def attention_in_groups(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: Sequence[Groups],
                         scale: float) -> torch.Tensor:  # fmt: skip
-    """(B, heads, N, D) three times -> (B, heads, N, D): what a mask would give, up to rounding."""
+    """(B, heads, N, D) three times -> (B, heads, N, D): what a mask would give, up to rounding.
+
+    One `Groups` for all rows, or one for each of I pictures; row b is then of picture b % I.
+    """
+    images = len(groups)
+    if images == 1:
+        return _one_picture(query, key, value, groups[0], scale)
+    pictures = [_one_picture(query[k::images], key[k::images], value[k::images], g, scale) for k, g in enumerate(groups)]
+    return torch.stack(pictures, 1).flatten(0, 1)
+
+
+def _one_picture(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: Groups, scale: float) -> torch.Tensor:
     parts = []
     for group in groups.groups:
         own_key, own_value = (x if group.keys is None else x.index_select(2, group.keys) for x in (key, value))
