@@ -8,7 +8,8 @@
     python scripts/toybench.py --report-only                            table and figure from what is there
 
 Every scene and method is one item, one JSON under --work; an interrupted run goes on where it was. Items whose settings or
-base model have changed are measured again.
+base model have changed are measured again; the bundles beside them (under 1 MiB each) spare it the learning where only
+drawing has changed.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from mifo.evaluate.toybox_backend import ToyboxBackend
 from mifo.instance import Instance, fit_instance, load_instance
 from mifo.toybox.examples import write_instance
 
-ITEMS = "items"
+ITEMS, KEPT = "items", "bundles"
 VERSION = 1  # of what an item holds; a change measures everything again
 SEED = 4_000  # of drawing; the pictures of sample k have seed SEED + k
 VALUES = ("identity", "identity_margin", "right_instance", "confused", "detect_and_compare", "prompt_fit", "count_right", "ious")
@@ -116,15 +117,21 @@ def run_job(job: Job) -> list[str]:
         backend = ToyboxBackend(instance, scene.things)
         data = InstanceData(fit_instance(instance, base.resolution), base)
         before = pictures_before(job, base, backend.unrelated_prompts)
-        with trained(base, instance, plan, folder, backend) as cost:
+        with trained(base, instance, plan, folder, backend, kept_path(job, base.fingerprint, plan)) as cost:
             for method in job.methods:
                 found = measure(base, instance, backend, data, method, before, job.samples)
                 key = item_key(base.fingerprint, job.cell, method, job.samples, job.share)
                 write_item(item_path(job.work, job.cell, method), {**identity(job, method, plan), "key": key, **cost, **found})
     finally:
-        for path in (folder, folder.with_name(f"{folder.name}-bundle")):
-            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     return [f"{job.cell.name} {method}" for method in job.methods]
+
+
+def kept_path(job: Job, fingerprint: str, plan: Training) -> Path:
+    """Of what this training of this scene leaves."""
+    facts = [fingerprint, job.cell.seed, to_dict(plan.config)]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
+    return job.work / KEPT / f"{job.cell.name}-{digest}"
 
 
 def identity(job: Job, method: str, plan: Training) -> dict[str, Any]:

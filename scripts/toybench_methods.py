@@ -10,6 +10,7 @@ own is this project's.
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from mifo.base_model import BaseModel
-from mifo.bundle import attach
+from mifo.bundle import Bundle, attach, load_bundle
 from mifo.config import AttentionTerms, LearnConfig, PriorConfig, SynthesisConfig, learn_preset
 from mifo.dataset import Batch, InstanceData, encode, pixels_to_tensor
 from mifo.embedding import initial_rows, use_assets
@@ -83,6 +84,7 @@ METHODS |= {
     "no-box-control": Method("mifo", _no_boxes, with_boxes=False, only_boxes=True),
     "masks-only": Method("mifo", lambda c: replace(c, guidance=replace(c.guidance, enabled=False)), only_boxes=True),
     "guidance-only": Method("mifo", lambda c: replace(c, bounded=False), only_boxes=True),
+    "guidance-scale-2": Method("mifo", lambda c: replace(c, guidance_scale=2.0), only_boxes=True),
     "no-refinement": Method("mifo", lambda c: replace(c, refinement=replace(c.refinement, enabled=False)), only_boxes=True),
 }
 DRAWING_ABLATIONS = tuple(name for name, method in METHODS.items() if method.only_boxes)
@@ -191,18 +193,16 @@ _CHANGES: dict[str, Callable[[LearnConfig], tuple[str, LearnConfig]]] = {
 
 
 @contextmanager
-def trained(base: BaseModel, instance: Instance, plan: Training, work: Path, backend: Backend) -> Iterator[dict[str, Any]]:
+def trained(base: BaseModel, instance: Instance, plan: Training, work: Path, backend: Backend,
+            kept: Path) -> Iterator[dict[str, Any]]:  # fmt: skip
     """The base model with `instance` learned, for as long as the block lasts; yields what training cost.
 
-    Writes into `work`, and prior latents beside it, where the scene's other methods find them.
+    A bundle stays in `kept`, and is taken from there instead of learned anew: another way of drawing costs no training.
+    Everything else goes into `work`. Prior latents go beside either folder, where other scenes find them.
     """
     started = time.monotonic()
     if plan.kind == "product":
-        judge = checkpoint_judge(backend, plan.config.keep.samples) if plan.config.keep.enabled else None
-        bundle = learn(instance, base, plan.config, work.with_name(f"{work.name}-bundle"), judge=judge)
-        facts = {"learn_seconds": round(time.monotonic() - started, 1), "peak_gib": bundle.facts["peak_gib"]}
-        if "kept" in bundle.facts:
-            facts["kept_step"] = bundle.facts["kept"]["step"]
+        bundle, facts = learned(base, instance, plan.config, backend, kept)
         with attach(base, bundle):
             yield facts
         return
@@ -223,6 +223,22 @@ def trained(base: BaseModel, instance: Instance, plan: Training, work: Path, bac
         with lend as parts:
             learner.train_adapters(parts, lambda _: None)
             yield {"learn_seconds": round(time.monotonic() - started, 1)}
+
+
+def learned(base: BaseModel, instance: Instance, config: LearnConfig, backend: Backend,
+            kept: Path) -> tuple[Bundle, dict[str, Any]]:  # fmt: skip
+    """The bundle, and what learning it cost. That is written last, so where it is, all is."""
+    cost = kept.with_name(f"{kept.name}.json")
+    if cost.exists():
+        return load_bundle(kept), json.loads(cost.read_text())
+    started = time.monotonic()
+    judge = checkpoint_judge(backend, config.keep.samples) if config.keep.enabled else None
+    bundle = learn(instance, base, config, kept, judge=judge)
+    facts = {"learn_seconds": round(time.monotonic() - started, 1), "peak_gib": bundle.facts["peak_gib"]}
+    if "kept" in bundle.facts:
+        facts["kept_step"] = bundle.facts["kept"]["step"]
+    cost.write_text(json.dumps(facts) + "\n")
+    return bundle, facts
 
 
 @contextmanager

@@ -130,6 +130,12 @@ def test_a_run_goes_on_where_it_was_and_reports(tmp_path: Path, monkeypatch: pyt
     assert plan()[1] == 2
     item_path(work, cells[0], methods[0]).write_text(json.dumps(item))
 
+    monkeypatch.setattr("toybench_methods.learn", None)  # drawn anew, and not learned anew
+    assert run_all([j for j in plan(samples=2)[0] if j.training == methods[0]], 1, finished.extend) == []
+    again = json.loads(item_path(work, cells[0], methods[0]).read_text())
+    assert again["learn_seconds"] == item["learn_seconds"] and len(again["alone"]["identity"]) == 12
+    assert again["alone"]["identity"][:1] == item["alone"]["identity"][:1], "the same bundle draws the same picture"
+
     monkeypatch.setattr(toybench_report, "FOLDER", tmp_path)
     monkeypatch.setattr("results.FOLDER", tmp_path)
     with pytest.raises(BaseException) as stopped:
