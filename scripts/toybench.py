@@ -128,8 +128,8 @@ def run_job(job: Job) -> list[str]:
 
 
 def kept_path(job: Job, fingerprint: str, plan: Training) -> Path:
-    """Of what this training of this scene leaves."""
-    facts = [fingerprint, job.cell.seed, to_dict(plan.config)]
+    """Where the bundle that this training of this scene leaves is kept; no longer found once it would be another."""
+    facts = [VERSION, fingerprint, job.cell.seed, to_dict(plan.config)]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
     return job.work / KEPT / f"{job.cell.name}-{digest}"
 

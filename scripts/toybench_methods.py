@@ -237,7 +237,9 @@ def learned(base: BaseModel, instance: Instance, config: LearnConfig, backend: B
     facts = {"learn_seconds": round(time.monotonic() - started, 1), "peak_gib": bundle.facts["peak_gib"]}
     if "kept" in bundle.facts:
         facts["kept_step"] = bundle.facts["kept"]["step"]
-    cost.write_text(json.dumps(facts) + "\n")
+    partial = cost.with_suffix(".partial")  # whole or not at all: a run may be killed at any time
+    partial.write_text(json.dumps(facts) + "\n")
+    partial.replace(cost)
     return bundle, facts
 
 

@@ -81,6 +81,7 @@ def attention_in_groups(query: torch.Tensor, key: torch.Tensor, value: torch.Ten
 
 
 def _one_picture(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: Groups, scale: float) -> torch.Tensor:
+    """Rows that all have the same groups: shapes as in `attention_in_groups`."""
     parts = []
     for group in groups.groups:
         own_key, own_value = (x if group.keys is None else x.index_select(2, group.keys) for x in (key, value))
