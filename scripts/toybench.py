@@ -236,7 +236,7 @@ def run_all(jobs: Sequence[Job], workers: int, report: Callable[[list[str]], Non
 
 
 def main(
-    quick: Annotated[bool, typer.Option(help="Two levels, one scene, a tenth of the steps: does everything run.")] = False,
+    quick: Annotated[bool, typer.Option(help="One scene, two methods, a tenth of the steps: does everything run.")] = False,
     split: Annotated[str, typer.Option(help="dev, or holdout: the third of the seeds that choices never see.")] = "dev",
     methods: Annotated[str, typer.Option(help="main, ablations, all, or names with commas.")] = "main",
     levels: str = ",".join(LEVELS),
@@ -257,7 +257,7 @@ def main(
     from toybench_report import load_items, write_report
 
     if quick:
-        levels, counts, scenes, samples, share = "classes,patterns", "2", 1, 1, 0.1
+        levels, counts, scenes, samples, share = "patterns", "2", 1, 1, 0.1
         methods = "mifo,break-a-scene" if methods == "main" else methods
         work = work / "quick"
     if large:

@@ -14,6 +14,7 @@ import torch
 from _tiny import ROOT, load_base, tiny_base_folder, write_instance
 
 sys.path.insert(0, str(ROOT / "scripts"))
+import toybench
 import toybench_report
 from toybench import item_path, main, plan_jobs, run_all
 from toybench_methods import METHODS, PairData, choose_methods, pair_picture, trained, training, whole_model
@@ -145,6 +146,21 @@ def test_a_run_goes_on_where_it_was_and_reports(tmp_path: Path, monkeypatch: pyt
     found = report["methods"][methods[0]]["colors"]["iou"]
     assert found["groups"] == 1  # the other method has not finished the second scene
     assert (tmp_path / "bench.png").stat().st_size > 1000
+
+
+def test_quick_run_measures_real_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(toybench_report, "FOLDER", tmp_path)
+    monkeypatch.setattr("results.FOLDER", tmp_path)
+    monkeypatch.setattr(toybench, "_BASES", {})
+    with pytest.raises(BaseException) as stopped:
+        main(quick=True, work=tmp_path / "work")
+    assert getattr(stopped.value, "exit_code", None) == 0
+    report = json.loads((tmp_path / "toybench_quick.json").read_text())
+    assert set(report["methods"]) == {"mifo", "break-a-scene"} and (tmp_path / "toybench_quick.png").stat().st_size > 1000
+    found = report["methods"]["mifo"]["all"]
+    assert found["iou"]["groups"] == 1
+    # boxes hold even what was hardly learned; at full length 0.7, by chance 0.1
+    assert found["iou"]["mean"] > 0.4
 
 
 def test_comparison_by_scene():
