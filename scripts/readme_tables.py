@@ -274,7 +274,8 @@ def _seconds(entry: dict) -> str:
 TABLES = {"main_job": main_job_table, "base_model": base_model_table, "edit": edit_table, "bench": bench_table,
           "bench_jobs": jobs_table, "bench_growth": growth_table, "memory_goals": goals_table, "memory": memory_table,
           **{name: partial(toybench_table, name) for name in (
-              "toybench", "toybench_holdout", "toybench_large", "toybench_baselines", "toybench_ablations")}}  # fmt: skip
+              "toybench", "toybench_holdout", "toybench_large", "toybench_steps", "toybench_baselines",
+              "toybench_ablations")}}  # fmt: skip
 
 
 def filled(text: str) -> str:
