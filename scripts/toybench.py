@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
 import shutil
 import sys
 import tempfile
@@ -33,7 +32,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from toybench_methods import METHODS, Training, choose_methods, trained, training
+from toybench_methods import METHODS, Training, choose_methods, trained, training, write_record
 from toybench_scenes import COUNTS, LARGE_COUNTS, LEVELS, SPLITS, Cell, bench_scene
 
 from mifo.base_model import BaseModel, load_base_model
@@ -121,7 +120,7 @@ def run_job(job: Job) -> list[str]:
             for method in job.methods:
                 found = measure(base, instance, backend, data, method, before, job.samples)
                 key = item_key(base.fingerprint, job.cell, method, job.samples, job.share)
-                write_item(item_path(job.work, job.cell, method), {**identity(job, method, plan), "key": key, **cost, **found})
+                write_record(item_path(job.work, job.cell, method), {**identity(job, method, plan), "key": key, **cost, **found})
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return [f"{job.cell.name} {method}" for method in job.methods]
@@ -172,14 +171,6 @@ def measure(base: BaseModel, instance: Instance, backend: ToyboxBackend, data: I
         pairs = zip(*(backend.see([image for _, image in drawn]) for drawn in (before, after)), strict=True)
         found["drift"] = round(float(np.mean([backend.distance(a, b) for a, b in pairs])), 4)
     return found
-
-
-def write_item(path: Path, item: dict[str, Any]) -> None:
-    """Whole or not at all: another process may be killed at any time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(item) + "\n")
-    os.replace(partial, path)
 
 
 # --- all jobs -----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -237,10 +238,16 @@ def learned(base: BaseModel, instance: Instance, config: LearnConfig, backend: B
     facts = {"learn_seconds": round(time.monotonic() - started, 1), "peak_gib": bundle.facts["peak_gib"]}
     if "kept" in bundle.facts:
         facts["kept_step"] = bundle.facts["kept"]["step"]
-    partial = cost.with_suffix(".partial")  # whole or not at all: a run may be killed at any time
-    partial.write_text(json.dumps(facts) + "\n")
-    partial.replace(cost)
+    write_record(cost, facts)
     return bundle, facts
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Whole or not at all: a run may be killed at any time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(record) + "\n")
+    os.replace(partial, path)
 
 
 @contextmanager
