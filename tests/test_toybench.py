@@ -159,8 +159,8 @@ def test_quick_run_measures_real_pictures(tmp_path: Path, monkeypatch: pytest.Mo
     assert set(report["methods"]) == {"mifo", "break-a-scene"} and (tmp_path / "toybench_quick.png").stat().st_size > 1000
     found = report["methods"]["mifo"]["all"]
     assert found["iou"]["groups"] == 1
-    # boxes hold even what was hardly learned; at full length 0.7, by chance 0.1
-    assert found["iou"]["mean"] > 0.4
+    # boxes hold even what was hardly learned: measured 0.87, and 0.45 without box control
+    assert found["iou"]["mean"] > 0.65
 
 
 def test_comparison_by_scene():
