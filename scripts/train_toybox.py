@@ -1,17 +1,17 @@
 """Trains the toybox base model from nothing: VAE, then text encoder and UNet together.
 
-    python scripts/train_toybox.py --workdir runs/toybox --minutes-vae 12 --minutes-crops 30 --minutes-scenes 60
+    python scripts/train_toybox.py --image-size 128 --workdir runs/toybox128 --output runs/toybox128/model
 
-Stages, each with its own time budget (minutes of training, pauses not counted):
-  vae     AutoencoderKL on random 32x32 crops of drawn scenes
+Stages, each with its own budget of samples:
+  vae     AutoencoderKL on random crops, half as wide as the picture, three quarters of them near things
   crops   UNet + text encoder on close-ups of one object, 8x8 latents (cheap: shape, colour, words)
   scenes  the same weights on whole scenes, 16x16 latents (placement, several objects, backgrounds)
-  decoder the VAE's second half once more, on whole scenes (only with `--minutes-decoder`); latents stay valid
+  decoder the VAE's second half once more, on whole scenes (only with `--samples-decoder`); latents stay valid
   export  EMA weights in fp16 to `--output`, a folder that StableDiffusionPipeline.from_pretrained reads
 
 On a CPU each core works on a part of the batch by itself (`--workers`): small tensors do not split well inside an operation.
-Resumable: run the same command again (`--no-resume` begins anew). A checkpoint is written every two minutes, atomically.
-`log.jsonl` in the work folder keeps the curves; `samples_*.png` what the model draws.
+Resumable: run the same command again (`--no-resume` begins anew). A checkpoint is written every three minutes, atomically.
+`log.jsonl` in the work folder keeps the curves; `samples_*.png` what the model draws. `--export-only` writes what there is.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -41,8 +41,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from mifo.attention.record import AttentionRecorder, RecordingProcessor
 from mifo.attention.sites import Processor, Site, attention_sites
 from mifo.toybox.architecture import (
+    LARGE,
     MAX_TOKENS,
-    VAE_FACTOR,
+    SHIPPED,
+    Shape,
     build_text_encoder,
     build_tokenizer,
     build_unet,
@@ -51,7 +53,6 @@ from mifo.toybox.architecture import (
 )
 from mifo.toybox.draw import BACKGROUNDS
 from mifo.toybox.world import (
-    IMAGE_SIZE,
     CaptionParts,
     Scene,
     draw_scene,
@@ -63,9 +64,9 @@ from mifo.toybox.world import (
 TRAIN_SEED = 1_000_000  # scene seeds below this are kept for examples, the judge's test and the benches
 CAPTIONS_PER_IMAGE = 6
 MAX_THINGS = 4
-COUNT_SHARES = (0.30, 0.44, 0.16, 0.10)  # of scenes with 1, 2, 3, 4 things: two are what words have to keep apart
+COUNT_SHARES = (0.24, 0.44, 0.22, 0.10)  # of scenes with 1, 2, 3, 4 things: two are what words have to keep apart
 THING_WEIGHT = 3.0
-GROUNDING = 0.05
+UNIFORM_SHARE = 0.1  # of the timesteps; the others are logit-normal, which hardly reaches the two ends
 HELD_OUT = 192  # last rows of each baked set, never trained on
 
 # --- data ---------------------------------------------------------------------------------------
@@ -84,34 +85,35 @@ class Example:
     owners: np.ndarray
 
 
-def _scene_job(seed: int) -> Example:
+def _scene_job(seed: int, shape: Shape) -> Example:
     rng = np.random.default_rng([seed, 1])
     scene = random_scene(seed, int(rng.choice([1, 2, 3, 4], p=COUNT_SHARES)))
-    drawing = draw_scene(scene)
-    return _example(scene, drawing.image, drawing.masks, rng)
+    drawing = draw_scene(scene, shape.image_size)
+    return _example(scene, drawing.image, drawing.masks, rng, shape.vae_factor)
 
 
-def _closeup_job(seed: int) -> Example:
+def _closeup_job(seed: int, shape: Shape) -> Example:
     """A half-size window of a scene that holds one whole object."""
     rng = np.random.default_rng([seed, 2])
     thing = random_thing(rng, count=int(rng.choice([2, 3])))
     scene = Scene((thing,), str(rng.choice(BACKGROUNDS)), seed)
-    drawing = draw_scene(scene)
-    window, grid = IMAGE_SIZE // 2, VAE_FACTOR
+    size, grid = shape.image_size, shape.vae_factor
+    drawing, window = draw_scene(scene, size), size // 2
     corner = []
     for low, high in ((thing.box[0], thing.box[2]), (thing.box[1], thing.box[3])):
-        first = max(0, math.ceil((high * IMAGE_SIZE - window) / grid))
-        last = min((IMAGE_SIZE - window) // grid, math.floor(low * IMAGE_SIZE / grid))
+        first = max(0, math.ceil((high * size - window) / grid))
+        last = min((size - window) // grid, math.floor(low * size / grid))
         corner.append(grid * int(rng.integers(min(first, last), last + 1)))
     x, y = corner
     part = (x, y, x + window, y + window)
-    return _example(scene, drawing.image.crop(part), [m.crop(part) for m in drawing.masks], rng)
+    return _example(scene, drawing.image.crop(part), [m.crop(part) for m in drawing.masks], rng, grid)
 
 
-def _example(scene: Scene, image: Image.Image, masks: Sequence[Image.Image], rng: np.random.Generator) -> Example:
-    small = np.zeros((MAX_THINGS, image.height // VAE_FACTOR, image.width // VAE_FACTOR), np.uint8)
+def _example(scene: Scene, image: Image.Image, masks: Sequence[Image.Image], rng: np.random.Generator,
+             factor: int) -> Example:  # fmt: skip
+    small = np.zeros((MAX_THINGS, image.height // factor, image.width // factor), np.uint8)
     for index, mask in enumerate(masks):
-        small[index] = np.asarray(mask.reduce(VAE_FACTOR))
+        small[index] = np.asarray(mask.reduce(factor))
     parts = [random_caption_parts(scene, rng) for _ in range(CAPTIONS_PER_IMAGE)]
     return Example(np.asarray(image), small, [p.text() for p in parts], np.stack([token_owners(p) for p in parts]))
 
@@ -139,60 +141,84 @@ def to_tensor(images: np.ndarray) -> torch.Tensor:
 # --- VAE ----------------------------------------------------------------------------------------
 
 
-def train_vae(workdir: Path, minutes: float, images: int, workers: int, device: str) -> AutoencoderKL:
-    vae = build_vae().to(device)
-    stage = Stage("vae", workdir, minutes, peak_lr=2e-3)
+def near_things(masks: np.ndarray, crop: int, factor: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Top left corner (x, y) in pixels of a crop that holds a random part of a thing. `masks` (things, h, w) at latent size."""
+    rows, columns = masks.any(0).nonzero()
+    pick = int(rng.integers(len(rows)))
+    limit = masks.shape[-1] * factor - crop
+    x, y = (int(np.clip(v[pick] * factor - rng.integers(0, crop - factor + 1), 0, limit)) for v in (columns, rows))
+    return x, y
+
+
+def train_vae(workdir: Path, budget: int, images: int, workers: int, device: str, shape: Shape) -> AutoencoderKL:
+    """Returns the averaged (EMA) weights."""
+    vae = build_vae(shape).to(device)
+    ema = EMAModel(vae.parameters(), decay=0.998, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    stage = Stage("vae", workdir, budget, peak_lr=2e-3)
     pool = ThreadPoolExecutor(workers)
     optimizers = build_optimizers([vae], stage.peak_lr, pool)
-    state = {"vae": vae, **{f"optimizer{i}": o for i, o in enumerate(optimizers)}}
+    state = {"vae": vae, "ema": ema, **{f"optimizer{i}": o for i, o in enumerate(optimizers)}}
     stage.resume(state)
-    if stage.progress >= 1:
-        return vae.eval()
-    scenes = [e.image for e in draw_many(_scene_job, range(TRAIN_SEED, TRAIN_SEED + images), "drawing for the VAE", workers)]
-    held_out = to_tensor(np.stack([_scene_job(i).image for i in range(64)])).to(device)
-    crop, batch = IMAGE_SIZE // 2, 16
+    ema.to(device)
+    if stage.progress < 1:
+        job, seeds = partial(_scene_job, shape=shape), range(TRAIN_SEED, TRAIN_SEED + images)
+        scenes = draw_many(job, seeds, "drawing for the VAE", workers)
+        held_out = to_tensor(np.stack([job(i).image for i in range(64)])).to(device)
+        crop, batch = shape.image_size // 2, 16
+        replicas = Replicas(vae, workers, pool)
 
-    replicas = Replicas(vae, workers, pool)
+        def draw_crops() -> tuple[torch.Tensor, torch.Generator]:
+            rng = np.random.default_rng(int(torch.randint(2**31, ())))
+            cut = []
+            for scene in (scenes[i] for i in rng.integers(0, len(scenes), batch // workers)):
+                if rng.random() < 0.75 and scene.masks.any():
+                    x, y = near_things(scene.masks, crop, shape.vae_factor, rng)
+                else:
+                    x, y = (int(v) for v in rng.integers(0, shape.image_size - crop + 1, 2))
+                cut.append(scene.image[y : y + crop, x : x + crop])
+            return to_tensor(np.stack(cut)).to(device), torch.Generator().manual_seed(int(rng.integers(2**31)))
 
-    def draw_crops() -> tuple[torch.Tensor, torch.Generator]:
-        count = batch // workers
-        picks = torch.randint(len(scenes), (count,)).tolist()
-        corners = torch.randint(0, IMAGE_SIZE - crop + 1, (count, 2)).tolist()
-        x = to_tensor(np.stack([scenes[i][y : y + crop, x : x + crop] for i, (y, x) in zip(picks, corners, strict=True)]))
-        return x.to(device), torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+        def loss_of(model: AutoencoderKL, crops: tuple[torch.Tensor, torch.Generator]) -> torch.Tensor:
+            x, generator = crops
+            posterior = model.encode(x).latent_dist
+            decoded = model.decode(posterior.sample(generator)).sample
+            coarse = reconstruction_loss(F.avg_pool2d(decoded, 2), F.avg_pool2d(x, 2))
+            return reconstruction_loss(decoded, x) + 0.25 * coarse + 2e-5 * posterior.kl().mean() / (crop / shape.vae_factor) ** 2
 
-    def loss_of(model: AutoencoderKL, crops: tuple[torch.Tensor, torch.Generator]) -> torch.Tensor:
-        x, generator = crops
-        posterior = model.encode(x).latent_dist
-        decoded = model.decode(posterior.sample(generator)).sample
-        return reconstruction_loss(decoded, x) + 2e-5 * posterior.kl().mean() / (crop / VAE_FACTOR) ** 2
+        def step() -> tuple[float, int]:
+            return replicas.backward(loss_of, [draw_crops() for _ in range(workers)]), batch
 
-    def step() -> tuple[float, int]:
-        return replicas.backward(loss_of, [draw_crops() for _ in range(workers)]), batch
+        def report() -> None:
+            ema.store(vae.parameters())
+            ema.copy_to(vae.parameters())
+            with torch.no_grad():
+                decoded = vae.decode(vae.encode(held_out).latent_dist.mode()).sample
+            ema.restore(vae.parameters())
+            stage.log(psnr_db=round(psnr(decoded, held_out), 2))
+            save_sheet(workdir / "samples_vae.png", torch.cat([held_out[:16], decoded[:16]]), 8)
 
-    def report() -> None:
-        with torch.no_grad():
-            decoded = vae.decode(vae.encode(held_out).latent_dist.mode()).sample
-        psnr = -10 * math.log10(((decoded - held_out) / 2).clamp(-1, 1).pow(2).mean().item())
-        stage.log(psnr_db=round(psnr, 2))
-        save_sheet(workdir / "samples_vae.png", torch.cat([held_out[:16], decoded[:16]]), 8)
-
-    stage.run(state, step, optimizers, on_save=report)
+        stage.run(state, step, optimizers, after=lambda: ema.step(vae.parameters()), on_save=report)
+    ema.copy_to(vae.parameters())
     return vae.eval()
 
 
-def train_decoder(vae: AutoencoderKL, workdir: Path, minutes: float, images: int, workers: int, device: str, first_seed: int,
-                  bf16: bool) -> None:  # fmt: skip
+def psnr(decoded: torch.Tensor, truth: torch.Tensor) -> float:
+    """dB, of pictures in [-1, 1]."""
+    return -10 * math.log10(((decoded - truth) / 2).clamp(-1, 1).pow(2).mean().item())
+
+
+def train_decoder(vae: AutoencoderKL, workdir: Path, budget: int, images: int, workers: int, device: str, first_seed: int,
+                  bf16: bool, job: Callable) -> None:  # fmt: skip
     """The decoder alone, on whole scenes: latents, and all that was trained on them, stay valid."""
     decoder = Decoder(vae)
-    stage = Stage("decoder", workdir, minutes, peak_lr=5e-4)
+    stage = Stage("decoder", workdir, budget, peak_lr=5e-4)
     pool = ThreadPoolExecutor(workers)
     optimizers = build_optimizers([decoder], stage.peak_lr, pool)
     state = {"decoder": decoder, **{f"optimizer{i}": o for i, o in enumerate(optimizers)}}
     stage.resume(state)
     seeds, batch = range(first_seed, first_seed + images), 8
-    scenes = to_tensor(np.stack([e.image for e in draw_many(_scene_job, seeds, "drawing for the decoder", workers)]))
-    held_out = to_tensor(np.stack([_scene_job(i).image for i in range(64)])).to(device)
+    scenes = to_tensor(np.stack([e.image for e in draw_many(job, seeds, "drawing for the decoder", workers)]))
+    held_out = to_tensor(np.stack([job(i).image for i in range(64)])).to(device)
     with torch.no_grad():
         latents = torch.cat([vae.encode(x.to(device)).latent_dist.mode().cpu() for x in tqdm(scenes.split(64), desc="encoding")])
         held_out_latents = vae.encode(held_out).latent_dist.mode()
@@ -211,8 +237,7 @@ def train_decoder(vae: AutoencoderKL, workdir: Path, minutes: float, images: int
     def report() -> None:
         with torch.no_grad():
             decoded = decoder(held_out_latents)
-        psnr = -10 * math.log10(((decoded - held_out) / 2).clamp(-1, 1).pow(2).mean().item())
-        stage.log(psnr_db=round(psnr, 2))
+        stage.log(psnr_db=round(psnr(decoded, held_out), 2))
         save_sheet(workdir / "samples_decoder.png", torch.cat([held_out[:16], decoded[:16]]), 8)
 
     report()
@@ -301,9 +326,12 @@ def take_rows(data: dict[str, torch.Tensor], picks: torch.Tensor, captions: torc
 
 
 def draw_batch(data: dict[str, torch.Tensor], batch: int) -> Batch:
-    """Random latents, one of each one's captions, noise, and timesteps spread evenly over the schedule."""
+    """Random latents, one of each one's captions, noise, and timesteps: logit-normal (Esser et al. 2024, section 3.1),
+    evenly spread over that distribution, and UNIFORM_SHARE of them uniform."""
     picks = torch.randint(len(data["latents"]) - HELD_OUT, (batch,))
-    timesteps = ((torch.arange(batch) + torch.rand(batch)) / batch * 1000).long().clamp(max=999)
+    even = (torch.arange(batch) + torch.rand(batch)) / batch
+    shares = torch.where(torch.rand(batch) < UNIFORM_SHARE, torch.rand(batch), torch.special.ndtri(even).sigmoid())
+    timesteps = (shares * 1000).long().clamp(max=999)
     noise = torch.randn(batch, *data["latents"].shape[1:])
     return take_rows(data, picks, torch.randint(CAPTIONS_PER_IMAGE, (batch,)), noise, timesteps)
 
@@ -342,17 +370,18 @@ def grounding_loss(maps: dict[str, torch.Tensor], sites: Sequence[Site], batch: 
 
 
 class Denoiser(torch.nn.Module):
-    """Text encoder and UNet as one trainable thing."""
+    """Text encoder and UNet as one trainable thing. `grounding`: weight of the loss that shows each word its thing."""
 
-    def __init__(self, tokenizer: CLIPTokenizer):
+    def __init__(self, tokenizer: CLIPTokenizer, shape: Shape, grounding: float = 0.0):
         super().__init__()
-        self.text_encoder, self.unet = build_text_encoder(tokenizer), build_unet()
-        self.scheduler = DDIMScheduler(**scheduler_config())
+        self.text_encoder, self.unet = build_text_encoder(tokenizer), build_unet(shape)
+        self.scheduler, self.grounding = DDIMScheduler(**scheduler_config()), grounding
         self.sites = [site for site in attention_sites(self.unet) if site.is_cross]
         self.recorder = AttentionRecorder()
-        self.unet.set_attn_processor(
-            {s.name: RecordingProcessor(s.name, self.recorder) if s.is_cross else FullPrecisionAttention()
-             for s in attention_sites(self.unet)})  # fmt: skip
+        if grounding:
+            self.unet.set_attn_processor(
+                {s.name: RecordingProcessor(s.name, self.recorder) if s.is_cross else FullPrecisionAttention()
+                 for s in attention_sites(self.unet)})  # fmt: skip
 
     def load(self, source: Path) -> None:
         """Weights from another stage's checkpoint, or from a finished model's folder."""
@@ -360,8 +389,10 @@ class Denoiser(torch.nn.Module):
             text_encoder = CLIPTextModel.from_pretrained(source / "text_encoder", dtype=torch.float32)
             self.text_encoder.load_state_dict(text_encoder.state_dict())
             self.unet.load_state_dict(UNet2DConditionModel.from_pretrained(source / "unet").float().state_dict())
-        else:
-            self.load_state_dict(torch.load(source, map_location="cpu", weights_only=False)["state"]["model"])
+        else:  # the averaged weights
+            ema = EMAModel(self.parameters())
+            ema.load_state_dict(torch.load(source, map_location="cpu", weights_only=False)["state"]["ema"])
+            ema.copy_to(self.parameters())
 
     def errors(self, batch: Batch) -> torch.Tensor:
         """Squared error of the predicted velocity, (B, h, w): the mean over channels."""
@@ -371,24 +402,26 @@ class Denoiser(torch.nn.Module):
         return (self.unet(noisy, batch.timesteps, states).sample.float() - target).square().mean(1)
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        """Things count THING_WEIGHT times as much as their surroundings; each word is shown its thing."""
-        self.recorder.open()
+        """Things count THING_WEIGHT times as much as their surroundings."""
+        if self.grounding:
+            self.recorder.open()
         errors = self.errors(batch)
-        maps = self.recorder.take()
         weights = 1 + (THING_WEIGHT - 1) * batch.masks.amax(1)  # (B, h, w)
         denoising = (errors * weights / weights.mean((1, 2), keepdim=True)).mean()
-        return denoising + GROUNDING * grounding_loss(maps, self.sites, batch)
+        if not self.grounding:
+            return denoising
+        return denoising + self.grounding * grounding_loss(self.recorder.take(), self.sites, batch)
 
 
-def train_denoiser(name: str, workdir: Path, minutes: float, peak_lr: float, sources: list[tuple[dict, int, float]],
+def train_denoiser(name: str, workdir: Path, budget: int, peak_lr: float, sources: list[tuple[dict, int, float]],
                    vae: AutoencoderKL, tokenizer: CLIPTokenizer, start_from: Path | None, device: str,
-                   workers: int, bf16: bool) -> None:  # fmt: skip
+                   workers: int, bf16: bool, shape: Shape, grounding: float) -> None:  # fmt: skip
     """`sources`: (baked data, batch size, share of the steps). Starts from another stage's weights when given."""
-    model = Denoiser(tokenizer).to(device)
+    model = Denoiser(tokenizer, shape, grounding).to(device)
     if start_from:
         model.load(start_from)
     ema = EMAModel(model.parameters(), decay=0.997, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-    stage = Stage(name, workdir, minutes, peak_lr)
+    stage = Stage(name, workdir, budget, peak_lr)
     pool = ThreadPoolExecutor(workers)
     optimizers = build_optimizers([model.text_encoder, model.unet], peak_lr, pool)
     state = {"model": model, "ema": ema, **{f"optimizer{i}": o for i, o in enumerate(optimizers)}}
@@ -437,12 +470,10 @@ def sample_sheet(model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, 
     return pipe(prompts, num_inference_steps=25, guidance_scale=3.0, output_type="pt", generator=generator).images * 2 - 1
 
 
-def export(workdir: Path, stage: str, vae: AutoencoderKL, tokenizer: CLIPTokenizer, output: Path) -> None:
+def export(workdir: Path, stage: str, vae: AutoencoderKL, tokenizer: CLIPTokenizer, output: Path, shape: Shape) -> None:
     """EMA weights, fp16, in Stable Diffusion's folder layout."""
-    model = Denoiser(tokenizer)
-    ema = EMAModel(model.parameters())
-    ema.load_state_dict(torch.load(workdir / f"{stage}.pt", map_location="cpu", weights_only=False)["state"]["ema"])
-    ema.copy_to(model.parameters())
+    model = Denoiser(tokenizer, shape)
+    model.load(workdir / f"{stage}.pt")
     as_pipeline(model, vae.cpu(), tokenizer).to(dtype=torch.float16).save_pretrained(output, safe_serialization=True)
     use_hub_names(output / "text_encoder")
     for config in output.glob("*/config.json"):  # where this machine had the parts is nobody's business
@@ -453,7 +484,9 @@ def export(workdir: Path, stage: str, vae: AutoencoderKL, tokenizer: CLIPTokeniz
 def main(
     workdir: Annotated[Path, typer.Option(help="Checkpoints, baked latents, log, sample sheets.")] = Path("runs/toybox"),
     output: Annotated[Path, typer.Option(help="Where the finished model is written.")] = Path("mifo/toybox/model"),
-    minutes_vae: float = 11, minutes_crops: float = 25, minutes_scenes: float = 60, minutes_decoder: float = 0,
+    image_size: Annotated[int, typer.Option(help="64, as shipped, or 128.")] = 64,
+    samples_vae: int = 56_000, samples_crops: int = 120_000, samples_scenes: int = 300_000, samples_decoder: int = 0,
+    grounding: Annotated[float, typer.Option(help="Weight of the loss that shows words their things, for scenes.")] = 0.0,
     learning_rate: Annotated[float, typer.Option(help="Peak, for crops; scenes take 0.7 of it.")] = 2e-3,
     scenes: Annotated[int, typer.Option(help="Whole scenes drawn (the VAE sees the first 6,000).")] = 40_000,
     closeups: int = 40_000,
@@ -463,37 +496,42 @@ def main(
     resume: Annotated[bool, typer.Option(help="Go on from the work folder's checkpoints, or begin again.")] = True,
     workers: int = 2, device: str = "cpu",
     seed: Annotated[int, typer.Option(help="Another seed draws other scenes.")] = 0,
+    export_only: Annotated[bool, typer.Option(help="Only write the model that the checkpoints hold.")] = False,
     bf16: Annotated[bool | None, typer.Option(help="Autocast; default: where the processor has the units for it.")] = None,
 ) -> None:  # fmt: skip
     """Trains the toybox base model. Run it again to go on where it stopped."""
     if not resume:
-        shutil.rmtree(workdir, ignore_errors=True)
+        for name in ("vae.pt", "crops.pt", "scenes.pt", "decoder.pt", "closeups.latents", "scenes.latents", "log.jsonl"):
+            (workdir / name).unlink(missing_ok=True)
     torch.manual_seed(seed)
     if bf16 is None:
         bf16 = device == "cuda" or torch.cpu._is_avx512_bf16_supported()
     workdir.mkdir(parents=True, exist_ok=True)
     threads = workers if device == "cpu" else 1
     torch.set_num_threads(1 if threads > 1 else torch.get_num_threads())
+    shape = {64: SHIPPED, 128: LARGE}[image_size]
+    scene_job, closeup_job = partial(_scene_job, shape=shape), partial(_closeup_job, shape=shape)
+    tokenizer = build_tokenizer(workdir / "tokenizer")
     if start_from:
         vae = AutoencoderKL.from_pretrained(start_from / "vae").float().to(device).eval()
     else:
-        vae = train_vae(workdir, minutes_vae, min(scenes, 6000), threads, device)
-        normalize_latents(vae, to_tensor(np.stack([_scene_job(TRAIN_SEED + i).image for i in range(256)])).to(device))
-    tokenizer = build_tokenizer(workdir / "tokenizer")
+        vae = train_vae(workdir, samples_vae, min(scenes, 6000), threads, device, shape)
+        normalize_latents(vae, to_tensor(np.stack([scene_job(TRAIN_SEED + i).image for i in range(256)])).to(device))
+    if export_only:
+        stage = "scenes" if (workdir / "scenes.pt").exists() else "crops"
+        return export(workdir, stage, vae, tokenizer, output, shape)
     first = TRAIN_SEED + seed * 1_000_000
-    seeds = range(first, first + closeups)
-    crops = bake(vae, _closeup_job, seeds, workdir / "closeups.latents", tokenizer, workers, device)
-    if minutes_crops:
-        train_denoiser("crops", workdir, minutes_crops, learning_rate, [(crops, batch_crops, 1.0)], vae, tokenizer, start_from,
-                       device, threads, bf16)  # fmt: skip
-    seeds = range(first, first + scenes)
-    wholes = bake(vae, _scene_job, seeds, workdir / "scenes.latents", tokenizer, workers, device)
+    crops = bake(vae, closeup_job, range(first, first + closeups), workdir / "closeups.latents", tokenizer, workers, device)
+    if samples_crops:
+        train_denoiser("crops", workdir, samples_crops, learning_rate, [(crops, batch_crops, 1.0)], vae, tokenizer, start_from,
+                       device, threads, bf16, shape, 0.0)  # fmt: skip
+    wholes = bake(vae, scene_job, range(first, first + scenes), workdir / "scenes.latents", tokenizer, workers, device)
     sources = [(crops, batch_crops, crop_share), (wholes, batch_scenes, 1 - crop_share)]
-    train_denoiser("scenes", workdir, minutes_scenes, 0.7 * learning_rate, sources, vae, tokenizer,
-                   workdir / "crops.pt" if minutes_crops else start_from, device, threads, bf16)  # fmt: skip
-    if minutes_decoder:
-        train_decoder(vae, workdir, minutes_decoder, min(scenes, 6000), threads, device, first, bf16)
-    export(workdir, "scenes", vae, tokenizer, output)
+    train_denoiser("scenes", workdir, samples_scenes, 0.7 * learning_rate, sources, vae, tokenizer,
+                   workdir / "crops.pt" if samples_crops else start_from, device, threads, bf16, shape, grounding)  # fmt: skip
+    if samples_decoder:
+        train_decoder(vae, workdir, samples_decoder, min(scenes, 6000), threads, device, first, bf16, scene_job)
+    export(workdir, "scenes", vae, tokenizer, output, shape)
 
 
 if __name__ == "__main__":

@@ -21,15 +21,18 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from tqdm import tqdm
 
-CHECKPOINT_SECONDS = 120
-MAX_STEP_SECONDS = 10  # a machine that slept or was busy elsewhere does not use the budget up
+CHECKPOINT_SECONDS = 180
+STABLE_SHARE = 0.7  # of the samples at the peak rate; a longer run can start from there
 
 
 class Stage:
-    """One training stage's clock, checkpoint, learning rate and log."""
+    """One training stage's progress, checkpoint, learning rate and log.
 
-    def __init__(self, name: str, workdir: Path, minutes: float, peak_lr: float):
-        self.name, self.workdir, self.budget_s, self.peak_lr = name, workdir, minutes * 60, peak_lr
+    The budget is in samples, so a busy machine trains later, not less, and the same seed makes the same run.
+    """
+
+    def __init__(self, name: str, workdir: Path, budget: int, peak_lr: float):
+        self.name, self.workdir, self.budget, self.peak_lr = name, workdir, budget, peak_lr
         self.path = workdir / f"{name}.pt"
         self.elapsed_s, self.step, self.samples = 0.0, 0, 0
         self._saved = time.monotonic()
@@ -37,11 +40,12 @@ class Stage:
 
     @property
     def progress(self) -> float:
-        return min(1.0, self.elapsed_s / self.budget_s) if self.budget_s else 1.0
+        return min(1.0, self.samples / self.budget) if self.budget else 1.0
 
     def learning_rate(self) -> float:
-        """Linear warm-up over 100 steps, then a cosine over the time budget down to 2 %."""
-        return self.peak_lr * min(1, (self.step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.progress)))
+        """Linear warm-up over 100 steps, the peak for STABLE_SHARE of the budget, then a half cosine down to 2 %."""
+        falling = max(0.0, self.progress - STABLE_SHARE) / (1 - STABLE_SHARE)
+        return self.peak_lr * min(1, (self.step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * falling)))
 
     def resume(self, state: dict[str, torch.nn.Module | torch.optim.Optimizer | EMAModel]) -> bool:
         if not self.path.exists():
@@ -64,8 +68,8 @@ class Stage:
     def run(self, state: dict, step: Callable[[], tuple[float, int]], optimizers: list[torch.optim.Optimizer],
             after: Callable[[], None] | None = None, on_save: Callable[[], None] | None = None) -> None:  # fmt: skip
         """Calls `step`, which leaves gradients and returns (loss, samples seen), until the budget is spent."""
-        bar = tqdm(total=round(self.budget_s), initial=round(self.elapsed_s), desc=self.name, unit="s", mininterval=5)
-        while self.elapsed_s < self.budget_s:
+        bar = tqdm(total=self.budget, initial=self.samples, desc=self.name, unit=" samples", mininterval=30)
+        while self.samples < self.budget:
             start = time.monotonic()
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
@@ -78,8 +82,8 @@ class Stage:
                 after()
             self.step, self.samples = self.step + 1, self.samples + count
             self._losses.append(loss)
-            self.elapsed_s += min(time.monotonic() - start, MAX_STEP_SECONDS)
-            bar.n = round(self.elapsed_s)
+            self.elapsed_s += time.monotonic() - start
+            bar.update(count)
             if self.step % 50 == 0:
                 self.log()
                 bar.set_postfix(step=self.step, loss=f"{np.mean(self._losses[-50:]):.4f}")
@@ -159,12 +163,19 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
-    """Nearest semi-orthogonal matrix, roughly: five quintic Newton-Schulz steps."""
+    """Nearest semi-orthogonal matrix, roughly: five quintic Newton-Schulz steps, x <- (a + b g + c g^2) x with g = x x^T.
+
+    Each step's polynomial commutes with g, so all five are multiplied on the small side first and meet the long one once.
+    """
     tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if tall else matrix) / (matrix.norm() + 1e-7)
+    x = (matrix.T if tall else matrix) / (matrix.norm() + 1e-7)  # (n, m), n <= m
+    gram, product = x @ x.T, None  # (n, n)
     for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        step = torch.addmm(-4.7750 * gram, gram, gram, alpha=2.0315)
+        step.diagonal().add_(3.4445)
+        product = step if product is None else step @ product
+        gram = step @ gram @ step
+    x = product @ x
     return x.T if tall else x
 
 

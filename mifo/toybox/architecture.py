@@ -6,6 +6,7 @@ Knows configurations only; the weights come from scripts/train_toybox.py.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,28 +15,41 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .draw import COLORS, PATTERNS
-from .world import BACKGROUND_PHRASES, CLASS_NAMES, IMAGE_SIZE
+from .world import BACKGROUND_PHRASES, CLASS_NAMES
 
-VAE_FACTOR = 4
-LATENT_CHANNELS = 8
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes that go together: pixels of a picture's side, pixels of a latent's side, channels of a latent, the VAE's blocks."""
+
+    image_size: int
+    vae_factor: int
+    latent_channels: int
+    vae_blocks: tuple[int, ...]
+    vae_middle_attention: bool
+
+
+SHIPPED = Shape(64, 4, 8, (24, 48, 96), True)
+LARGE = Shape(128, 8, 12, (16, 32, 64, 128), False)  # in training; the same 16x16 latents
 TEXT_WIDTH = 128
 MAX_TOKENS = 40
 EXTRA_WORDS = ("a", "an", "the", "of", "and", "photo", "picture", "toy", "object", "thing", "background", "with", "two",
                "three", "one", "four", "small", "large", "left", "right")  # fmt: skip
 
 
-def build_vae() -> AutoencoderKL:
+def build_vae(shape: Shape = SHIPPED) -> AutoencoderKL:
+    blocks = len(shape.vae_blocks)
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(24, 48, 96), layers_per_block=1, latent_channels=LATENT_CHANNELS, norm_num_groups=8,
-        sample_size=IMAGE_SIZE, scaling_factor=1.0,
+        down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=shape.vae_blocks, layers_per_block=1, latent_channels=shape.latent_channels, norm_num_groups=8,
+        sample_size=shape.image_size, scaling_factor=1.0, mid_block_add_attention=shape.vae_middle_attention,
     )  # fmt: skip
 
 
-def build_unet() -> UNet2DConditionModel:
+def build_unet(shape: Shape = SHIPPED) -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=IMAGE_SIZE // VAE_FACTOR, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,
-        block_out_channels=(64, 128), layers_per_block=1, norm_num_groups=16,
+        sample_size=shape.image_size // shape.vae_factor, in_channels=shape.latent_channels,
+        out_channels=shape.latent_channels, block_out_channels=(64, 128), layers_per_block=1, norm_num_groups=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=TEXT_WIDTH, attention_head_dim=(4, 4),

@@ -159,7 +159,7 @@ def _star(p: Painter) -> None:
         tips.append((0.5 + radius * np.cos(angle), 0.54 + radius * np.sin(angle)))
     p.polygon(tips, "body")
     for x in (0.41, 0.59):
-        p.dot(x, 0.50, 0.05, INK)
+        p.dot(x, 0.50, 0.07, INK)
 
 
 def _mushroom(p: Painter) -> None:
