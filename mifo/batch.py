@@ -84,11 +84,11 @@ class PictureJob:
         """For the message of an interrupted job."""
         return f"; {self.done} items are kept: the same command goes on from there" if self.done else ""
 
-    def summary(self) -> str:
-        """For people: how much is missing, and each failure with its reason."""
+    def summary(self) -> list[str]:
+        """Lines for people: how much is missing, and each failure with its reason."""
         total = self.done + len(self.failures)
         lines = [f"error: {len(self.failures)} of {total} items failed; the same command tries only them again"]
-        return "\n".join([*lines, *(f"  {name}: {reason}" for name, reason in self.failures.items())])
+        return [*lines, *(f"  {name}: {reason}" for name, reason in self.failures.items())]
 
     def clear(self) -> None:
         """Forgets everything, once it has become the job's result; not while something is missing."""

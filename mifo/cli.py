@@ -7,11 +7,7 @@ Exit status: 0 done, 2 the input is wrong, 1 our fault, 130 interrupted, 143 ter
 from __future__ import annotations
 
 import atexit
-import logging
 import os
-import signal
-import sys
-import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,15 +23,17 @@ from .command_parts import (
     family_of,
     import_libraries,
     instance_folders,
+    load_base,
     load_base_of,
     measured_by,
     override,
     own_base,
     plan_within,
 )
-from .console import Bar, leave, running, say, terminate
+from .console import Bar, leave, running, say, waiting
 from .errors import InputError
 from .files import check_replaceable, check_writable
+from .interrupts import heard, listen
 from .options import (
     AsJson,
     Attention,
@@ -64,6 +62,7 @@ from .options import (
     VramGib,
     number,
 )
+from .terminal import guard_streams, quiet_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +78,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # cuts option names at 80 columns, and reads [x0, y0, x1, y1] as a style
 )
 
 
@@ -136,7 +136,6 @@ def learn(
 
         import_libraries()
         from .attention.backend import use_backend
-        from .base_model import load_base_model
         from .checkpoints import Checkpointing
         from .config import MemoryConfig, learn_preset
         from .learn import learn as run_learn
@@ -152,7 +151,7 @@ def learn(
             config = _learn_overrides(learn_preset(family_of(model_path), recipe.value), given, _accelerate_name(dtype))
             plan = plan_within("learn", model_path, chosen, dtype, resolution, vram_gib, attention.name, config,
                                assets=each.count)  # fmt: skip
-            base = load_base_model(model_path, chosen, dtype, plan.settings.memory if plan else MemoryConfig())
+            base = load_base(model_path, chosen, dtype, plan.settings.memory if plan else MemoryConfig())
             config = plan.settings.learn if plan else config
             if config.resolution is not None:
                 base.check_side("the resolution", config.resolution)
@@ -165,7 +164,7 @@ def learn(
                 bundle = run_learn(each, base, config, target, bar.learning, initial, checkpointing, judge)
             job.kept.append(target)
             results.append(_learn_summary(bundle))
-            job.text(_learned_text(results[-1]))
+            job.text(*_learned_text(results[-1]))
         job.json(results[0] if instance is not None else {"bundles": results})
 
 
@@ -250,7 +249,7 @@ def synthesize(
             best = facts["best_of"][0]
             worst = facts["best_of"][-1]["score"]
             job.text(f"the best of {best_of} is seed {best['seed']}, score {best['score']} (the worst has {worst})")
-        job.text(f"{pictures} in {output_path} ({seconds} s, peak {peak} GiB)\ncontact sheet: {contact}")
+        job.text(f"{pictures} in {output_path} ({seconds} s, peak {peak} GiB)", f"contact sheet: {contact}")
         job.json({"images": [str(p) for p in paths], "contact_sheet": str(contact), "json": str(output_path / "synthesis.json"),
                   "seconds": seconds, "peak_gib": peak,
                   **({"best_of": facts["best_of"]} if best_of else {})})  # fmt: skip
@@ -323,8 +322,8 @@ def demo(
         with Bar() as bar:
             result = run_demo(output_path, seed, choose_device(device), bar)
         job.text(
-            f"The three cars were learned in {result['learn_seconds']} s; each picture took "
-            f"{result['synthesize_seconds']} s.\nLook at {result['picture']}"
+            f"The three cars were learned in {result['learn_seconds']} s; each picture took {result['synthesize_seconds']} s.",
+            f"Look at {result['picture']}",
         )
         job.json(result)
 
@@ -351,7 +350,8 @@ def _checkpoint_judge(config: LearnConfig, instance: Instance, base: BaseModel, 
     from .instance import without_background
 
     models = [given[name] for name in ("dino", "clip", "detector")]
-    backend = make_backend(given["backend"].value, base.family, without_background(instance), str(base.device), *models)
+    with waiting("loading the models that measure"):
+        backend = make_backend(given["backend"].value, base.family, without_background(instance), str(base.device), *models)
     return checkpoint_judge(backend, config.keep.samples)
 
 
@@ -436,15 +436,15 @@ def _learn_summary(bundle: Bundle) -> dict[str, Any]:
             "preview": str(bundle.folder / "preview.png"), "attention": str(bundle.folder / "attention.png")}  # fmt: skip
 
 
-def _learned_text(facts: dict[str, Any]) -> str:
+def _learned_text(facts: dict[str, Any]) -> list[str]:
     shares = facts["attention_inside_mask"].items()
-    return "\n".join([
+    return [
         f"learned {', '.join(facts['tokens'])} in {facts['seconds']} s, peak {facts['peak_gib']} GiB",
         f"bundle: {facts['bundle']} ({facts['mib']} MiB)",
         *(f"  {token}: {100 * share:.0f} % of its attention is inside its mask" for token, share in shares),
         *([f"{facts['skipped_steps']} steps overflowed in fp16 and were skipped"] if "skipped_steps" in facts else []),
         f"look at {facts['preview']} and {facts['attention']}",
-    ])  # fmt: skip
+    ]
 
 
 for command in (edit_commands.edit, edit_commands.decompose, edit_commands.variations,
@@ -456,20 +456,14 @@ def main() -> None:
     """Runs the command line of this process."""
     status = 1  # of an error that nobody expected; Python has said which
     atexit.register(lambda: leave(status))  # the first to be registered is the last to run
-    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_VERBOSITY"):
-        os.environ.setdefault(name, "error")  # advice to programmers
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional kernel that is not used here
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a file's name may hold bytes that are no text
-    signal.signal(signal.SIGTERM, terminate)
+    quiet_libraries()
+    guard_streams()
+    listen()
     try:
         app()
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if heard.first is not None and status == 1:  # outside of a job click takes every interruption for Ctrl-C
+            status = 128 + heard.first
         raise

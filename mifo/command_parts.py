@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .console import say, shown
+from .console import say, waiting
 from .errors import InputError
 from .options import Attention, Precision
 
@@ -38,7 +38,8 @@ def import_libraries() -> None:
     """
     gc.disable()
     try:
-        from . import bundle  # noqa: F401
+        with waiting("loading the libraries"):
+            from . import bundle  # noqa: F401
     finally:
         gc.enable()
 
@@ -75,7 +76,7 @@ def plan_within(job: str, model_path: str, device: str, dtype: torch.dtype, reso
                         edit=edit or EditConfig())  # fmt: skip
     plan = make_plan(model, settings, vram_gib)
     plan.check()
-    say(plan_text(plan))
+    say(*plan_text(plan).split("\n"))
     limit_gpu(plan, device)
     return plan
 
@@ -89,17 +90,24 @@ def own_base(bundle: Bundle) -> str:
         raise InputError(f"the bundle '{bundle.name}' needs its own base model: {error}") from None
 
 
+def load_base(model_path: str, device: str, dtype: torch.dtype, memory: MemoryConfig) -> BaseModel:
+    """`load_base_model`, with the seconds that it takes."""
+    from .base_model import load_base_model
+
+    with waiting("loading the base model"):
+        return load_base_model(model_path, device, dtype, memory)
+
+
 def load_base_of(bundle: Bundle, model_path: str | None, device: str, dtype: torch.dtype,
                   memory: MemoryConfig | None = None) -> BaseModel:  # fmt: skip
     """The base model asked for (refused later when it is another than the bundle's), or the bundle's own."""
-    from .base_model import load_base_model
     from .config import MemoryConfig
 
     memory = memory or MemoryConfig()
     if model_path:
-        return load_base_model(model_path, device, dtype, memory)
+        return load_base(model_path, device, dtype, memory)
     try:
-        return load_base_model(own_base(bundle), device, dtype, memory)
+        return load_base(own_base(bundle), device, dtype, memory)
     except InputError as error:
         text = str(error)
         own = f"the bundle '{bundle.name}' needs its own base model: "
@@ -124,7 +132,8 @@ def measured_by(bundle: Bundle, base: BaseModel, folder: Path | None, given: dic
     from .evaluate.choose import make_backend
 
     models = [given[name] for name in ("dino", "clip", "detector")]
-    return make_backend(given["backend"].value, base.family, instance_of(bundle, folder), str(base.device), *models)
+    with waiting("loading the models that measure"):
+        return make_backend(given["backend"].value, base.family, instance_of(bundle, folder), str(base.device), *models)
 
 
 def instance_folders(instance: str | None, folder_path: Path) -> list[Path]:
@@ -142,8 +151,7 @@ def instance_folders(instance: str | None, folder_path: Path) -> list[Path]:
 def end_job(pictures: PictureJob) -> None:
     """Says what is missing and why, and ends the command with that status; returns when nothing is missing."""
     if pictures.failures:
-        for line in pictures.summary().split("\n"):
-            say(shown(line))
+        say(*pictures.summary())
         raise typer.Exit(pictures.status)
 
 

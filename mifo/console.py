@@ -5,9 +5,11 @@ Knows streams, signals and exit statuses. Knows nothing of the jobs.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
@@ -18,19 +20,12 @@ import typer
 
 from .errors import InputError
 from .files import is_full, unwritable
+from .interrupts import BROKEN_PIPE, Terminated, heard
+from .terminal import has_gone, shown, speaks_freely
 
 #: How torch, CUDA and C++ say it when they don't raise MemoryError.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc")
-MAX_MESSAGE = 1000
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: ends the job as Ctrl-C does."""
-
-
-def terminate(*_: object) -> None:
-    """A signal handler."""
-    raise Terminated
+SHOW_AFTER = 1.0  # seconds of waiting
 
 
 @dataclass
@@ -43,15 +38,15 @@ class Job:
     hint: Callable[[], str] = lambda: ""
     """What an interrupted command says at the end: how to go on."""
 
-    def text(self, lines: str) -> None:
-        """For people; silent with --json."""
+    def text(self, *lines: str) -> None:
+        """For people, one printable line each; silent with --json."""
         if not self.as_json:
-            print(lines, file=self.out, flush=True)
+            print(*(shown(line, None) for line in lines), sep="\n", file=self.out, flush=True)
 
     def json(self, facts: dict[str, Any]) -> None:
         """For programs; silent without --json."""
         if self.as_json:
-            print(json.dumps(facts), file=self.out)
+            print(json.dumps(facts), file=self.out, flush=True)
 
     @contextmanager
     def keeping(self, earlier: Path | None) -> Iterator[None]:
@@ -71,27 +66,44 @@ def running(as_json: bool) -> Iterator[Job]:
     """Keeps standard output for the job's results, and turns what goes wrong into one message and an exit status."""
     job = Job(as_json, sys.stdout)
     try:
-        with redirect_stdout(sys.stderr):
+        with _listening(), redirect_stdout(sys.stderr if speaks_freely() else _Nowhere()):
             yield job
     except InputError as error:
-        say(f"error: {shown(str(error))}")
+        say(f"error: {error}")
         raise typer.Exit(2) from None
-    except Terminated:
+    except Terminated as end:
         say(job.interrupted("terminated"))
-        raise typer.Exit(143) from None
+        raise typer.Exit(128 + end.number) from None
     except KeyboardInterrupt:
         say(job.interrupted("interrupted"))
         raise typer.Exit(130) from None
     except OSError as error:
         if not (is_full(error) or isinstance(error, PermissionError)):
             raise
-        say(f"error: {shown(str(unwritable(Path(error.filename or 'a temporary file'), error)))}")
+        say(f"error: {unwritable(Path(error.filename or 'a temporary file'), error)}")
         raise typer.Exit(2) from None
     except Exception as error:
         if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
             say("error: out of memory; use a smaller --resolution, --width, --height or --batch-size")
             raise typer.Exit(1) from None
         raise
+
+
+class _Nowhere(io.TextIOBase):
+    """Where libraries print to: a command's own results and messages go elsewhere."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+@contextmanager
+def _listening() -> Iterator[None]:
+    """While the job runs, a reader of its output that goes away ends it."""
+    heard.first, heard.job_runs = None, True
+    try:
+        yield
+    finally:
+        heard.job_runs = False
 
 
 def leave(status: int) -> NoReturn:
@@ -102,7 +114,7 @@ def leave(status: int) -> NoReturn:
                 stream.flush()
         except (OSError, ValueError):  # a full disk, a reader that has gone, a stream that was closed
             status = status or 1
-    os._exit(status)
+    os._exit(128 + BROKEN_PIPE if status == 0 and has_gone() else status)
 
 
 class Bar:
@@ -143,13 +155,29 @@ class Bar:
         self._show("pictures", done, total, {})
 
 
-def shown(message: str) -> str:
-    """One printable line of at most MAX_MESSAGE characters: names from files may hold escapes for terminals, or be huge."""
-    if len(message) > MAX_MESSAGE:
-        message = f"{message[: MAX_MESSAGE * 2 // 3]} ... {message[-MAX_MESSAGE // 4 :]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in message)
+def say(*lines: str) -> None:
+    """To standard error, beside progress: one printable line each."""
+    print(*map(shown, lines), sep="\n", file=sys.stderr)
 
 
-def say(message: str) -> None:
-    """To standard error, beside progress."""
-    print(message, file=sys.stderr)
+@contextmanager
+def waiting(label: str) -> Iterator[None]:
+    """Shows the seconds that pass within the block, where they cannot be counted in steps; nothing if it ends at once."""
+    done = threading.Event()
+
+    def show() -> None:
+        if done.wait(SHOW_AFTER):
+            return
+        from tqdm import tqdm
+
+        with tqdm(desc=label, file=sys.stderr, bar_format="{desc}: {elapsed}", leave=False) as bar:
+            while not done.wait(1.0 if sys.stderr.isatty() else 10.0):
+                bar.refresh()
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

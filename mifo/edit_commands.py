@@ -19,6 +19,7 @@ from .command_parts import (
     end_job,
     family_of,
     import_libraries,
+    load_base,
     load_base_of,
     override,
     own_base,
@@ -186,7 +187,6 @@ def _run_edit(job: Job, given: dict[str, Any], name: str) -> None:
 
     import_libraries()
     from .attention.backend import use_backend
-    from .base_model import load_base_model
     from .bundle import attach, find_bundle, load_bundle
     from .config import LearnConfig, LoraPhase, MemoryConfig, edit_preset
     from .edit import edit
@@ -209,7 +209,7 @@ def _run_edit(job: Job, given: dict[str, Any], name: str) -> None:
     if bundle:
         base = load_base_of(bundle, given["model_path"], chosen, dtype, memory)
     else:
-        base = load_base_model(wanted, chosen, dtype, memory)
+        base = load_base(wanted, chosen, dtype, memory)
     with use_backend(base.unet, attention), _attached(attach, base, bundle, config), Bar() as bar:
         result = edit(base, picture.image, mask, given["prompt"], tokens, config, given["seed"], given["batch_size"], layout,
                       _crops(bundle), bar.denoising)  # fmt: skip
@@ -220,7 +220,7 @@ def _run_edit(job: Job, given: dict[str, Any], name: str) -> None:
     paths = save_edit(result, picture, output, facts)
     seconds, peak = round(result.seconds, 2), round(result.peak_gib, 3)
     contact = output / "contact.png"
-    job.text(f"{_count(paths)} in {output}, the best first ({seconds} s, peak {peak} GiB)\ncontact sheet: {contact}")
+    job.text(f"{_count(paths)} in {output}, the best first ({seconds} s, peak {peak} GiB)", f"contact sheet: {contact}")
     job.json({"images": [str(p) for p in paths], "contact_sheet": str(contact), "json": str(output / "edit.json"),
               "scores": [c.scores for c in result.candidates], "seconds": seconds, "peak_gib": peak})  # fmt: skip
 
@@ -272,7 +272,7 @@ def _run_shots(job: Job, given: dict[str, Any], command: str,
         paths = save_shots(drawn, output, command, {**facts, **({"failed": pictures.failures} if pictures.failures else {})})
         pictures.clear()
     earlier = f", {pictures.reused} of them drawn before the interruption" if pictures.reused else ""
-    job.text(f"{_count(paths)} in {output}{earlier}\ncontact sheet: {output / 'contact.png'}")
+    job.text(f"{_count(paths)} in {output}{earlier}", f"contact sheet: {output / 'contact.png'}")
     job.json({"images": [str(p) for p in paths], "prompts": [s.prompt for s in drawn], "failed": pictures.failures,
               "contact_sheet": str(output / "contact.png"), "json": str(output / f"{command}.json")})  # fmt: skip
     end_job(pictures)

@@ -5,7 +5,6 @@ Knows instances, the base model, losses and bundles. Knows nothing of boxes or o
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from .base_model import BaseModel
 from .bundle import Bundle, add_adapters, remove_adapter, save_bundle
 from .checkpoints import Checkpointing, Checkpoints, open_checkpoints
 from .config import AttentionTerms, EmbeddingPhase, LearnConfig, LoraPhase, to_dict
+from .console import say
 from .dataset import Batch, InstanceData
 from .embedding import AssetEmbedding, initial_rows, use_assets
 from .errors import InputError
@@ -407,7 +407,7 @@ def make_optimizer(groups: list[dict[str, Any]], config: LearnConfig, use_8bit: 
 
         return AdamW8bit(groups, **options)
     message = f"note: no 8-bit Adam: {reason}; using PyTorch's AdamW, whose states take 8 bytes a weight instead of 2"
-    print(message, file=sys.stderr)
+    say(message)
     return torch.optim.AdamW(groups, **options)
 
 

@@ -210,11 +210,10 @@ def _cell(image: Image.Image) -> Image.Image:
     return image.resize((SIDE, SIDE), Image.Resampling.NEAREST if image.mode == "L" else Image.Resampling.BICUBIC)
 
 
-def check_lines(report: MaskReport, warnings: Sequence[str]) -> str:
+def check_lines(report: MaskReport, warnings: Sequence[str]) -> list[str]:
     """For people."""
     lines = []
     for entry in report.facts["masks"]:
         at = ", ".join(f"{found['cells']} cells at {size}x{size}" for size, found in entry["at"].items())
         lines.append(f"{entry['mask']}: {100 * entry['share_of_picture']:.1f} % of the picture, {at}")
-    lines += [f"warning: {w}" for w in warnings] or ["nothing looks wrong"]
-    return "\n".join(lines)
+    return lines + ([f"warning: {w}" for w in warnings] or ["nothing looks wrong"])

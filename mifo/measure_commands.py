@@ -110,7 +110,7 @@ def evaluate(
                 result.record["failed"] = drawing.failures
             paths = save_evaluation(result, output_path, keep_pictures=pictures is None)
             drawing.clear()
-        job.text("\n".join([table(result.record), *(f"{kind.replace('_', ' ')}: {path}" for kind, path in paths.items())]))
+        job.text(*table(result.record).split("\n"), *(f"{kind.replace('_', ' ')}: {path}" for kind, path in paths.items()))
         job.json({**paths, **{k: v for k, v in result.record.items() if k not in ("pictures", "definitions", "synthesis")}})
         end_job(drawing)
 
@@ -135,7 +135,7 @@ def check(
         report = check_masks(load_instance(folder), sizes_by_name(model_path, resolution))
         with replace_files(output_path.parent) as temporary:
             check_sheet(report).save(temporary / output_path.name, "PNG")
-        job.text(f"{check_lines(report, report.warnings)}\nlook at {output_path}")
+        job.text(*check_lines(report, report.warnings), f"look at {output_path}")
         job.json({**report.facts, "sheet": str(output_path)})
 
 
@@ -177,6 +177,6 @@ def plan(
                             synthesis_preset(family), assets, batch_size, backend=backend,
                             edit=replace(edit_preset(family), background=background.value))  # fmt: skip
         found = make_plan(model, settings, vram_gib)
-        out.text(plan_text(found))
+        out.text(*plan_text(found).split("\n"))
         out.json(plan_facts(found))
         found.check()

@@ -249,7 +249,8 @@ def test_export_writes_what_diffusers_reads(tmp_path: Path):
 # --- stopped ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("how", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")])
+@pytest.mark.parametrize(("how", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"),
+                                                      (signal.SIGHUP, 129, "terminated")])  # fmt: skip
 def test_a_stopped_learn_keeps_the_earlier_bundle(tmp_path: Path, how: signal.Signals, status: int, word: str):
     folder = copy_bundle(tmp_path / "out")
     write_instance(tmp_path / "two_cups")

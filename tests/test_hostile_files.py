@@ -26,11 +26,11 @@ from safetensors.torch import load_file, save_file
 
 from mifo.base_model import load_base_model
 from mifo.bundle import attach, base_of_bundle, load_bundle
-from mifo.console import MAX_MESSAGE, shown
 from mifo.errors import InputError
 from mifo.evaluate.toybox_backend import load_truth
 from mifo.instance import load_instance
 from mifo.prompts import check_prompt
+from mifo.terminal import MAX_MESSAGE, shown
 
 
 class Canary:

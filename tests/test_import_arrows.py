@@ -13,7 +13,8 @@ PACKAGE = Path(mifo.__file__).parent
 #: `attention` and `toybox` are folders; inside them, files count as one room here and are looked at below.
 ROWS = (
     ("errors",),
-    ("config", "boxes", "prompts", "files", "memory", "console", "interrupts", "options"),  # plain data and the machine
+    ("config", "boxes", "prompts", "files", "memory", "console", "interrupts", "terminal", "options"),
+    # above: plain data and the machine
     ("memory_trace", "known_models", "quantize", "half_precision"),
     ("instance", "asset_crops", "references", "pictures", "picture_file", "edit_frame", "blending", "clean_plate",
      "ranking"),  # pixels

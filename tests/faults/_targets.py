@@ -19,13 +19,13 @@ from PIL import Image, PngImagePlugin
 
 from mifo.boxes import parse_boxes_alone, parse_layout
 from mifo.bundle import base_of_bundle, load_bundle
-from mifo.console import shown
 from mifo.errors import InputError
 from mifo.evaluate.cases import read_pictures
 from mifo.evaluate.toybox_backend import ToyboxBackend
 from mifo.instance import fit_instance, load_image, load_instance
 from mifo.picture_file import load_picture
 from mifo.prompts import add_asset_tokens, assets_in, check_characters, check_prompt, tokenize_prompt
+from mifo.terminal import shown
 from mifo.toybox.judge import Judge, load_judge
 
 TOKENS = ("<asset0>", "<asset1>")

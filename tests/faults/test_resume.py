@@ -127,7 +127,7 @@ def test_the_last_two_are_kept_and_hold_no_pickle(instance: Instance, tmp_path: 
 def test_a_signal_keeps_the_state_after_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int,
                                                  verb: str):  # fmt: skip
     """In the middle of step 2; the same command with --resume ends as one that was never stopped."""
-    from mifo.console import terminate
+    from mifo.interrupts import terminate
 
     cups, arguments = write_instance(tmp_path / "cups"), ("--no-prior-preservation", "--checkpoint-every", 50)
     mifo(*learn_arguments(cups, tmp_path / "whole", *arguments))
