@@ -21,6 +21,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from .config import MemoryConfig
 from .errors import InputError
 from .quantize import quantize_linears
+from .samplers import check_steps, make_scheduler, read_scheduler, training_schedule
 
 TOYBOX_FOLDER = Path(__file__).parent / "toybox" / "model"
 
@@ -58,6 +59,16 @@ class BaseModel:
     """The training schedule; carries the prediction type."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     """Where the parts live when they are not at work."""
+    own_scheduler: Any = None
+    """The scheduler that the model's folder names, with its settings; None for a model that was not read from a folder."""
+
+    def sampler(self, name: str) -> Any:
+        """A fresh sampler, one of `samplers.SCHEDULERS` or 'own', on this model's noise schedule. Raises InputError."""
+        return make_scheduler(name, self.own_scheduler or self.scheduler)
+
+    def check_steps(self, name: str, steps: int) -> None:
+        """Raises InputError for a number of steps that the sampler cannot take."""
+        check_steps(name, self.own_scheduler or self.scheduler, steps)
 
     @property
     def family(self) -> str:
@@ -122,13 +133,14 @@ def load_base_model(name: str = "toybox", device: str = "cpu", dtype: torch.dtyp
     """
     folder, source, revision = resolve(name)
     _check_layout(folder, name)
+    own_scheduler = read_scheduler(folder)
+    scheduler = training_schedule(own_scheduler)
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         common: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
         text_encoder, text_info = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, **common)
         vae, vae_info = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype, **common)
         unet, unet_info = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, **common)
-        scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
     except MemoryError:
         raise
     except Exception as error:  # diffusers and transformers raise whatever a wrong configuration leads to
@@ -146,7 +158,8 @@ def load_base_model(name: str = "toybox", device: str = "cpu", dtype: torch.dtyp
     unet.to(device)
     vae.to("cpu" if memory.vae_on_cpu else device)
     text_encoder.to(**({"device": "cpu", "dtype": torch.float32} if memory.text_encoder_on_cpu else {"device": device}))
-    return BaseModel(name, source, revision, fingerprint(folder), tokenizer, text_encoder, vae, unet, scheduler, memory)
+    return BaseModel(name, source, revision, fingerprint(folder), tokenizer, text_encoder, vae, unet, scheduler, memory,
+                     own_scheduler)  # fmt: skip
 
 
 def _check_complete(folder: Path, missing: Collection[str]) -> None:

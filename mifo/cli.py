@@ -17,6 +17,7 @@ import typer
 
 from . import __version__, edit_commands, measure_commands
 from .command_parts import (
+    check_sampling,
     choose_attention,
     choose_device,
     choose_dtype,
@@ -180,7 +181,7 @@ def synthesize(
     steps: Steps = None,
     guidance_scale: Scale = None,
     negative_prompt: str = "",
-    scheduler: Annotated[Sampler | None, typer.Option()] = None,
+    scheduler: Annotated[Sampler | None, typer.Option(help="own: the one that the base model's folder names.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels; the model's own by default.")] = None,
     height: Annotated[int | None, typer.Option(min=1)] = None,
     lora_scale: LoraScale = None,
@@ -228,6 +229,7 @@ def synthesize(
         dtype, wanted = choose_dtype(mixed_precision, chosen), model_path or own_base(bundle)
         attention = choose_attention(attention_backend, chosen, dtype)
         config = _synthesis_overrides(synthesis_preset(family_of(wanted)), given)
+        check_sampling(wanted, config.scheduler, config.steps)
         plan = plan_within("synthesize", wanted, chosen, dtype, max(width or 0, height or 0) or None, vram_gib, attention.name,
                      bundle.config, config, len(bundle.tokens), batch_size)  # fmt: skip
         base = load_base_of(bundle, model_path, chosen, dtype, plan.settings.memory if plan else None)

@@ -114,6 +114,16 @@ def load_base_of(bundle: Bundle, model_path: str | None, device: str, dtype: tor
         raise InputError(text if text.startswith(own) else own + text) from None
 
 
+def check_sampling(model_path: str, sampler: str, steps: int) -> None:
+    """Refuses a number of steps that the sampler cannot take, by the model's scheduler folder alone, before anything loads."""
+    from .base_model import resolve
+    from .samplers import check_steps, read_scheduler
+
+    folder = resolve(model_path)[0]
+    if (folder / "scheduler").is_dir():  # else loading says what is missing
+        check_steps(sampler, read_scheduler(folder), steps)
+
+
 def instance_of(bundle: Bundle, folder: Path | None) -> Instance:
     """The things that the bundle was learned from, without `<background>`: the folder given, or the bundle's own copy."""
     from .instance import load_instance, without_background

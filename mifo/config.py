@@ -176,6 +176,7 @@ class SynthesisConfig:
     steps: int = 50
     guidance_scale: float = 7.5
     scheduler: str = "ddim"
+    """'ddim', 'dpm', 'unipc', or 'own': the one that the base model's folder names."""
     negative_prompt: str = ""
     width: int | None = None
     """Pixels; None takes the model's own resolution."""

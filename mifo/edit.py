@@ -24,7 +24,7 @@ from .blending import clone, paste, paste_around, tune_to_source
 from .boxes import Box, Layout
 from .config import EditConfig, to_dict
 from .dataset import encode, pixels_to_tensor
-from .denoise import denoise, initial_latents, make_scheduler
+from .denoise import denoise, initial_latents
 from .edit_frame import BoolArray, EditFrame, latent_mask, make_frame, shrinking_masks, snapped_box, thickness, within_length
 from .errors import InputError
 from .guidance import LatentGuidance
@@ -114,6 +114,7 @@ def edit(base: BaseModel, image: Image.Image, mask: BoolArray, prompt: str, toke
     started = time.monotonic()
     check_prompt(prompt, tokens)
     check_config(config)
+    base.check_steps("ddim", config.steps)
     frame = make_frame(mask, base.resolution)
     side = int(base.unet.config["sample_size"])
     inside = latent_mask(frame, mask, side)
@@ -127,7 +128,7 @@ def edit(base: BaseModel, image: Image.Image, mask: BoolArray, prompt: str, toke
     assets = [t for t in tokens if t in prompt.lower()]
     tokenized = tokenize_prompt(base.tokenizer, prompt, assets)
     negative = tokenize_prompt(base.tokenizer, config.negative_prompt, [])
-    scheduler = make_scheduler("ddim", base.scheduler)
+    scheduler = base.sampler("ddim")
     blend = _Blending(scheduler, config, first_step, source, noise, masks)
     control = None
     bound = on_canvas

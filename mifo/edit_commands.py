@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .command_parts import (
+    check_sampling,
     choose_attention,
     choose_device,
     choose_dtype,
@@ -202,6 +203,7 @@ def _run_edit(job: Job, given: dict[str, Any], name: str) -> None:
     wanted = given["model_path"] or (own_base(bundle) if bundle else "toybox")
     attention = choose_attention(given["attention_backend"], chosen, dtype)
     config = _edit_overrides(edit_preset(family_of(wanted)), given)
+    check_sampling(wanted, "ddim", config.steps)
     learned = bundle.config if bundle else LearnConfig(lora=LoraPhase(train_steps=0))  # the plain model has no adapters
     plan = plan_within("edit", wanted, chosen, dtype, None, given["vram_gib"], attention.name, learned,
                        assets=len(assets), batch=given["batch_size"], edit=config)  # fmt: skip
@@ -257,9 +259,10 @@ def _run_shots(job: Job, given: dict[str, Any], command: str,
 
     bundle = load_bundle(find_bundle(given["model_id"], given["output_dir"]))
     chosen = choose_device(given["device"])
+    wanted = given["model_path"] or own_base(bundle)
+    config = override(synthesis_preset(family_of(wanted)), steps=given["steps"], guidance_scale=given["guidance_scale"])
+    check_sampling(wanted, config.scheduler, config.steps)
     base = load_base_of(bundle, given["model_path"], chosen, choose_dtype(given["mixed_precision"], chosen))
-    config = synthesis_preset(base.family)
-    config = override(config, steps=given["steps"], guidance_scale=given["guidance_scale"])
     shots = make_shots(bundle, base, config)
     output = given["output_path"]
     facts = {"bundle": bundle.name, "base_model": base.name, "steps": config.steps, "guidance_scale": config.guidance_scale}

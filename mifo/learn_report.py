@@ -21,7 +21,7 @@ from .attention.sites import choose_sites
 from .base_model import BaseModel
 from .config import AttentionTerms, synthesis_preset
 from .dataset import InstanceData
-from .denoise import denoise, initial_latents, make_scheduler
+from .denoise import denoise, initial_latents
 from .instance import Instance, fit
 from .pictures import ASSET_COLORS, PAPER, caption_below, grid, outline, to_images
 from .prompts import join_assets, tokenize_prompt
@@ -119,7 +119,7 @@ def sample_prompts(base: BaseModel, prompts: Sequence[str], tokens: Sequence[str
         states = base.encode_prompt(torch.tensor(ids))
         empty = base.encode_prompt(torch.tensor([tokenize_prompt(base.tokenizer, "", []).input_ids]))
         scale = synthesis_preset(base.family).guidance_scale
-        latents = denoise(base.unet, make_scheduler("ddim", base.scheduler), latents, states, empty, steps, scale)
+        latents = denoise(base.unet, base.sampler("ddim"), latents, states, empty, steps, scale)
         return to_images(base.decode(latents))
 
 

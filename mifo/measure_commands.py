@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from .command_parts import (
+    check_sampling,
     choose_device,
     choose_dtype,
     end_job,
@@ -22,6 +23,7 @@ from .command_parts import (
     load_base_of,
     measured_by,
     override,
+    own_base,
 )
 from .console import Bar, running
 from .errors import InputError
@@ -91,10 +93,12 @@ def evaluate(
         cases = read_cases(prompts, boxes, source.tokens, mask_aspects(source))
         pictures = read_pictures(images, prompts, boxes, bundle.tokens) if images else None
         chosen = choose_device(device)
-        base = load_base_of(bundle, model_path, chosen, choose_dtype(mixed_precision, chosen))
         from .config import synthesis_preset
 
-        config = override(synthesis_preset(base.family), steps=steps)
+        wanted = model_path or own_base(bundle)
+        config = override(synthesis_preset(family_of(wanted)), steps=steps)
+        check_sampling(wanted, config.scheduler, config.steps)
+        base = load_base_of(bundle, model_path, chosen, choose_dtype(mixed_precision, chosen))
         judge = measured_by(bundle, base, instance, given)
         with open_job(output_path, base, bundle) as drawing:
             job.hint = drawing.hint

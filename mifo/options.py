@@ -26,6 +26,7 @@ class Sampler(str, Enum):
     ddim = "ddim"
     dpm = "dpm"
     unipc = "unipc"
+    own = "own"
 
 
 class Attention(str, Enum):

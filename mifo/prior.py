@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from .base_model import BaseModel
 from .config import PriorConfig
-from .denoise import denoise, initial_latents, make_scheduler
+from .denoise import denoise, initial_latents
 from .errors import InputError
 from .files import replace_files
 from .prompts import check_prompt, tokenize_prompt
@@ -44,8 +44,12 @@ def make_prior(base: BaseModel, config: PriorConfig, resolution: int, seed: int,
     Raises InputError for a class prompt that is empty or too long, and when the cache cannot be written.
     """
     prompts = class_prompts(config)
+    base.check_steps("ddim", config.sampling_steps)
+    scheduler = base.sampler("ddim")
+    sampler = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}  # other settings draw other pictures
     weights = f"{base.dtype} {'nf4' if base.memory.nf4 else ''}".strip()
-    key = json.dumps([base.fingerprint, asdict(config), resolution, seed, weights, base.device.type], sort_keys=True)
+    key = json.dumps([base.fingerprint, asdict(config), resolution, seed, weights, base.device.type, sampler],
+                     sort_keys=True, default=str)  # fmt: skip
     cached = cache_folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors" if cache_folder else None
     size = resolution // base.vae_factor
     shape = (int(base.unet.config["in_channels"]), size, size)
@@ -53,7 +57,6 @@ def make_prior(base: BaseModel, config: PriorConfig, resolution: int, seed: int,
     if known is not None:
         return PriorData(prompts, known.to(base.device))
     ids = [tokenize_prompt(base.tokenizer, p, []).input_ids for p in prompts]
-    scheduler = make_scheduler("ddim", base.scheduler)
     rows = []
     for first in range(0, config.num_class_images, base.memory.max_batch):
         count = min(base.memory.max_batch, config.num_class_images - first)

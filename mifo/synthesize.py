@@ -22,7 +22,7 @@ from .attention.sites import smallest_map
 from .base_model import BaseModel
 from .boxes import Layout
 from .config import SynthesisConfig, to_dict
-from .denoise import denoise, initial_latents, make_scheduler
+from .denoise import denoise, seeded_noise
 from .files import replace_files
 from .guidance import LatentGuidance, MaskRefinement
 from .memory import peak_gib
@@ -59,11 +59,12 @@ def synthesize(base: BaseModel, prompt: str, layout: Layout | None, tokens: Sequ
                seed: int = 0, count: int = 1, on_progress: Callable[[int, int], None] | None = None) -> Synthesis:  # fmt: skip
     """Draws `count` pictures of `prompt`; assets of `layout` stay in their boxes. `tokens`: the assets that exist.
 
-    Raises InputError for a prompt or a size that the model cannot take, or a box that vanishes at its smallest map.
+    Raises InputError for a prompt, a size or a number of steps that cannot be, or a box that vanishes at the smallest map.
     """
     started = time.monotonic()
     check_prompt(prompt, tokens)
     latent_size = latent_shape(base, config)
+    base.check_steps(config.scheduler, config.steps)
     assets = [t for t in tokens if t in prompt.lower()]
     tokenized = tokenize_prompt(base.tokenizer, prompt, assets)
     negative = tokenize_prompt(base.tokenizer, config.negative_prompt, [])
@@ -72,12 +73,11 @@ def synthesize(base: BaseModel, prompt: str, layout: Layout | None, tokens: Sequ
     control = _control(base, config, tokenized, layout, latent_size, count)
     states, negative_states = encode_texts(base, control.texts if control else [tokenized.input_ids], negative.input_ids)
     channels = int(base.unet.config["in_channels"])
-    latents = initial_latents((channels, *latent_size), seed, count, base.device)
-    scheduler = make_scheduler(config.scheduler, base.scheduler)
+    latents, generators = seeded_noise((channels, *latent_size), seed, count, base.device)
     run = _Run(base, config, control, states[:, : len(tokenized.input_ids)])
     with bound_attention(base.unet, control) if control else nullcontext():
-        latents = denoise(base.unet, scheduler, latents, states, negative_states, config.steps, config.guidance_scale,
-                          run.before_step, run.after_step, on_progress)  # fmt: skip
+        latents = denoise(base.unet, base.sampler(config.scheduler), latents, states, negative_states, config.steps,
+                          config.guidance_scale, run.before_step, run.after_step, on_progress, generators=generators)  # fmt: skip
     with torch.no_grad():
         images = to_images(base.decode(latents))
     history = run.guidance.history if run.guidance else []

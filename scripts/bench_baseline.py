@@ -17,7 +17,7 @@ from mifo.attention.bounded import BoundedAttention
 from mifo.attention.sites import Processor, Site, attention_probabilities, attention_sites, choose_sites, use_processors
 from mifo.base_model import BaseModel
 from mifo.config import LearnConfig, SynthesisConfig
-from mifo.denoise import denoise, initial_latents, make_scheduler
+from mifo.denoise import denoise, initial_latents
 from mifo.guidance import LatentGuidance, step_size
 from mifo.learn import attention_terms, diffusion_target
 from mifo.losses import alpha_schedule, masked_diffusion_loss
@@ -85,7 +85,7 @@ def synthesize(base: BaseModel, prompt: Any, guidance: LatentGuidance, config: S
 
     kept: dict[str, torch.Tensor] = {}
     with published_attention(base, kept, guidance.control):
-        latents = denoise(base.unet, make_scheduler(config.scheduler, base.scheduler), latents, states, negative, config.steps,
+        latents = denoise(base.unet, base.sampler(config.scheduler), latents, states, negative, config.steps,
                           config.guidance_scale, before)  # fmt: skip
     with torch.no_grad():
         return base.decode(latents)

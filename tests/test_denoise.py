@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from mifo.base_model import BaseModel
-from mifo.denoise import SCHEDULERS, denoise, initial_latents, make_scheduler
+from mifo.denoise import denoise, initial_latents
 from mifo.errors import InputError
+from mifo.samplers import SCHEDULERS, make_scheduler
 
 LENGTH = 5
 
@@ -96,7 +97,7 @@ def test_every_scheduler_ends_at_what_the_model_sees(any_base: BaseModel, name: 
 
 
 def test_an_unknown_scheduler_is_refused_with_the_known_ones(toybox_random_base: BaseModel) -> None:
-    with pytest.raises(InputError, match=r"'euler' is not known; choose one of ddim, dpm, unipc"):
+    with pytest.raises(InputError, match=r"'euler' is not known; choose one of ddim, dpm, unipc, own"):
         make_scheduler("euler", toybox_random_base.scheduler)
 
 

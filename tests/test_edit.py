@@ -236,7 +236,7 @@ QUICK = EditConfig(steps=4, guidance_scale=3.0, guidance=GuidanceConfig(enabled=
 
 
 def test_the_latents_outside_follow_the_source_down_to_no_noise(toybox_random_base: BaseModel):
-    from mifo.denoise import make_scheduler
+    from mifo.samplers import make_scheduler
 
     scheduler = make_scheduler("ddim", toybox_random_base.scheduler)
     source, noise = torch.randn((2, 1, 8, 16, 16), generator=torch.Generator().manual_seed(0))

@@ -16,9 +16,10 @@ from mifo.attention.sites import attention_sites, choose_sites
 from mifo.base_model import BaseModel
 from mifo.boxes import Box, Layout
 from mifo.config import GuidanceConfig, RefinementConfig, synthesis_preset
-from mifo.denoise import denoise, make_scheduler
+from mifo.denoise import denoise
 from mifo.guidance import LatentGuidance, MaskRefinement, attention_masses, step_size
 from mifo.prompts import TokenizedPrompt
+from mifo.samplers import make_scheduler
 
 LENGTH = 11
 TIMESTEP = torch.tensor(981)
