@@ -14,6 +14,7 @@ from PIL import Image
 from .base_model import BaseModel
 from .clean_plate import clean_plate
 from .instance import FittedInstance
+from .mask_sizes import union_at_latents
 from .prompts import BACKGROUND_TOKEN, join_assets
 
 PLATE_SHARE = 0.75  # of the steps with <background>
@@ -31,7 +32,7 @@ class Batch:
     latents: torch.Tensor
     """(B, C, h, w), scaled"""
     union_mask: torch.Tensor
-    """(1, 1, h, w) in [0, 1] at latent size"""
+    """(1, 1, h, w) of 0 and 1 at latent size"""
     asset_masks: torch.Tensor
     """(len(assets), 1, H, W) in [0, 1] at pixel size, in the order of `assets`"""
 
@@ -100,10 +101,9 @@ class InstanceData:
         mean, std = view.mean, view.std
         noise = torch.randn((draws, *mean.shape[1:]), generator=generator).to(mean)
         masks = view.masks[list(assets)]
-        union = masks.amax(0, keepdim=True)
-        union = torch.nn.functional.interpolate(union, mean.shape[-2:], mode="area")
+        union = union_at_latents(masks, tuple(mean.shape[-2:]))
         tokens = tuple(self.tokens[i] for i in assets)
-        return Batch(assets, tokens, join_assets(tokens), mean + std * noise, (union > 0.5).float(), masks)
+        return Batch(assets, tokens, join_assets(tokens), mean + std * noise, union, masks)
 
 
 def random_shifts(masks: torch.Tensor, per_asset: int, rng: np.random.Generator) -> list[tuple[int, int]]:

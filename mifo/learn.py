@@ -35,6 +35,7 @@ from .keep_best import KeepBest
 from .learn_report import attention_shares, environment, snapshot_maps, write_attention_sheet, write_preview
 from .learn_state import capture, identity_of, place, restore
 from .losses import masked_diffusion_loss, match_loss, penalty_loss, reward_loss, separation_loss
+from .mask_sizes import mask_at_map
 from .memory import peak_gib
 from .prior import PriorData, make_prior
 from .prompts import add_asset_tokens, join_assets, tokenize_prompt
@@ -370,8 +371,7 @@ def attention_terms(maps: dict[str, torch.Tensor], sites: Sequence[Site], terms:
             by_asset = [[_mean_map(found)] for found in by_asset]
         for found, mask in zip(by_asset, batch.asset_masks, strict=True):
             for attention in found:
-                resized = F.interpolate(mask[None], attention.shape, mode="bilinear", antialias=True)[0, 0]
-                total = total + _one_term(attention, resized, terms, step)
+                total = total + _one_term(attention, mask_at_map(mask[0], attention.shape), terms, step)
         if terms.separation_weight:
             for at_site in zip(*by_asset, strict=True):
                 total = total + terms.separation_weight * separation_loss(at_site)

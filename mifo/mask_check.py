@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from .attention.sites import choose_sites
@@ -23,6 +22,7 @@ from .base_model import TOYBOX_FOLDER, BaseModel
 from .config import LearnConfig, learn_preset
 from .errors import InputError
 from .instance import FORMATS, MASK_PATTERN, MAX_OVERLAP, FittedInstance, Instance, fit_instance
+from .mask_sizes import filled_shares, mask_at_latents, mask_at_map
 from .pictures import ASSET_COLORS, caption_below, grid, outline
 
 SHARED = 0.05  # overlap, as a share of the smaller mask, that is worth a warning; load_instance warns above MAX_OVERLAP
@@ -117,18 +117,26 @@ def check_masks(instance: Instance, sizes: MaskSizes) -> MaskReport:
     return MaskReport(sizes, fitted, facts, tuple(warnings))
 
 
-def resized(mask: Image.Image, size: int) -> torch.Tensor:
-    """(size, size) in [0, 1], exactly as the attention losses resize it."""
-    full = torch.from_numpy(np.asarray(mask).copy()).float()[None, None] / 255
-    return F.interpolate(full, (size, size), mode="bilinear", antialias=True)[0, 0]
+def resized(mask: Image.Image, size: int, sizes: MaskSizes) -> torch.Tensor:
+    """(size, size), by the very functions of learning: 0 or 1 at the latents' size, as the diffusion loss has it, else in
+    [0, 1], as the attention losses have it."""
+    full = _as_tensor(mask)
+    return mask_at_latents(full[None, None], (size, size))[0, 0] if size == sizes.latent else mask_at_map(full, (size, size))
+
+
+def _as_tensor(mask: Image.Image) -> torch.Tensor:
+    """(H, W) in [0, 1]"""
+    return torch.from_numpy(np.asarray(mask).copy()).float() / 255
 
 
 def _areas(mask: Image.Image, valid: Image.Image, sizes: MaskSizes) -> dict[str, Any]:
-    """`cells`: those that are at least half the asset's; `largest`: the fullest cell, 1 if it is all the asset's."""
+    """`cells`: those that count as the asset's, at least half of each where it fills any by half; `largest`: the fullest
+    cell, 1 if it is all the asset's."""
     at_sizes = {}
     for size in dict.fromkeys((sizes.latent, *sizes.maps)):
-        cells = resized(mask, size)
-        at_sizes[str(size)] = {"cells": int((cells >= 0.5).sum()), "largest": round(float(cells.max()), 3)}
+        cells = resized(mask, size, sizes)
+        shares = filled_shares(_as_tensor(mask)[None, None], (size, size)) if size == sizes.latent else cells
+        at_sizes[str(size)] = {"cells": int((cells >= 0.5).sum()), "largest": round(float(shares.max()), 3)}
     inside, picture = np.asarray(mask) > 0, np.asarray(valid) > 0
     return {"share_of_picture": round(float(inside.sum() / picture.sum()), 4), "pixels": int(inside.sum()), "at": at_sizes}
 
@@ -137,10 +145,13 @@ def _area_warnings(entry: dict[str, Any], sizes: MaskSizes) -> list[str]:
     found = []
     for size in dict.fromkeys((sizes.latent, *sizes.maps)):
         at = entry["at"][str(size)]
-        if at["cells"] == 0:
-            what = "the diffusion loss" if size == sizes.latent else "the attention losses"
-            found.append(f"{entry['mask']} vanishes at {size}x{size}, where {what} look: it fills at most "
-                         f"{100 * at['largest']:.0f} % of a cell; crop the photo closer to the assets")  # fmt: skip
+        fullest = f"it fills at most {100 * at['largest']:.0f} % of a cell"
+        if size == sizes.latent and at["largest"] < 0.5:
+            found.append(f"{entry['mask']} is thinner than a cell at {size}x{size}, where the diffusion loss looks: {fullest}, and "
+                         f"the {at['cells']} cells that it fills most stand for it; crop the photo closer to it")  # fmt: skip
+        elif at["cells"] == 0:
+            found.append(f"{entry['mask']} vanishes at {size}x{size}, where the attention losses look: {fullest}; crop the photo "
+                         "closer to the assets")  # fmt: skip
     return found
 
 
@@ -200,7 +211,7 @@ def check_sheet(report: MaskReport) -> Image.Image:
         alone.paste(fitted.image, (0, 0), mask)
         cells.append(caption_below(_cell(alone), entry["mask"]))
         for size in shown:
-            values = (resized(mask, size) * 255).round().byte().numpy()
+            values = (resized(mask, size, sizes) * 255).round().byte().numpy()
             small = Image.fromarray(values).convert("RGB").resize((SIDE, SIDE), Image.Resampling.NEAREST)
             cells.append(caption_below(small, f"{size}x{size}: {entry['at'][str(size)]['cells']} cells"))
     return grid(cells, columns=1 + len(shown))

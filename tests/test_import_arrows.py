@@ -18,7 +18,7 @@ ROWS = (
     ("memory_trace", "known_models", "quantize", "half_precision"),
     ("instance", "asset_crops", "references", "pictures", "picture_file", "edit_frame", "blending", "clean_plate",
      "ranking"),  # pixels
-    ("keep_best", "embedding", "losses", "attention", "guidance", "denoise", "samplers"),  # tensors, a bare UNet
+    ("keep_best", "embedding", "losses", "mask_sizes", "attention", "guidance", "denoise", "samplers"),  # tensors, a bare UNet
     ("base_model",),
     ("bundle", "dataset", "prior", "mask_check", "checkpoints", "batch"),  # what a base model is dressed and fed with
     ("learn_report", "learn_state", "learn", "synthesize", "edit", "edit_files", "scenes"),
