@@ -147,8 +147,8 @@ def _area_warnings(entry: dict[str, Any], sizes: MaskSizes) -> list[str]:
         at = entry["at"][str(size)]
         fullest = f"it fills at most {100 * at['largest']:.0f} % of a cell"
         if size == sizes.latent and at["largest"] < 0.5:
-            found.append(f"{entry['mask']} is thinner than a cell at {size}x{size}, where the diffusion loss looks: {fullest}, and "
-                         f"the {at['cells']} cells that it fills most stand for it; crop the photo closer to it")  # fmt: skip
+            found.append(f"{entry['mask']} is thinner than a cell at {size}x{size}, where the diffusion loss looks: {fullest}; "
+                         f"the {at['cells']} cells that it fills most stand for it: crop the photo closer to it")  # fmt: skip
         elif at["cells"] == 0:
             found.append(f"{entry['mask']} vanishes at {size}x{size}, where the attention losses look: {fullest}; crop the photo "
                          "closer to the assets")  # fmt: skip
