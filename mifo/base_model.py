@@ -20,6 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from .config import MemoryConfig
 from .errors import InputError
+from .known_models import native_latents
 from .quantize import quantize_linears
 from .samplers import check_steps, make_scheduler, read_scheduler, training_schedule
 
@@ -89,9 +90,14 @@ class BaseModel:
         return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
 
     @property
+    def native_latents(self) -> int:
+        """Side of the latents that the model was trained at."""
+        return native_latents(self.unet.config)
+
+    @property
     def resolution(self) -> int:
         """Pixels of the square the model was trained at."""
-        return int(self.unet.config["sample_size"]) * self.vae_factor
+        return self.native_latents * self.vae_factor
 
     def check_side(self, name: str, pixels: int) -> None:
         """Raises InputError unless pictures of this side fit: a multiple that the UNet can halve and double, not too large."""

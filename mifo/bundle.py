@@ -287,7 +287,7 @@ def load_bundle(folder: Path) -> Bundle:
         if not things or things != [asset_token(i) for i in range(len(things))]:
             raise ValueError(f"tokens {str(tokens)[:100]}, expected <asset0>, <asset1>, ...")
         base = {k: str(record["base"][k]) for k in ("name", "source", "fingerprint")}
-        config = from_dict(LearnConfig, record["config"])
+        config = from_dict(LearnConfig, record["config"], native_latents=16 if base["source"] == "toybox" else 64)
         adapters = [str(a) for a in record.get("adapters", ())]
     except InputError as error:
         raise InputError(f"{error} (reading {path})") from None

@@ -22,8 +22,8 @@ class AttentionTerms:
     """'reward-penalty' (MIFO), 'match' (Break-A-Scene's MSE to the whole mask) or 'none'."""
     blocks: tuple[str, ...] = ("up_blocks",)
     """Prefixes of the UNet's block names."""
-    map_sizes: tuple[int, ...] = (16, 32)
-    """Map heights at the model's own resolution."""
+    levels: tuple[int, ...] = (2, 4)
+    """Downsampling levels: how many times smaller than the latents the maps are (1, 2, 4 or 8), at any resolution."""
     reward_steps: int = 0
     """Training steps with the reward before the penalty takes over."""
     reward_weight: float = 1e-2
@@ -65,7 +65,7 @@ class LoraPhase:
     full_unet: bool = False
     """Comparison runs only: trains the whole UNet instead of LoRA, as published; cannot be saved as a bundle."""
     attention: AttentionTerms = field(
-        default_factory=lambda: AttentionTerms(blocks=("down_blocks", "mid_block", "up_blocks"), map_sizes=(16,))
+        default_factory=lambda: AttentionTerms(blocks=("down_blocks", "mid_block", "up_blocks"), levels=(4,))
     )
 
 
@@ -153,8 +153,9 @@ class GuidanceConfig:
     step_size_end: float = 2.0
     cross_weight: float = 1.5
     self_weight: float = 0.5
-    blocks: tuple[str, ...] = ("mid_block", "up_blocks.1")
-    map_sizes: tuple[int, ...] = (8, 16)
+    blocks: tuple[str, ...] = ("mid_block", "up_blocks")
+    levels: tuple[int, ...] = (4, 8)
+    """As in `AttentionTerms`; of Stable Diffusion's blocks, the middle one and the up block after it."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ class RefinementConfig:
     clusters_per_box: int = 3
     min_cover: float = 0.2
     blocks: tuple[str, ...] = ("up_blocks",)
-    map_sizes: tuple[int, ...] = (16,)
+    levels: tuple[int, ...] = (4,)
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ def learn_preset(family: str, recipe: str = "mifo") -> LearnConfig:
         raise InputError(f"recipe '{recipe}' is not known; choose mifo or break-a-scene")
     config = LearnConfig()
     if family == "toybox":
-        terms = AttentionTerms(map_sizes=(8, 16), penalty_weight=0.5, reward_weight=0.5)
+        terms = AttentionTerms(levels=(1, 2), penalty_weight=0.5, reward_weight=0.5)
         config = replace(
             config,
             embedding=replace(config.embedding, attention=replace(terms, reward_steps=200)),
@@ -268,8 +269,8 @@ def synthesis_preset(family: str) -> SynthesisConfig:
     return SynthesisConfig(
         steps=30,
         guidance_scale=3.0,
-        guidance=GuidanceConfig(steps=9, blocks=("mid_block", "up_blocks"), map_sizes=(8, 16)),
-        refinement=RefinementConfig(map_sizes=(16,)),
+        guidance=GuidanceConfig(steps=9, levels=(1, 2)),
+        refinement=RefinementConfig(levels=(1,)),
     )
 
 
@@ -287,18 +288,32 @@ def to_dict(config: Any) -> dict[str, Any]:
     return asdict(config)
 
 
-def from_dict(kind: type[T], data: Mapping[str, Any], where: str = "config") -> T:
-    """The inverse of `to_dict`. Raises InputError for keys that do not exist, so that a typo is never ignored."""
+def from_dict(kind: type[T], data: Mapping[str, Any], where: str = "config", native_latents: int = 64) -> T:
+    """The inverse of `to_dict`. Raises InputError for keys that do not exist, so that a typo is never ignored.
+
+    `native_latents` is the side of the base model's latents at its own resolution, by which older settings are translated.
+    """
     hints = get_type_hints(kind)
     known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    if "levels" in known and "map_sizes" in data:
+        data = _with_levels(data, where, native_latents)
     unknown = sorted(set(data) - known)
     if unknown:
         raise InputError(f"{where} has unknown keys {unknown}; known are {sorted(known)}")
     values = {}
     for key, value in data.items():
         if is_dataclass(hints[key]):
-            value = from_dict(hints[key], value, f"{where}.{key}")  # type: ignore[arg-type]
+            value = from_dict(hints[key], value, f"{where}.{key}", native_latents)  # type: ignore[arg-type]
         elif isinstance(value, list):
             value = tuple(value)
         values[key] = value
     return kind(**values)
+
+
+def _with_levels(data: Mapping[str, Any], where: str, native_latents: int) -> dict[str, Any]:
+    """Settings saved before attention sites were chosen by level: `map_sizes` were heights at the model's own resolution."""
+    sizes = data["map_sizes"]
+    if not isinstance(sizes, list | tuple) or not all(type(m) is int and m > 0 for m in sizes):
+        raise InputError(f"{where}.map_sizes is {str(sizes)[:50]}, expected a list of positive whole numbers")
+    levels = sorted({max(1, native_latents // m) for m in sizes})
+    return {**{k: v for k, v in data.items() if k != "map_sizes"}, "levels": levels}

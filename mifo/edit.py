@@ -116,7 +116,7 @@ def edit(base: BaseModel, image: Image.Image, mask: BoolArray, prompt: str, toke
     check_config(config)
     base.check_steps("ddim", config.steps)
     frame = make_frame(mask, base.resolution)
-    side = int(base.unet.config["sample_size"])
+    side = base.native_latents
     inside = latent_mask(frame, mask, side)
     first_step = min(int(config.steps * config.blending_start_percentage), config.steps - 1)
     masks = shrinking_masks(inside, config.mask_dilation, config.steps - first_step + 1)

@@ -46,7 +46,7 @@ class LatentGuidance:
     """(1, L, D) the prompt's encoder hidden states"""
 
     def __post_init__(self) -> None:
-        self.sites = choose_sites(self.unet, self.config.blocks, self.config.map_sizes, ("cross", "self"))
+        self.sites = choose_sites(self.unet, self.config.blocks, self.config.levels, ("cross", "self"))
         self.history: list[tuple[int, int, float]] = []  # (step, iteration, mean normalized loss)
 
     @torch.enable_grad()  # the denoising loop around it runs without
@@ -112,11 +112,11 @@ class MaskRefinement:
     first_step: int
 
     def __post_init__(self) -> None:
-        self.self_sites = choose_sites(self.unet, self.config.blocks, self.config.map_sizes, ("self",))
-        self.cross_sites = choose_sites(self.unet, self.config.blocks, self.config.map_sizes, ("cross",))
+        self.self_sites = choose_sites(self.unet, self.config.blocks, self.config.levels, ("self",))
+        self.cross_sites = choose_sites(self.unet, self.config.blocks, self.config.levels, ("cross",))
         sizes = {site.map_size(*self.control.latent_size) for site in (*self.self_sites, *self.cross_sites)}
         if len(sizes) > 1:
-            raise ValueError(f"refinement averages maps of one size, but its sites have {sorted(sizes)}; name one map size")
+            raise ValueError(f"refinement averages maps of one size, but its sites have {sorted(sizes)}; name one level")
 
     def _is_due(self, step: int) -> bool:
         late = step - self.first_step

@@ -6,6 +6,7 @@ bytes, and `scripts/make_random_sd.py` fills the shapes with random numbers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -51,6 +52,21 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
         "scheduler": {**_SCHEDULER, "prediction_type": "v_prediction"},
     },
 }  # fmt: skip
+
+
+def native_latents(unet_config: Mapping[str, Any]) -> int:
+    """Side of the latents that a UNet was trained at, by its configuration.
+
+    Configurations from before diffusers 0.9 say 32 for Stable Diffusion 1.x, which was trained at 64; diffusers' own pipelines
+    read them as 64 as well, and take 64 where nothing is said. Raises ValueError for a size that is not square.
+    """
+    size = unet_config.get("sample_size") or 64
+    if isinstance(size, list | tuple):
+        if len(set(size)) != 1:
+            raise ValueError(f"sample_size {list(size)} is not square")
+        size = size[0]
+    before_0_9 = str(unet_config.get("_diffusers_version", "")).startswith(tuple(f"0.{minor}." for minor in range(9)))
+    return max(64, int(size)) if before_0_9 else int(size)
 
 
 def shape_of(name: str, width_divisor: int = 1) -> dict[str, dict[str, Any]]:

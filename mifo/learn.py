@@ -226,7 +226,7 @@ class Learner:
 
     def _run(self, name: str, phase: EmbeddingPhase | LoraPhase, optimizer: torch.optim.Optimizer, prior: PriorData | None,
              report: Report) -> None:  # fmt: skip
-        sites = choose_sites(self.base.unet, phase.attention.blocks, phase.attention.map_sizes)
+        sites = choose_sites(self.base.unet, phase.attention.blocks, phase.attention.levels)
         optimizer = self.accelerator.prepare(optimizer)
         scheduler = make_lr_schedule(optimizer, phase)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

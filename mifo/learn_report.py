@@ -50,7 +50,7 @@ def snapshot_maps(base: BaseModel, data: InstanceData, tokens: Sequence[str], te
 
     Maps of all supervised sites at the largest supervised size; fixed noise, so that snapshots can be compared.
     """
-    sites = choose_sites(base.unet, terms.blocks, terms.map_sizes)
+    sites = choose_sites(base.unet, terms.blocks, terms.levels)
     prompt = tokenize_prompt(base.tokenizer, join_assets(list(tokens)), tokens)
     states = base.encode_prompt(torch.tensor([prompt.input_ids]))
     mean, _ = data.moments[False]
@@ -108,7 +108,7 @@ def write_preview(path: Path, instance: Instance, base: BaseModel, tokens: Seque
 def sample_prompts(base: BaseModel, prompts: Sequence[str], tokens: Sequence[str], seed: int,
                    steps: int = PREVIEW_STEPS) -> list[Image.Image]:  # fmt: skip
     """One plain sample per prompt, as a quick look; no boxes."""
-    side = int(base.unet.config["sample_size"])
+    side = base.native_latents
     latents = initial_latents((int(base.unet.config["in_channels"]), side, side), seed, len(prompts), base.device)
     most = base.memory.max_batch
     if len(prompts) > most:  # picture k has seed `seed + k` however they are grouped

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .attention.sites import choose_sites
+from .attention.sites import choose_sites, levels_within
 from .base_model import TOYBOX_FOLDER, BaseModel
 from .config import LearnConfig, learn_preset
 from .errors import InputError
 from .instance import FORMATS, MASK_PATTERN, MAX_OVERLAP, FittedInstance, Instance, fit_instance
+from .known_models import native_latents
 from .mask_sizes import filled_shares, mask_at_latents, mask_at_map
 from .pictures import ASSET_COLORS, caption_below, grid, outline
 
@@ -59,7 +60,7 @@ def sizes_of(base: BaseModel, config: LearnConfig) -> MaskSizes:
     maps = set()
     for terms in (config.embedding.attention, config.lora.attention):
         if terms.loss != "none":
-            maps |= {site.map_size(latent, latent)[0] for site in choose_sites(base.unet, terms.blocks, terms.map_sizes)}
+            maps |= {site.map_size(latent, latent)[0] for site in choose_sites(base.unet, terms.blocks, terms.levels)}
     return MaskSizes(resolution, latent, tuple(sorted(maps, reverse=True)))
 
 
@@ -68,19 +69,21 @@ def sizes_by_name(name: str, resolution: int | None = None) -> MaskSizes:
     otherwise. Raises InputError for a folder without them."""
     folder = TOYBOX_FOLDER if name == "toybox" else Path(name).expanduser()
     config = learn_preset("toybox" if name == "toybox" else "stable-diffusion")
-    native, factor = 64, 8
+    native, factor, depth = 64, 8, 4
     if os.path.isdir(folder):
         try:
-            native = int(json.loads((folder / "unet" / "config.json").read_text())["sample_size"])
+            unet = json.loads((folder / "unet" / "config.json").read_text())
+            native, depth = native_latents(unet), len(unet["block_out_channels"])
             factor = 2 ** (len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"]) - 1)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"{folder} is not a Stable Diffusion folder: its unet/config.json or vae/config.json cannot be "
                              "read; give another --model-path") from None  # fmt: skip
     latent = (resolution or native * factor) // factor
     if latent < 1:
         raise InputError(f"the resolution {resolution} is below one latent pixel ({factor}); give at least {16 * factor}")
-    wanted = {m for terms in (config.embedding.attention, config.lora.attention) for m in terms.map_sizes if m <= native}
-    maps = sorted({max(1, -(-latent * m // native)) for m in wanted}, reverse=True)
+    terms = (config.embedding.attention, config.lora.attention)
+    levels = {level for each in terms for level in levels_within(each.levels, depth)}
+    maps = sorted({-(-latent // level) for level in levels}, reverse=True)
     return MaskSizes(latent * factor, latent, tuple(maps))
 
 

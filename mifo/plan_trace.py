@@ -29,6 +29,7 @@ from .bundle import add_adapters
 from .config import AttentionTerms, SynthesisConfig
 from .embedding import use_assets
 from .guidance import LatentGuidance, MaskRefinement
+from .known_models import native_latents
 from .losses import masked_diffusion_loss, penalty_loss
 from .memory_trace import LiveBytes, Peak, fused_attention_cost
 from .prompts import TokenizedPrompt, asset_token
@@ -55,7 +56,7 @@ class Model:
 
     @property
     def native_resolution(self) -> int:
-        return int(self.configs["unet"]["sample_size"]) * self.vae_factor
+        return native_latents(self.configs["unet"]) * self.vae_factor
 
     def check_side(self, resolution: int | None) -> int:
         """Pixels; None is the model's own. Raises InputError for a side that the model cannot take."""
@@ -164,7 +165,7 @@ def _step(model: Model, base: BaseModel, live: LiveBytes, trained: list[torch.nn
         width = int(model.configs["unet"]["cross_attention_dim"])
         states = torch.empty((prompts, length, width), dtype=base.dtype, device="meta", requires_grad=True)
     states = torch.cat([states[:-1], states[-1:].expand(rows - prompts + 1, -1, -1)])
-    sites = choose_sites(base.unet, terms.blocks, terms.map_sizes)
+    sites = choose_sites(base.unet, terms.blocks, terms.levels)
     recorder = AttentionRecorder()
     with use_processors(base.unet, {s.name: _TaggedRecording(s.name, recorder, live) for s in sites}):
         recorder.open()

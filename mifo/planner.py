@@ -150,7 +150,8 @@ def read_model(name: str) -> Model:
     for part in (p for p in PARTS if p != "tokenizer"):
         path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
         try:
-            shape[part] = {k: v for k, v in json.loads(path.read_text()).items() if not k.startswith("_")}
+            found = json.loads(path.read_text())
+            shape[part] = {k: v for k, v in found.items() if k == "_diffusers_version" or not k.startswith("_")}
         except (OSError, ValueError, AttributeError):
             raise InputError(f"{path} is missing or is no configuration; give a Stable Diffusion folder in diffusers' layout"
                              ) from None  # fmt: skip

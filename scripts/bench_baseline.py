@@ -110,7 +110,7 @@ class PublishedLearner:
         for parameter in trained:
             parameter.requires_grad_(True)
         self.optimizer = self._optimizer(trained)
-        self.sites = choose_sites(base.unet, self.phase.attention.blocks, self.phase.attention.map_sizes)
+        self.sites = choose_sites(base.unet, self.phase.attention.blocks, self.phase.attention.levels)
         self.generator = torch.Generator().manual_seed(0)
 
     def _optimizer(self, trained: list[torch.Tensor]) -> torch.optim.Optimizer:

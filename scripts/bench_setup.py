@@ -109,7 +109,7 @@ def make_learner(base: BaseModel, instance: Any, options: Any, lora: bool) -> It
 def run_step(learner: Any, phase: str) -> Callable[[], None]:
     """One whole optimizer step, as the learner's own loop makes it."""
     settings = learner.config.lora if phase == "phase2" else learner.config.embedding
-    sites = choose_sites(learner.base.unet, settings.attention.blocks, settings.attention.map_sizes)
+    sites = choose_sites(learner.base.unet, settings.attention.blocks, settings.attention.levels)
     optimizer = learner.accelerator.prepare(learner.optimizer)
 
     def step() -> None:

@@ -171,7 +171,7 @@ def _fake_step(base: BaseModel, case: Case, terms: Any) -> None:
     side = case.resolution // base.vae_factor
     latents = torch.zeros(case.rows, 4, side, side)
     states = base.encode_prompt(torch.zeros((case.rows, 77), dtype=torch.long))
-    sites = choose_sites(base.unet, terms.blocks, terms.map_sizes)
+    sites = choose_sites(base.unet, terms.blocks, terms.levels)
     with record_attention(base.unet, sites) as recorder:
         recorder.open()
         prediction = base.unet(latents.to(base.dtype), torch.zeros(case.rows, dtype=torch.long), states).sample

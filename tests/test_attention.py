@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,8 @@ from mifo.attention.sites import (
 )
 from mifo.base_model import BaseModel
 from mifo.boxes import Box, Layout
+from mifo.config import LearnConfig, from_dict, learn_preset, synthesis_preset, to_dict
+from mifo.errors import InputError
 from mifo.prompts import TokenizedPrompt
 
 LENGTH = 9
@@ -95,16 +98,63 @@ def test_sites_are_chosen_by_block_size_and_kind(tiny_sd_base: BaseModel) -> Non
     def chosen(*arguments: Any) -> list[tuple[str, bool]]:
         return [(s.block, s.is_cross) for s in choose_sites(tiny_sd_base.unet, *arguments)]
 
-    assert chosen(("up_blocks",), (8, 16)) == [("up_blocks.1", True)] * 3 + [("up_blocks.2", True)] * 3
-    assert chosen(("mid_block", "up_blocks.1"), (4, 8), ("cross", "self")) == (
+    assert chosen(("up_blocks",), (2, 4)) == [("up_blocks.1", True)] * 3 + [("up_blocks.2", True)] * 3
+    assert chosen(("mid_block", "up_blocks.1"), (8, 4), ("cross", "self")) == (
         [("mid_block", False), ("mid_block", True)] + [("up_blocks.1", False), ("up_blocks.1", True)] * 3
     )
-    assert chosen(("down_blocks",), (16,), ("self",)) == [("down_blocks.1", False)] * 2
+    assert chosen(("down_blocks",), (2,), ("self",)) == [("down_blocks.1", False)] * 2
 
 
-def test_a_choice_without_any_site_tells_what_there_is(toybox_random_base: BaseModel) -> None:
-    with pytest.raises(ValueError, match=r"\(64,\); the model has .*\('up_blocks.1', 16\)"):
-        choose_sites(toybox_random_base.unet, ("up_blocks",), (64,))
+def test_a_choice_without_any_site_tells_what_there_is(toybox_random_base: BaseModel, tiny_sd_base: BaseModel) -> None:
+    there = r"in down_blocks at level 1 .*; it has down_blocks.1 at level 2, .* up_blocks.1 at level 1"
+    with pytest.raises(InputError, match=there):
+        choose_sites(toybox_random_base.unet, ("down_blocks",), (1,))
+    with pytest.raises(InputError, match=r"levels \[16\] do not exist; choose from 1, 2, 4, 8"):
+        choose_sites(tiny_sd_base.unet, ("up_blocks",), (16,))
+
+
+@pytest.mark.parametrize("sample_size", [32, 64, 96, 128])
+def test_the_presets_choose_the_same_sites_of_stable_diffusion_at_every_size(tiny_sd_base: BaseModel, sample_size: int) -> None:
+    """By name: those of map sizes 16 and 32 (8 and 16 for guidance) at 64x64 latents, as published."""
+    unet = UNet2DConditionModel.from_config({**tiny_sd_base.unet.config, "sample_size": sample_size})
+    learning, placing = learn_preset("stable-diffusion"), synthesis_preset("stable-diffusion")
+
+    def blocks(terms: Any, *kinds: str) -> dict[str, int]:
+        return Counter(s.block for s in choose_sites(unet, terms.blocks, terms.levels, kinds or ("cross",)))
+
+    assert blocks(learning.embedding.attention) == {"up_blocks.1": 3, "up_blocks.2": 3}
+    assert blocks(learning.lora.attention) == {"down_blocks.2": 2, "up_blocks.1": 3}
+    assert blocks(placing.guidance, "cross", "self") == {"mid_block": 2, "up_blocks.1": 6}
+    assert blocks(placing.refinement) == {"up_blocks.1": 3}
+
+
+def test_the_presets_choose_the_toyboxs_sites_as_before(toybox_random_base: BaseModel) -> None:
+    unet, learning, placing = toybox_random_base.unet, learn_preset("toybox"), synthesis_preset("toybox")
+    everywhere = ["up_blocks.0"] * 2 + ["up_blocks.1"] * 2
+    assert [s.block for s in choose_sites(unet, learning.lora.attention.blocks, learning.lora.attention.levels)] == everywhere
+    guided = choose_sites(unet, placing.guidance.blocks, placing.guidance.levels, ("cross",))
+    assert [s.block for s in guided] == ["mid_block", *everywhere]
+    refining = choose_sites(unet, placing.refinement.blocks, placing.refinement.levels)
+    assert [s.block for s in refining] == ["up_blocks.1"] * 2
+
+
+def test_a_level_coarser_than_the_unet_stands_for_its_coarsest(toybox_random_base: BaseModel) -> None:
+    """Smaller UNets, such as those distilled from Stable Diffusion, take its presets."""
+    guidance = synthesis_preset("stable-diffusion").guidance
+    assert {s.level for s in choose_sites(toybox_random_base.unet, guidance.blocks, guidance.levels)} == {2}
+
+
+@pytest.mark.parametrize("native, sizes, levels", [(64, [16, 32], (2, 4)), (64, [8, 16], (4, 8)), (16, [8, 16], (1, 2))])
+def test_settings_saved_with_map_sizes_are_read_as_levels(native: int, sizes: list[int], levels: tuple[int, ...]) -> None:
+    saved = to_dict(learn_preset("stable-diffusion"))
+    terms = saved["lora"]["attention"]
+    del terms["levels"]
+    config = from_dict(LearnConfig, {**saved, "lora": {**saved["lora"], "attention": {**terms, "map_sizes": sizes}}},
+                       native_latents=native)  # fmt: skip
+    assert config.lora.attention.levels == levels
+    assert from_dict(LearnConfig, to_dict(config)) == config
+    with pytest.raises(InputError, match=r"config.lora.attention.map_sizes is \['x'\], expected"):
+        from_dict(LearnConfig, {**saved, "lora": {**saved["lora"], "attention": {**terms, "map_sizes": ["x"]}}})
 
 
 # --- borrowing the model ------------------------------------------------------------------------
@@ -164,7 +214,7 @@ def obvious_map(query: torch.Tensor, key: torch.Tensor, heads: int) -> torch.Ten
 
 def test_recorded_maps_are_the_softmax_of_queries_and_keys(any_base: BaseModel) -> None:
     unet = any_base.unet
-    sites = choose_sites(unet, ("down_blocks", "mid_block", "up_blocks"), (8, 16))
+    sites = choose_sites(unet, ("down_blocks", "mid_block", "up_blocks"), (1, 2, 4))
     projected: dict[tuple[str, str], torch.Tensor] = {}
     hooks = [
         attention_module(unet, site).get_submodule(name).register_forward_hook(
@@ -189,7 +239,7 @@ def test_recorded_maps_are_the_softmax_of_queries_and_keys(any_base: BaseModel) 
 
 def test_only_the_chosen_sites_leave_fused_attention(toybox_random_base: BaseModel) -> None:
     unet = toybox_random_base.unet
-    sites, before = choose_sites(unet, ("up_blocks",), (16,)), dict(unet.attn_processors)
+    sites, before = choose_sites(unet, ("up_blocks",), (1,)), dict(unet.attn_processors)
     with record_attention(unet, sites):
         changed = {name for name, processor in unet.attn_processors.items() if processor is not before[name]}
     assert changed == {s.name for s in sites}
@@ -197,7 +247,7 @@ def test_only_the_chosen_sites_leave_fused_attention(toybox_random_base: BaseMod
 
 def test_nothing_is_recorded_before_open_or_after_take(toybox_random_base: BaseModel) -> None:
     unet = toybox_random_base.unet
-    sites = choose_sites(unet, ("mid_block",), (8,))
+    sites = choose_sites(unet, ("mid_block",), (2,))
     with torch.no_grad(), record_attention(unet, sites) as recorder:
         unet(**inputs(unet))
         assert recorder.take() == {}
@@ -226,7 +276,7 @@ def training_unet(any_base: BaseModel) -> Iterator[UNet2DConditionModel]:
 
 def test_checkpointing_changes_neither_the_maps_nor_their_gradients(training_unet: UNet2DConditionModel) -> None:
     unet = training_unet
-    sites = choose_sites(unet, ("down_blocks", "mid_block", "up_blocks"), (8, 16))
+    sites = choose_sites(unet, ("down_blocks", "mid_block", "up_blocks"), (1, 2, 4))
     found, runs = {}, {}
     for checkpointing in (False, True):
         if checkpointing:

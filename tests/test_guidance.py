@@ -24,8 +24,8 @@ from mifo.samplers import make_scheduler
 LENGTH = 11
 TIMESTEP = torch.tensor(981)
 #: of Stable Diffusion's own preset at half its size: the middle block, and the up block after it
-SD_SITES = {"blocks": ("mid_block", "up_blocks.1"), "map_sizes": (4, 8)}
-TOYBOX_SITES = {"blocks": ("mid_block", "up_blocks"), "map_sizes": (8, 16)}
+SD_SITES = {"blocks": ("mid_block", "up_blocks.1"), "levels": (4, 8)}
+TOYBOX_SITES = {"blocks": ("mid_block", "up_blocks"), "levels": (1, 2)}
 
 
 def prompt_of(subjects: int) -> TokenizedPrompt:
@@ -391,9 +391,9 @@ def test_a_run_refines_each_pictures_masks_from_its_own_conditional_maps(toybox_
     layout = Layout(("<asset0>", "<asset1>"), (Box(0, 0, 0.5, 1), Box(0.5, 0, 1, 1)))
     control = BoundedAttention(prompt, layout, (4, 4), "cpu")
     control.images = 2
-    config = RefinementConfig(every_steps=5, clusters_per_box=2, map_sizes=(16,))
+    config = RefinementConfig(every_steps=5, clusters_per_box=2, levels=(1,))
     refinement = MaskRefinement(unet, control, config, first_step=9)
-    sites = choose_sites(unet, ("up_blocks",), (16,), ("cross", "self"))
+    sites = choose_sites(unet, ("up_blocks",), (1,), ("cross", "self"))
     # the unconditional half (rows 0 and 1) looks at the bottom row; picture 0 at the top row, picture 1 at the second
     rows = [GROUPS.flip(0), GROUPS.flip(0), GROUPS, GROUPS.roll(4)]
     boxes = control.subject_masks((4, 4))
@@ -426,7 +426,7 @@ def test_a_guided_and_refined_run_is_finite_and_gives_the_same_twice(any_base: B
         guidance = guidance_of(scene)
         control, masks = guidance.control, []
         control.images = len(scene.latents)
-        config = RefinementConfig(every_steps=1, map_sizes=(8,), blocks=("up_blocks",))
+        config = RefinementConfig(every_steps=1, levels=(2,), blocks=("up_blocks",))
         refinement = MaskRefinement(scene.unet, control, config, first_step=1)
 
         def before(step: int, timestep: torch.Tensor, latents: torch.Tensor, g=guidance, r=refinement) -> torch.Tensor:
@@ -451,8 +451,8 @@ def test_the_presets_name_sites_that_their_models_have(toybox_random_base: BaseM
     sd_unet = UNet2DConditionModel.from_config({**tiny_sd_base.unet.config, "sample_size": 64})
     for unet, family in ((toybox_random_base.unet, "toybox"), (sd_unet, "stable-diffusion")):
         preset = synthesis_preset(family)
-        guided = choose_sites(unet, preset.guidance.blocks, preset.guidance.map_sizes, ("cross", "self"))
+        guided = choose_sites(unet, preset.guidance.blocks, preset.guidance.levels, ("cross", "self"))
         assert {s.is_cross for s in guided} == {True, False}
-        refining = choose_sites(unet, preset.refinement.blocks, preset.refinement.map_sizes, ("self",))
+        refining = choose_sites(unet, preset.refinement.blocks, preset.refinement.levels, ("self",))
         assert len({s.halvings for s in refining}) == 1, "refinement averages maps of one size"
     assert {s.block for s in guided} == {"mid_block", "up_blocks.1"}

@@ -64,7 +64,7 @@ def test_the_known_shapes_have_the_published_numbers_of_weights(name: str, unet:
 
 def real_learner(base: BaseModel, folder: Path, checkpointing: bool) -> tuple[LearnConfig, InstanceData]:
     config = learn_preset("stable-diffusion")
-    terms = replace(config.lora.attention, map_sizes=(16,), max_timestep=1001)
+    terms = replace(config.lora.attention, levels=(1,), max_timestep=1001)
     config = replace(config, lora=replace(config.lora, attention=terms), union_sampling=False,
                      prior=replace(config.prior, enabled=False), gradient_checkpointing=checkpointing)  # fmt: skip
     data = InstanceData(fit_instance(load_instance(write_instance(folder / "pair")), 64), base)
@@ -81,7 +81,7 @@ def test_the_plan_of_a_learning_step_is_what_a_real_step_takes(tmp_path: Path, c
     add_asset_tokens(base.tokenizer, tokens)
     ids = [base.tokenizer.get_added_vocab()[t] for t in tokens]
     rows = torch.zeros(2, base.text_encoder.config.hidden_size)
-    sites = choose_sites(base.unet, config.lora.attention.blocks, config.lora.attention.map_sizes)
+    sites = choose_sites(base.unet, config.lora.attention.blocks, config.lora.attention.levels)
     with use_assets(base.text_encoder, ids, rows) as embedding, lend_adapters(base, config.lora, 0), \
             gradient_checkpointing(base, checkpointing):  # fmt: skip
         embedding.rows.requires_grad_(True)

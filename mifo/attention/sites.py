@@ -1,4 +1,4 @@
-"""Attention sites of a UNet by module path and map size, and lending processors to them.
+"""Attention sites of a UNet by module path and downsampling level, and lending processors to them.
 
 Knows module paths and map sizes. Knows nothing of tokens, masks or losses.
 """
@@ -15,6 +15,11 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
+from ..errors import InputError
+
+LEVELS = (1, 2, 4, 8)
+"""Downsampling levels: how many times smaller than the latents a map is, in each direction."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -24,6 +29,11 @@ class Site:
     block: str  # "down_blocks.1", "mid_block" or "up_blocks.0"
     is_cross: bool
     halvings: int  # how often the latents were halved where this layer sits
+
+    @property
+    def level(self) -> int:
+        """How many times smaller than the latents the map is: 1, 2, 4 or 8."""
+        return 2**self.halvings
 
     def map_size(self, latent_height: int, latent_width: int) -> tuple[int, int]:
         """(height, width) of this site's map for latents of that size; odd sizes round up, as the UNet's strides do."""
@@ -53,23 +63,33 @@ def smallest_map(unet: UNet2DConditionModel, latent_height: int, latent_width: i
     return min(site.map_size(latent_height, latent_width) for site in attention_sites(unet))
 
 
-def choose_sites(unet: UNet2DConditionModel, blocks: tuple[str, ...], map_sizes: tuple[int, ...],
-                 kinds: tuple[str, ...] = ("cross",)) -> list[Site]:  # fmt: skip
-    """Sites in `blocks` (prefixes such as "up_blocks") whose map has one of `map_sizes` at the model's own resolution.
+def levels_within(levels: tuple[int, ...], unet_levels: int) -> set[int]:
+    """`levels` in a UNet that halves its latents `unet_levels` - 1 times: a coarser level stands for its coarsest.
 
-    Raises ValueError when the model has no such site: a loss over nothing would be silently zero.
+    So one preset fits Stable Diffusion's four levels and the smaller UNets distilled from it. Raises InputError for a level
+    that is not in LEVELS.
     """
-    native = int(unet.config["sample_size"])
-    chosen = [
-        s
-        for s in attention_sites(unet)
-        if s.block.startswith(blocks)
-        and s.map_size(native, native)[0] in map_sizes
-        and ("cross" if s.is_cross else "self") in kinds
-    ]
+    if unknown := [level for level in levels if level not in LEVELS]:
+        raise InputError(f"attention levels {unknown} do not exist; choose from {', '.join(map(str, LEVELS))}, a map's size as "
+                         "a part of the latents': 1 is as large, 8 an eighth")  # fmt: skip
+    return {min(level, 2 ** (unet_levels - 1)) for level in levels}
+
+
+def choose_sites(unet: UNet2DConditionModel, blocks: tuple[str, ...], levels: tuple[int, ...],
+                 kinds: tuple[str, ...] = ("cross",)) -> list[Site]:  # fmt: skip
+    """Sites in `blocks` (prefixes such as "up_blocks") at one of `levels`, as `levels_within` reads them.
+
+    Raises InputError when the model has no such site: a loss over nothing would be silently zero.
+    """
+    wanted = levels_within(levels, len(unet.config["block_out_channels"]))
+    there = [s for s in attention_sites(unet) if ("cross" if s.is_cross else "self") in kinds]
+    chosen = [s for s in there if s.block.startswith(blocks) and s.level in wanted]
     if not chosen:
-        there = sorted({(s.block, s.map_size(native, native)[0]) for s in attention_sites(unet)})
-        raise ValueError(f"no {'/'.join(kinds)}-attention site in {blocks} with a map of {map_sizes}; the model has {there}")
+        found = ", ".join(f"{block} at level {level}" for block, level in sorted({(s.block, s.level) for s in there})) or "none"
+        raise InputError(
+            f"the base model has no {'/'.join(kinds)}-attention in {', '.join(blocks)} at level {', '.join(map(str, levels))} "
+            f"(a map's size as a part of the latents'); it has {found}; use another base model"
+        )
     return chosen
 
 
