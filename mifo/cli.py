@@ -48,6 +48,8 @@ from .options import (
     JudgedBy,
     Keep,
     LoraScale,
+    MaskOrientation,
+    MasksDrawn,
     ModelPath,
     OutputDir,
     OutputPath,
@@ -102,6 +104,7 @@ def learn(
     class_prompt: Annotated[str | None, typer.Option(help="For prior preservation; several, separated by '|'.")] = None,
     num_class_images: Annotated[int | None, typer.Option(min=1, max=10_000)] = None,
     prior_preservation: Annotated[bool, typer.Option(help="Keep the base model's knowledge with its own pictures.")] = True,
+    mask_orientation: MaskOrientation = MasksDrawn.auto,
     background_asset: Annotated[bool, typer.Option("--background-asset", help="Learn <background>, outside all masks.")] = False,
     resolution: Resolution = None,
     gradient_checkpointing: bool = False,
@@ -127,7 +130,8 @@ def learn(
         folders = instance_folders(instance, folder_path)
         if name and len(folders) > 1:
             raise InputError(f"--name {name} fits one instance, but {len(folders)} would be learned; name the INSTANCE too")
-        instances = [load_instance(folder) for folder in folders]  # all input is checked before anything long starts
+        # all input is checked before anything long starts
+        instances = [load_instance(folder, mask_orientation.value) for folder in folders]
         words = [_initializers(initializer_tokens, each.count) for each in instances]
         if background_asset:
             words = [[*(initial or [None] * each.count), "background"] for initial, each in zip(words, instances, strict=True)]
@@ -156,8 +160,9 @@ def learn(
             config = plan.settings.learn if plan else config
             if config.resolution is not None:
                 base.check_side("the resolution", config.resolution)
-            for warning in check_masks(each, sizes_of(base, config)).warnings:
-                say(f"note: {warning}")
+            report = check_masks(each, sizes_of(base, config))
+            for line in (*report.notes, *report.warnings):
+                say(f"note: {line}")
             judge = _checkpoint_judge(config, each, base, given)
             job.hint = partial(_resume_hint, target)
             _say_what_is_resumed(target, resume)
@@ -272,7 +277,7 @@ def boxes(
 
         from .boxes import parse_boxes_alone, parse_layout
         from .files import replace_files
-        from .instance import load_image
+        from .image_file import load_image
         from .pictures import draw_boxes
         from .prompts import assets_in, check_characters
 

@@ -152,7 +152,9 @@ def instance_folders(instance: str | None, folder_path: Path) -> list[Path]:
         return [Path(instance) if os.path.isdir(instance) and not os.path.isdir(inside) else inside]
     if not os.path.isdir(folder_path):
         raise InputError(f"There is no folder {folder_path}; give the folder that holds the instances with --folder-path")
-    found = sorted(p for p in folder_path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    from .instance import is_system_name
+
+    found = sorted(p for p in folder_path.iterdir() if p.is_dir() and not is_system_name(p.name))
     if not found:
         raise InputError(f"{folder_path} holds no instance folders; put img.jpg and mask0.png, ... into one each")
     return found

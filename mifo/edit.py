@@ -28,6 +28,7 @@ from .denoise import denoise, initial_latents
 from .edit_frame import BoolArray, EditFrame, latent_mask, make_frame, shrinking_masks, snapped_box, thickness, within_length
 from .errors import InputError
 from .guidance import LatentGuidance
+from .mask_file import Island, islands_in_words, without_islands
 from .memory import peak_gib
 from .prompts import TokenizedPrompt, assets_in, check_prompt, tokenize_prompt
 from .ranking import asset_similarity, best_first, prompt_similarity
@@ -54,6 +55,7 @@ class Edit:
 
     image: Image.Image
     mask: BoolArray
+    """(H, W), without its tiny islands."""
     frame: EditFrame
     canvas: npt.NDArray[np.uint8]
     """The picture's own part around the mask, (R, R, 3)."""
@@ -109,12 +111,14 @@ def edit(base: BaseModel, image: Image.Image, mask: BoolArray, prompt: str, toke
 
     `tokens`: the assets that exist. `layout`: a box per asset of the prompt, in fractions of the whole picture; one asset
     alone takes the mask's box. `crops`: the assets' own pictures (RGBA), to rank by. Candidate k depends on `seed + k` alone.
+    A mask's tiny islands far from its body are left out, and noted.
     Raises InputError for a prompt that the model cannot take, assets without boxes, and a mask below one latent pixel.
     """
     started = time.monotonic()
     check_prompt(prompt, tokens)
     check_config(config)
     base.check_steps("ddim", config.steps)
+    mask, islands = without_islands(mask)
     frame = make_frame(mask, base.resolution)
     side = base.native_latents
     inside = latent_mask(frame, mask, side)
@@ -160,7 +164,7 @@ def edit(base: BaseModel, image: Image.Image, mask: BoolArray, prompt: str, toke
         candidates.append(Candidate(pixels, seed + k, scores))
     ranked = [candidates[k] for k in best_first([c.scores for c in candidates])]
     return Edit(image, mask, frame, canvas, ranked, frame.side / side, prompt, on_canvas, config, seed,
-                time.monotonic() - started, peak_gib(base.device), _notes(frame, inside, config))  # fmt: skip
+                time.monotonic() - started, peak_gib(base.device), _notes(frame, inside, config, islands))  # fmt: skip
 
 
 def check_config(config: EditConfig) -> None:
@@ -284,8 +288,10 @@ def _asset_regions(layout: Layout | None, inside: BoolArray) -> dict[str, BoolAr
     return {token: region for token, region in regions.items() if region.any()}
 
 
-def _notes(frame: EditFrame, inside: BoolArray, config: EditConfig) -> tuple[str, ...]:
+def _notes(frame: EditFrame, inside: BoolArray, config: EditConfig, islands: tuple[Island, ...]) -> tuple[str, ...]:
     notes = []
+    if islands:
+        notes.append(f"the mask has {islands_in_words(islands)}; what is there is not edited")
     if frame.scale < 1 / 1.5:
         notes.append(
             f"the edit is drawn at {frame.resolution}x{frame.resolution} pixels and enlarged {1 / frame.scale:.1f} times to fit"

@@ -38,6 +38,9 @@ from .options import (
     BundleName,
     Device,
     LoraScale,
+    MaskOrientation,
+    MasksDrawn,
+    Metadata,
     Optimize,
     OutputDir,
     OutputPath,
@@ -79,6 +82,10 @@ def edit(
     mask_dilation: Annotated[int, typer.Option(min=0, max=64, help="Latent pixels; thin masks start larger and shrink.")] = 0,
     invert_mask: Annotated[bool, typer.Option(help="Edit all but the white part.")] = False,
     resize_mask: Annotated[bool, typer.Option(help="Accept a mask of another size.")] = False,
+    mask_orientation: MaskOrientation = MasksDrawn.auto,
+    metadata: Annotated[
+        Metadata, typer.Option(help="Of the picture's file; safe: date and camera, no position, owner, serial number.")
+    ] = Metadata.safe,
     boxes: Annotated[str | None, typer.Option(help="A box per asset; one asset alone takes the mask's box.")] = None,
     model_path: OwnBase = None,
     output_dir: OutputDir = Path("Model_ours"),
@@ -181,9 +188,10 @@ def _run_edit(job: Job, given: dict[str, Any], name: str) -> None:
     from .prompts import assets_in, check_characters, check_prompt
 
     check_characters(given["negative_prompt"], "The negative prompt")
-    picture = load_picture(given["init_image"])
-    mask = load_edit_mask(given["mask"], picture.image, given["init_image"].name, given["resize_mask"], given["invert_mask"])
-    for note in picture.notes:
+    picture = load_picture(given["init_image"], given["metadata"].value)
+    mask, reading = load_edit_mask(given["mask"], picture.image, given["init_image"].name, given["resize_mask"],
+                                   given["invert_mask"], picture.orientation, given["mask_orientation"].value)  # fmt: skip
+    for note in (*picture.notes, *reading):
         say(f"note: {note}")
 
     import_libraries()

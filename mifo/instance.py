@@ -9,30 +9,27 @@ from __future__ import annotations
 
 import os
 import re
-import struct
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, ImageStat, UnidentifiedImageError
+from PIL import Image, ImageStat
 
 from .errors import InputError
+from .image_file import open_image, refuse_file, to_srgb
+from .mask_file import StoredMask, open_mask
+from .mask_orientation import upright_masks
 from .prompts import BACKGROUND_TOKEN, asset_token, check_characters
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 IMAGE_NAMES = "img.jpg, img.jpeg, img.png or img.webp"
-# Only formats that PIL decodes by itself; among the others is EPS, which runs Ghostscript.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+#: Files and folders that systems and archivers leave beside a user's own; hidden ones are skipped as well.
+SYSTEM_NAMES = ("__macosx", "thumbs.db", "desktop.ini", "system volume information", "$recycle.bin", "@eadir", "lost+found")
 MIN_SIDE = 16
-MAX_MEGAPIXELS = 50
 MAX_MASK_MEGAPIXELS = 500  # of all masks together
-#: What PIL's decoders raise for damaged files, beside its own UnidentifiedImageError (an OSError).
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, struct.error)
 MAX_WORDS_BYTES = 1 << 16
 MAX_OVERLAP = 0.5
 MASK_PATTERN = re.compile(r"mask([0-9]+)\.png", re.IGNORECASE)
@@ -47,7 +44,7 @@ class Instance:
 
     name: str
     image: Image.Image
-    """RGB, upright."""
+    """RGB, upright, sRGB."""
     masks: tuple[Image.Image, ...]
     """L, 0 or 255 (the asset), the image's size."""
     words: tuple[str, ...] | None
@@ -55,6 +52,8 @@ class Instance:
     """The folder."""
     warnings: tuple[str, ...] = ()
     """What looks wrong but can be used."""
+    notes: tuple[str, ...] = ()
+    """How the files were read, where that is not plain."""
     has_background: bool = False
     """The last mask is the complement of the others, and its token is `<background>`."""
 
@@ -82,12 +81,17 @@ class FittedInstance:
     """Of each mask."""
 
 
-def load_instance(folder: Path) -> Instance:
-    """Reads and checks an instance folder. Raises InputError for whatever is wrong with it."""
+def load_instance(folder: Path, mask_orientation: str = "auto") -> Instance:
+    """Reads and checks an instance folder. Raises InputError for whatever is wrong with it.
+
+    `mask_orientation`, for a photo that its camera stored turned: the masks are drawn on the 'upright' picture, on the pixels
+    as 'stored', or 'auto': as they fit.
+    """
     names = _list_folder(folder)
     image_path = folder / _find_image(folder, names)
     mask_paths = [folder / name for name in _find_masks(folder, names)]
-    image, sideways = _load_image(image_path)
+    photo = open_image(image_path)
+    image = to_srgb(photo)
     if min(image.size) < MIN_SIDE:
         raise InputError(
             f"{image_path} is {_size(image)} pixels, but each side needs at least {MIN_SIDE}; use a larger image."
@@ -98,7 +102,9 @@ def load_instance(folder: Path) -> Instance:
             f"{folder} has {len(mask_paths)} masks of {_size(image)} pixels, {megapixels:.0f} megapixels together, but at most "
             f"{MAX_MASK_MEGAPIXELS} are read; make the image and the masks smaller."
         )
-    masks = [_load_mask(path, image, image_path.name, sideways) for path in mask_paths]
+    files = [_sized_mask(path, image, image_path.name, photo.orientation) for path in mask_paths]
+    greys, turns = upright_masks(image, image_path.name, photo.orientation, files, mask_orientation)
+    masks = [_mask_inside(file, grey) for file, grey in zip(files, greys, strict=True)]
     return Instance(
         name=folder.resolve().name,
         image=image,
@@ -106,6 +112,7 @@ def load_instance(folder: Path) -> Instance:
         words=_load_words(folder, names, len(masks)),
         source=folder,
         warnings=(*_ignored_files(folder, names), *_overlaps(folder, masks)),
+        notes=(*photo.notes(), *turns, *(note for file in files for note in file.notes)),
     )
 
 
@@ -163,9 +170,14 @@ def _list_folder(folder: Path) -> list[str]:
             + (f"instances beside it: {', '.join(near)}." if near else "give a folder with an image and its masks.")
         )
     try:
-        return sorted(os.listdir(folder))
+        return sorted(name for name in os.listdir(folder) if not is_system_name(name))
     except OSError as error:
         raise InputError(f"The folder {folder} cannot be read ({error.strerror}); check its permissions.") from None
+
+
+def is_system_name(name: str) -> bool:
+    """True for what a system or an archiver leaves behind, and for hidden files and folders: nobody's instance or photo."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
 def _instances_in(parent: Path) -> list[str]:
@@ -216,90 +228,28 @@ def _ignored_files(folder: Path, names: list[str]) -> list[str]:
     return [f"{folder / name} is ignored: masks are named mask0.png, mask1.png, ..." for name in ignored]
 
 
-# Reading images
+# Reading masks
 
 
-def _refuse_file(path: Path, error: BaseException) -> NoReturn:
-    if isinstance(error, UnidentifiedImageError):
-        raise InputError(f"{path} is not an image that can be read; save it again as PNG or JPEG.") from None
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    raise InputError(f"{path} cannot be read ({reason}); it may be damaged or cut short: save it again.") from None
+def _sized_mask(path: Path, image: Image.Image, image_name: str, orientation: int) -> StoredMask:
+    """A mask of the image's size, as the image is seen or as it is stored."""
+    mask = open_mask(path)
+    size = mask.grey.shape[::-1]
+    if size == image.size or (orientation >= 5 and size[::-1] == image.size):
+        return mask
+    raise InputError(f"{path} is {size[0]}x{size[1]} but {image_name} is {_size(image)}; save the mask at the image's size.")
 
 
-def _open(path: Path) -> tuple[Image.Image, bool]:
-    """The file's first frame, upright, in the file's own mode; and whether it was stored lying on its side."""
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
-        raise InputError(f"{path} cannot be read (it is no file); put a JPEG, PNG or WebP file there.")
-    try:
-        with warnings.catch_warnings():  # PIL's own limit is below ours, so its warnings say nothing
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=FORMATS) as image:
-                megapixels = image.width * image.height / 1e6
-                if megapixels <= MAX_MEGAPIXELS:
-                    image.load()
-                    upright = ImageOps.exif_transpose(image)
-                    return upright, upright.size != image.size
-    except Image.DecompressionBombError:
-        megapixels = float("inf")
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged files make PIL's decoders raise TypeError, struct.error, IndexError, ...
-        _refuse_file(path, error)
-    shown = f"{megapixels:.0f}" if megapixels < float("inf") else "far too many"
-    raise InputError(f"{path} has {shown} megapixels, but at most {MAX_MEGAPIXELS} are read; make it smaller.")
-
-
-def _load_image(path: Path) -> tuple[Image.Image, bool]:
-    image, sideways = _open(path)
-    if image.mode.startswith("I"):
-        return Image.fromarray(_to_8_bit(image)).convert("RGB"), sideways
-    if image.has_transparency_data:
-        colours = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours).convert("RGB"), sideways
-    return image.convert("RGB"), sideways
-
-
-def _to_8_bit(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """16-bit greys, which PIL's own conversion would clip at 255."""
-    greys = np.asarray(image).astype(np.float32).clip(0, 65535)  # (H, W)
-    return np.round(greys / 257).astype(np.uint8)
-
-
-def _load_mask(path: Path, image: Image.Image, image_name: str, sideways: bool) -> BoolArray:
+def _mask_inside(file: StoredMask, grey: npt.NDArray[np.uint8]) -> BoolArray:
     """True on the asset, (H, W)."""
-    mask, _ = _open(path)
-    if mask.size != image.size:
-        turned = (
-            f" {image_name} is stored lying on its side and was turned upright, as its EXIF orientation says:"
-            " draw the mask on the upright image."
-        )
-        hint = turned if sideways and mask.size == image.size[::-1] else ""
-        raise InputError(
-            f"{path} is {_size(mask)} but {image_name} is {_size(image)}; save the mask at the image's size.{hint}"
-        )
-    grey = _mask_grey(mask)
     inside = grey >= 128
     if not inside.any():
         raise InputError(
-            f"{path} is empty: its brightest pixel is {grey.max()} of 255; paint the asset white (255) on black."
+            f"{file.path} is empty: its brightest pixel is {file.brightest}; paint the asset white (255) on black."
         )
     if inside.all():
-        raise InputError(f"{path} covers the whole image; paint what is not the asset black.")
+        raise InputError(f"{file.path} covers the whole image; paint what is not the asset black.")
     return inside
-
-
-def _mask_grey(mask: Image.Image) -> npt.NDArray[np.uint8]:
-    """0 .. 255, (H, W)."""
-    if mask.mode.startswith("I"):
-        return _to_8_bit(mask)
-    if not mask.has_transparency_data:
-        return np.asarray(mask.convert("RGB").convert("L"))
-    rgba = mask.convert("RGBA")
-    channels = np.asarray(rgba)  # (H, W, 4)
-    varies = channels.min(axis=(0, 1)) != channels.max(axis=(0, 1))  # (4,)
-    if varies[3] and not varies[:3].any():
-        return channels[..., 3]  # one colour throughout: the shape was painted into the transparency
-    return np.asarray(Image.alpha_composite(Image.new("RGBA", mask.size, "black"), rgba).convert("L"))
 
 
 def _size(image: Image.Image) -> str:
@@ -347,27 +297,10 @@ def _read_lines(path: Path) -> list[str]:
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text; save the file as UTF-8.") from None
     except OSError as error:
-        _refuse_file(path, error)
+        refuse_file(path, error)
     if len(content) > MAX_WORDS_BYTES:
         raise InputError(f"{path} is larger than {MAX_WORDS_BYTES >> 10} KiB; write one short phrase for each mask.")
     return [line.strip() for line in text.split("\n")] if text else []
-
-
-def load_image(path: Path) -> Image.Image:
-    """Any picture that can be read, upright and RGB, with the same checks as an instance's image.
-
-    Raises InputError when there is none, or it is damaged or too large.
-    """
-    if not os.path.isfile(path):
-        raise InputError(f"There is no picture {str(path)[:300]}; give the path of a JPEG, PNG or WebP file.")
-    return _load_image(path)[0]
-
-
-def load_grey(path: Path) -> npt.NDArray[np.uint8]:
-    """A mask of any size as greys 0 .. 255, (H, W), upright, with the same checks as an image. Raises InputError."""
-    if not os.path.isfile(path):
-        raise InputError(f"There is no mask {str(path)[:300]}; give the path of a PNG that is white where it counts.")
-    return _mask_grey(_open(path)[0])
 
 
 def with_background(instance: Instance) -> Instance:

@@ -21,8 +21,9 @@ from .attention.sites import choose_sites, levels_within
 from .base_model import TOYBOX_FOLDER, BaseModel
 from .config import LearnConfig, learn_preset
 from .errors import InputError
-from .instance import FORMATS, MASK_PATTERN, MAX_OVERLAP, FittedInstance, Instance, fit_instance
+from .instance import MASK_PATTERN, MAX_OVERLAP, FittedInstance, Instance, fit_instance
 from .known_models import native_latents
+from .mask_file import islands_in_words, open_mask, without_islands
 from .mask_sizes import filled_shares, mask_at_latents, mask_at_map
 from .pictures import ASSET_COLORS, caption_below, grid, outline
 
@@ -42,12 +43,14 @@ class MaskSizes:
 
 @dataclass(frozen=True)
 class MaskReport:
-    """`facts` is what --json prints. `warnings` are about what can be used but probably is not meant."""
+    """`facts` is what --json prints. `warnings` are about what can be used but probably is not meant; `notes` tell how files were
+    read."""
 
     sizes: MaskSizes
     fitted: FittedInstance
     facts: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 # --- sizes --------------------------------------------------------------------------------------
@@ -106,7 +109,7 @@ def check_masks(instance: Instance, sizes: MaskSizes) -> MaskReport:
         if _looks_inverted(instance.masks[index]):
             warnings.append(f"{name} looks inverted: it covers the picture's border and most of its area; paint the asset white "
                             "and the rest black")  # fmt: skip
-        warnings += _file_warnings(Path(instance.source) / name)
+        warnings += [*_file_warnings(Path(instance.source) / name), *_island_warnings(name, instance.masks[index])]
         masks.append(entry)
     overlaps = _overlaps(instance)
     for pair in overlaps:
@@ -116,8 +119,8 @@ def check_masks(instance: Instance, sizes: MaskSizes) -> MaskReport:
             warnings.append(f"mask{first}.png and mask{second}.png share {share}; both tokens will learn what is there")
     facts = {"instance": instance.name, "image": list(instance.image.size), "resolution": sizes.resolution,
              "latent_size": sizes.latent, "supervised_map_sizes": list(sizes.maps), "masks": masks, "overlaps": overlaps,
-             "warnings": warnings}  # fmt: skip
-    return MaskReport(sizes, fitted, facts, tuple(warnings))
+             "warnings": warnings, "notes": list(instance.notes)}  # fmt: skip
+    return MaskReport(sizes, fitted, facts, tuple(warnings), instance.notes)
 
 
 def resized(mask: Image.Image, size: int, sizes: MaskSizes) -> torch.Tensor:
@@ -181,18 +184,17 @@ def _mask_files(instance: Instance) -> dict[int, str]:
 
 
 def _file_warnings(path: Path) -> list[str]:
-    """What the file holds besides black and white; how it is read is told, so that nobody has to guess."""
-    with Image.open(path, formats=FORMATS) as file:
-        file.load()
-        if file.has_transparency_data:
-            return [f"{path.name} has transparency: where its colours are all one, the shape is read from the transparency, "
-                    "else from the colours over black"]  # fmt: skip
-        deep = file.mode.startswith("I")  # 16 bits
-        grey = np.asarray(file if deep else file.convert("L")).astype(float) / (257 if deep else 1)
+    """What the file holds besides black and white."""
+    grey = open_mask(path).grey
     soft = float(((grey > 16) & (grey < 239)).mean())
     if soft > SOFT:
         return [f"{path.name} is {100 * soft:.0f} % grey; greys from half up count as the asset, darker ones do not"]
     return []
+
+
+def _island_warnings(name: str, mask: Image.Image) -> list[str]:
+    _, islands = without_islands(np.asarray(mask) > 0)
+    return [f"{name} has {islands_in_words(islands)}; erase what is not meant"] if islands else []
 
 
 # --- the sheet ----------------------------------------------------------------------------------
@@ -230,4 +232,5 @@ def check_lines(report: MaskReport, warnings: Sequence[str]) -> list[str]:
     for entry in report.facts["masks"]:
         at = ", ".join(f"{found['cells']} cells at {size}x{size}" for size, found in entry["at"].items())
         lines.append(f"{entry['mask']}: {100 * entry['share_of_picture']:.1f} % of the picture, {at}")
+    lines += [f"note: {note}" for note in report.notes]
     return lines + ([f"warning: {w}" for w in warnings] or ["nothing looks wrong"])

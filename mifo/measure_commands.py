@@ -39,6 +39,8 @@ from .options import (
     Dino,
     Judge,
     JudgedBy,
+    MaskOrientation,
+    MasksDrawn,
     ModelPath,
     OutputDir,
     OwnBase,
@@ -124,6 +126,7 @@ def check(
     folder_path: Annotated[Path, typer.Option(help="Holds the instance folders.")] = Path("example"),
     model_path: ModelPath = "toybox",
     resolution: Resolution = None,
+    mask_orientation: MaskOrientation = MasksDrawn.auto,
     output_path: Annotated[Path, typer.Option(help="PNG to write: what the model will really see.")] = Path("output/check.png"),
     as_json: AsJson = False,
 ) -> None:
@@ -136,7 +139,7 @@ def check(
         if not output_path.name:
             raise InputError(f"--output-path is '{output_path}', expected a file's name, such as output/check.png")
         (folder,) = instance_folders(instance, folder_path)
-        report = check_masks(load_instance(folder), sizes_by_name(model_path, resolution))
+        report = check_masks(load_instance(folder, mask_orientation.value), sizes_by_name(model_path, resolution))
         with replace_files(output_path.parent) as temporary:
             check_sheet(report).save(temporary / output_path.name, "PNG")
         job.text(*check_lines(report, report.warnings), f"look at {output_path}")

@@ -53,6 +53,18 @@ class Judge(str, Enum):
     photo = "photo"
 
 
+class MasksDrawn(str, Enum):
+    auto = "auto"
+    upright = "upright"
+    stored = "stored"
+
+
+class Metadata(str, Enum):
+    keep = "keep"
+    strip = "strip"
+    safe = "safe"
+
+
 class Background(str, Enum):
     pixel = "pixel"
     poisson = "poisson"
@@ -98,6 +110,9 @@ JudgedBy = Annotated[Judge, typer.Option(help="What measures pictures; auto: toy
 Dino = Annotated[str | None, typer.Option(help="DINOv2 model of the photo back end: hub id or folder.")]
 Clip = Annotated[str | None, typer.Option(help="CLIP model of the photo back end.")]
 Detector = Annotated[str | None, typer.Option(help="OWL-ViT or OWLv2 detector of the photo back end.")]
+MaskOrientation = Annotated[
+    MasksDrawn, typer.Option(help="For photos that EXIF turns: masks drawn on the upright picture, or on the stored pixels.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 BundleName = Annotated[str, typer.Argument(help="A bundle's name under --output-dir, or its folder.")]
 OwnBase = Annotated[str | None, typer.Option(help="The base model; the bundle's own by default.")]

@@ -151,7 +151,7 @@ def test_pictures_of_every_kind_are_read(tmp_path: Path, mode: str):
     difference = np.abs(np.asarray(picture.image).astype(int) - np.asarray(wanted))
     assert mode in ("CMYK", "P", "1", "LA", "animation") or difference.max() <= 1
     expected = {"CMYK": "is CMYK", "I;16": "more than 8 bits", "16-bit colour": "more than 8 bits",
-                "grey profile": "is grey; the result is RGB, without its colour profile",
+                "grey profile": "has a colour profile that cannot be read; its colours are taken as sRGB",
                 "animation": "first frame is edited"}.get(mode)  # fmt: skip
     assert (len(picture.notes) == 1 and expected in picture.notes[0]) if expected else picture.notes == ()
 
@@ -159,9 +159,9 @@ def test_pictures_of_every_kind_are_read(tmp_path: Path, mode: str):
 def test_a_mask_of_another_size_is_scaled_when_asked(place: Path):
     picture = load_picture(place / "img.png").image
     small = write_mask(place / "small.png", (120, 80), (40, 20, 80, 60))
-    mask = load_edit_mask(small, picture, "img.png", resize=True)
+    mask, _ = load_edit_mask(small, picture, "img.png", resize=True)
     assert mask.shape == (160, 240) and mask[41:119, 81:159].all() and mask.sum() == pytest.approx(80 * 80, rel=0.02)
-    inverted = load_edit_mask(small, picture, "img.png", resize=True, invert=True)
+    inverted, _ = load_edit_mask(small, picture, "img.png", resize=True, invert=True)
     assert np.array_equal(inverted, ~mask)
     with pytest.raises(InputError, match="It fits when turned"):
         load_edit_mask(write_mask(place / "turned.png", (160, 240), (1, 1, 9, 9)), picture, "img.png")

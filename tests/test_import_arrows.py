@@ -16,6 +16,7 @@ ROWS = (
     ("config", "boxes", "prompts", "files", "memory", "console", "interrupts", "terminal", "options"),
     # above: plain data and the machine
     ("memory_trace", "known_models", "quantize", "half_precision"),
+    ("image_file", "image_metadata", "colour_profile", "mask_file", "mask_orientation"),  # picture files
     ("instance", "asset_crops", "references", "pictures", "picture_file", "edit_frame", "blending", "clean_plate",
      "ranking"),  # pixels
     ("keep_best", "embedding", "losses", "mask_sizes", "attention", "guidance", "denoise", "samplers"),  # tensors, a bare UNet

@@ -17,7 +17,8 @@ from PIL import Image
 
 from ..boxes import Box, Layout, parse_layout
 from ..errors import InputError
-from ..instance import DECODE_ERRORS, Instance, load_image
+from ..image_file import DECODE_ERRORS, load_image
+from ..instance import Instance
 from ..prompts import assets_in, check_characters, check_prompt, join_assets
 
 PLACES = ("at the beach", "in the snow", "on the grass")

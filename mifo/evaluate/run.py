@@ -18,7 +18,8 @@ from ..bundle import Bundle, attach
 from ..config import SynthesisConfig, to_dict
 from ..dataset import InstanceData
 from ..errors import InputError
-from ..instance import Instance, fit_instance, load_image
+from ..image_file import load_image
+from ..instance import Instance, fit_instance
 from ..prompts import assets_in, tokenize_prompt
 from ..synthesize import check_boxes, latent_shape, synthesize
 from . import metrics

@@ -22,7 +22,8 @@ from mifo.bundle import base_of_bundle, load_bundle
 from mifo.errors import InputError
 from mifo.evaluate.cases import read_pictures
 from mifo.evaluate.toybox_backend import ToyboxBackend
-from mifo.instance import fit_instance, load_image, load_instance
+from mifo.image_file import load_image
+from mifo.instance import fit_instance, load_instance
 from mifo.picture_file import load_picture
 from mifo.prompts import add_asset_tokens, assets_in, check_characters, check_prompt, tokenize_prompt
 from mifo.terminal import shown
