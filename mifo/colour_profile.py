@@ -61,13 +61,11 @@ class ColourProfile:
 
     def to_srgb(self, image: Image.Image) -> Image.Image:
         """`image` has the profile's mode; the result is RGB."""
-        converted = ImageCms.applyTransform(image, self._forward)
-        converted.info.pop("icc_profile", None)
-        return converted
+        return _applied(image, self._forward)
 
     def from_srgb(self, image: Image.Image) -> Image.Image:
         """RGB to the profile's own numbers. Colours that it lacks become its nearest."""
-        return ImageCms.applyTransform(image, self._backward)
+        return _applied(image, self._backward)
 
 
 def read_profile(content: bytes, mode: str) -> ColourProfile | None:
@@ -77,6 +75,13 @@ def read_profile(content: bytes, mode: str) -> ColourProfile | None:
         return profile if profile._forward is not None else None
     except BROKEN:
         return None
+
+
+def _applied(image: Image.Image, transform: Any) -> Image.Image:
+    converted = ImageCms.applyTransform(image, transform)
+    assert converted is not None  # it is None only when asked to convert in place
+    converted.info.pop("icc_profile", None)
+    return converted
 
 
 def _srgb() -> Any:

@@ -61,7 +61,7 @@ class MasksDrawn(str, Enum):
 
 class Metadata(str, Enum):
     keep = "keep"
-    strip = "strip"
+    strip = "strip"  # type: ignore[assignment]  # it hides str's own method, which nobody calls here
     safe = "safe"
 
 
