@@ -406,7 +406,7 @@ def _initializers(text: str | None, count: int) -> list[str | None] | None:
     return words
 
 
-def _learn_overrides(config: LearnConfig, given: dict[str, Any], precision: str) -> LearnConfig:
+def _learn_overrides(config: LearnConfig, given: dict[str, Any], precision: Any) -> LearnConfig:
     """The preset with the options that were given on the command line."""
     embedding = override(config.embedding, train_steps=given["phase1_train_steps"], learning_rate=given["phase1_learning_rate"])
     lora = override(config.lora, train_steps=given["phase2_train_steps"], learning_rate=given["phase2_learning_rate"],

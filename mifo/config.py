@@ -6,61 +6,68 @@ Knows numbers. Knows nothing of models or files.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from typing import Any, TypeVar, get_type_hints
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from typing import Annotated, Any, Literal, TypeVar
 
+from .checked import Checked, Within, field_types
 from .errors import InputError
 
 T = TypeVar("T")
+Count = Annotated[int, Within(0, 10**9)]
+AtLeastOne = Annotated[int, Within(1, 10**9)]
+NotNegative = Annotated[float, Within(0)]
+Part = Annotated[float, Within(0, 1)]
+Steps = Annotated[int, Within(1, 1000)]
+Seed = Annotated[int, Within(0, 2**63 - 1)]
 
 
 @dataclass(frozen=True)
-class AttentionTerms:
+class AttentionTerms(Checked):
     """Which attention maps a learning phase supervises, and how strongly."""
 
-    loss: str = "reward-penalty"
+    loss: Literal["reward-penalty", "match", "none"] = "reward-penalty"
     """'reward-penalty' (MIFO), 'match' (Break-A-Scene's MSE to the whole mask) or 'none'."""
     blocks: tuple[str, ...] = ("up_blocks",)
     """Prefixes of the UNet's block names."""
-    levels: tuple[int, ...] = (2, 4)
+    levels: Annotated[tuple[int, ...], Within(1)] = (2, 4)
     """Downsampling levels: how many times smaller than the latents the maps are (1, 2, 4 or 8), at any resolution."""
-    reward_steps: int = 0
+    reward_steps: Count = 0
     """Training steps with the reward before the penalty takes over."""
-    reward_weight: float = 1e-2
-    penalty_weight: float = 2e-2
-    separation_weight: float = 0.0
+    reward_weight: NotNegative = 1e-2
+    penalty_weight: NotNegative = 2e-2
+    separation_weight: NotNegative = 0.0
     """Weight of the cosine similarity between the assets' maps; 0.1 is the published variant."""
-    max_timestep: int = 500
+    max_timestep: Count = 500
     """Attention terms apply where the instance's timestep (of 1000) is below this."""
     average_sites: bool = False
     """Compare one map averaged over all sites (Break-A-Scene) instead of each site's own."""
 
 
 @dataclass(frozen=True)
-class EmbeddingPhase:
+class EmbeddingPhase(Checked):
     """Phase 1: the assets' embedding rows alone."""
 
-    train_steps: int = 600
-    learning_rate: float = 5e-3
-    warmup_steps: int = 10
+    train_steps: Count = 600
+    learning_rate: NotNegative = 5e-3
+    warmup_steps: Count = 10
     cosine_restarts: bool = True
     """Cosine with restarts after the warm-up (one cycle, as published) or constant."""
-    draws: int = 1
+    draws: AtLeastOne = 1
     """(timestep, noise) draws of the same subset in one step: a larger batch of the same expected gradient."""
     attention: AttentionTerms = field(default_factory=lambda: AttentionTerms(reward_steps=200))
 
 
 @dataclass(frozen=True)
-class LoraPhase:
+class LoraPhase(Checked):
     """Phase 2: LoRA in the UNet's attention (and the text encoder), and the rows."""
 
-    train_steps: int = 400
-    learning_rate: float = 1e-4
-    row_learning_rate: float = 1e-4
-    rank: int = 16
+    train_steps: Count = 400
+    learning_rate: NotNegative = 1e-4
+    row_learning_rate: NotNegative = 1e-4
+    rank: AtLeastOne = 16
     """Rank of the adapters; alpha equals the rank."""
     text_encoder: bool = True
-    draws: int = 1
+    draws: AtLeastOne = 1
     use_8bit_adam: bool = True
     full_unet: bool = False
     """Comparison runs only: trains the whole UNet instead of LoRA, as published; cannot be saved as a bundle."""
@@ -70,20 +77,20 @@ class LoraPhase:
 
 
 @dataclass(frozen=True)
-class PriorConfig:
+class PriorConfig(Checked):
     """Prior preservation: images of the class by the base model itself keep its knowledge in place."""
 
     enabled: bool = True
-    weight: float = 1.0
-    num_class_images: int = 100
+    weight: NotNegative = 1.0
+    num_class_images: AtLeastOne = 100
     class_prompt: str = "a photo at the beach"
     """Several prompts, separated by '|', take turns."""
-    sampling_steps: int = 30
-    guidance_scale: float = 7.5
+    sampling_steps: Steps = 30
+    guidance_scale: NotNegative = 7.5
 
 
 @dataclass(frozen=True)
-class MemoryConfig:
+class MemoryConfig(Checked):
     """What is given up for GPU memory; the default gives up nothing. `--vram-gib` chooses, `plan` shows what and why."""
 
     vae_on_cpu: bool = False
@@ -92,96 +99,96 @@ class MemoryConfig:
     """The text encoder lives and runs on the CPU, in fp32."""
     tiled_vae: bool = False
     """The VAE works tile by tile; tiles overlap and are blended, so pictures differ a little."""
-    max_batch: int = 8
+    max_batch: AtLeastOne = 8
     """Pictures that the base model draws together for the prior and the previews."""
     nf4: bool = False
     """The UNet's linear layers in 4 bits (bitsandbytes' NF4)."""
 
 
 @dataclass(frozen=True)
-class KeepConfig:
+class KeepConfig(Checked):
     """Keeping the best checkpoint of the last phase by attention leakage and a few samples, instead of its last step."""
 
     enabled: bool = False
-    every_steps: int = 50
-    patience: int = 3
+    every_steps: AtLeastOne = 50
+    patience: AtLeastOne = 3
     """Checks without improvement after which the phase stops."""
-    samples: int = 2
+    samples: AtLeastOne = 2
     """Pictures of each asset alone, at every check."""
 
 
 @dataclass(frozen=True)
-class LearnConfig:
+class LearnConfig(Checked):
     """All that decides what `learn` does. Saved whole in the bundle."""
 
-    recipe: str = "mifo"
+    recipe: Literal["mifo", "break-a-scene"] = "mifo"
     embedding: EmbeddingPhase = field(default_factory=EmbeddingPhase)
     lora: LoraPhase = field(default_factory=LoraPhase)
     prior: PriorConfig = field(default_factory=PriorConfig)
     keep: KeepConfig = field(default_factory=KeepConfig)
     union_sampling: bool = True
     """Draw a random subset of the assets each step; otherwise all of them, always."""
-    flip_probability: float = 0.5
-    placements: int = 0
+    flip_probability: Part = 0.5
+    placements: Count = 0
     """Shifted copies of the picture per asset: a token then learns its asset, not where it stood; 0 as published."""
-    locality_weight: float = 0.0
+    locality_weight: NotNegative = 0.0
     """Weight of keeping to the prediction without the assets' tokens outside the masks; 0 as published."""
     masked_loss_by_area: bool = False
     """Divide the masked loss by the mask's area instead of the picture's."""
-    weight_decay: float = 1e-2
-    adam_betas: tuple[float, float] = (0.9, 0.99)
-    max_grad_norm: float = 1.0
-    resolution: int | None = None
+    weight_decay: NotNegative = 1e-2
+    adam_betas: Annotated[tuple[float, float], Within(0, 1, below=True)] = (0.9, 0.99)
+    max_grad_norm: NotNegative = 1.0
+    resolution: AtLeastOne | None = None
     """Pixels; None takes the model's own."""
-    mixed_precision: str = "no"
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """'no', 'fp16' or 'bf16': the frozen base's dtype; LoRA and rows stay fp32."""
     gradient_checkpointing: bool = False
-    seed: int = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
-class GuidanceConfig:
+class GuidanceConfig(Checked):
     """Box guidance: moving the latents until each asset's attention lies in its box (method, section 2)."""
 
     enabled: bool = True
-    steps: int = 15
+    steps: Count = 15
     """Denoising steps, from the first, that are guided; bounded masks come from the boxes until then."""
-    max_iterations: int = 5
-    loss_threshold: float = 0.2
+    max_iterations: Count = 5
+    loss_threshold: NotNegative = 0.2
     """A picture whose normalized loss (per subject) is below this is left alone."""
-    step_size_start: float = 8.0
-    step_size_end: float = 2.0
-    cross_weight: float = 1.5
-    self_weight: float = 0.5
+    step_size_start: NotNegative = 8.0
+    step_size_end: NotNegative = 2.0
+    cross_weight: NotNegative = 1.5
+    self_weight: NotNegative = 0.5
     blocks: tuple[str, ...] = ("mid_block", "up_blocks")
-    levels: tuple[int, ...] = (4, 8)
+    levels: Annotated[tuple[int, ...], Within(1)] = (4, 8)
     """As in `AttentionTerms`; of Stable Diffusion's blocks, the middle one and the up block after it."""
 
 
 @dataclass(frozen=True)
-class RefinementConfig:
+class RefinementConfig(Checked):
     """Refining the boxes to the things' own shapes by clustering self-attention (Bounded Attention, section 4.3)."""
 
     enabled: bool = True
-    every_steps: int = 5
-    clusters_per_box: int = 3
-    min_cover: float = 0.2
+    every_steps: AtLeastOne = 5
+    clusters_per_box: AtLeastOne = 3
+    min_cover: Part = 0.2
     blocks: tuple[str, ...] = ("up_blocks",)
-    levels: tuple[int, ...] = (4,)
+    levels: Annotated[tuple[int, ...], Within(1)] = (4,)
 
 
 @dataclass(frozen=True)
-class SynthesisConfig:
+class SynthesisConfig(Checked):
     """All that decides what `synthesize` does, besides prompt, boxes and seed."""
 
-    steps: int = 50
-    guidance_scale: float = 7.5
-    scheduler: str = "ddim"
-    """'ddim', 'dpm', 'unipc', or 'own': the one that the base model's folder names."""
+    steps: Steps = 50
+    guidance_scale: NotNegative = 7.5
+    scheduler: Literal["ddim", "dpm", "unipc", "own"] = "ddim"
+    """'own': the one that the base model's folder names."""
     negative_prompt: str = ""
-    width: int | None = None
+    width: AtLeastOne | None = None
     """Pixels; None takes the model's own resolution."""
-    height: int | None = None
+    height: AtLeastOne | None = None
     lora_scale: float = 1.0
     bounded: bool = True
     """Box-bounded attention masks at every layer; without them boxes only guide."""
@@ -192,23 +199,23 @@ class SynthesisConfig:
 
 
 @dataclass(frozen=True)
-class EditConfig:
+class EditConfig(Checked):
     """All that decides what `edit` does, besides picture, mask, prompt and seed (method, section 5)."""
 
-    steps: int = 50
-    guidance_scale: float = 7.5
+    steps: Steps = 50
+    guidance_scale: NotNegative = 7.5
     negative_prompt: str = ""
     lora_scale: float = 1.0
-    blending_start_percentage: float = 0.25
+    blending_start_percentage: Annotated[float, Within(0, 1, below=True)] = 0.25
     """The part of the schedule, from its noisy end, that is left out. 0 runs all of it; late starts keep more of the place."""
-    start: str = "noise"
+    start: Literal["noise", "image"] = "noise"
     """Inside the mask: 'noise', or 'image' (the source noised to the start's level), for scribbles and alterations."""
-    background: str = "pixel"
+    background: Literal["pixel", "poisson", "optimization", "none"] = "pixel"
     """How the part outside the mask is brought back: 'pixel', 'poisson', 'optimization' or 'none'."""
-    optimize: str = "weights"
+    optimize: Literal["weights", "latents"] = "weights"
     """What 'optimization' tunes: the decoder's 'weights' or the 'latents'."""
-    reconstruction_steps: int = 75
-    mask_dilation: int = 0
+    reconstruction_steps: Count = 75
+    mask_dilation: Count = 0
     """Latent pixels by which the mask is larger at the start; it shrinks to the true mask on the way. Plain words then fill the
     mask: what it holds does not look at its surroundings, which it would otherwise continue."""
     bounded: bool = True
@@ -289,17 +296,19 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(kind: type[T], data: Mapping[str, Any], where: str = "config", native_latents: int = 64) -> T:
-    """The inverse of `to_dict`. Raises InputError for keys that do not exist, so that a typo is never ignored.
+    """The inverse of `to_dict`.
 
     `native_latents` is the side of the base model's latents at its own resolution, by which older settings are translated.
+    Raises InputError for keys that do not exist, so that a typo is never ignored, and for values that do not fit their fields.
     """
-    hints = get_type_hints(kind)
-    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
-    if "levels" in known and "map_sizes" in data:
+    if not isinstance(data, Mapping):
+        raise InputError(f"{where} is {repr(data)[:80]}, expected an object")
+    hints = field_types(kind)
+    if "levels" in hints and "map_sizes" in data:
         data = _with_levels(data, where, native_latents)
-    unknown = sorted(set(data) - known)
+    unknown = sorted(str(key)[:50] for key in set(data) - set(hints))
     if unknown:
-        raise InputError(f"{where} has unknown keys {unknown}; known are {sorted(known)}")
+        raise InputError(f"{where} has unknown keys {unknown[:10]}; known are {sorted(hints)}")
     values = {}
     for key, value in data.items():
         if is_dataclass(hints[key]):
@@ -307,7 +316,10 @@ def from_dict(kind: type[T], data: Mapping[str, Any], where: str = "config", nat
         elif isinstance(value, list):
             value = tuple(value)
         values[key] = value
-    return kind(**values)
+    try:
+        return kind(**values)
+    except InputError as error:
+        raise InputError(f"{where} cannot be used: {error}") from None
 
 
 def _with_levels(data: Mapping[str, Any], where: str, native_latents: int) -> dict[str, Any]:

@@ -116,7 +116,6 @@ def edit(base: BaseModel, image: Image.Image, mask: BoolArray, prompt: str, toke
     """
     started = time.monotonic()
     check_prompt(prompt, tokens)
-    check_config(config)
     base.check_steps("ddim", config.steps)
     mask, islands = without_islands(mask)
     frame = make_frame(mask, base.resolution)
@@ -165,20 +164,6 @@ def edit(base: BaseModel, image: Image.Image, mask: BoolArray, prompt: str, toke
     ranked = [candidates[k] for k in best_first([c.scores for c in candidates])]
     return Edit(image, mask, frame, canvas, ranked, frame.side / side, prompt, on_canvas, config, seed,
                 time.monotonic() - started, peak_gib(base.device), _notes(frame, inside, config, islands))  # fmt: skip
-
-
-def check_config(config: EditConfig) -> None:
-    """Raises InputError for a choice that does not exist, or a start that leaves no schedule."""
-    choices = {"start": ("noise", "image"), "background": ("pixel", "poisson", "optimization", "none"),
-               "optimize": ("weights", "latents")}  # fmt: skip
-    for name, known in choices.items():
-        if getattr(config, name) not in known:
-            raise InputError(f"--{name} is '{getattr(config, name)}', expected one of {', '.join(known)}")
-    if not 0 <= config.blending_start_percentage < 1:
-        raise InputError(
-            f"--blending-start-percentage is {config.blending_start_percentage:g}, expected at least 0 and less than 1: the "
-            "part of the schedule that is left out"
-        )
 
 
 class _Blending:

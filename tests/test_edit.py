@@ -291,7 +291,7 @@ def test_other_backgrounds_touch_the_crop_alone(toybox_random_base: BaseModel, b
 
 def test_wrong_choices_are_refused(toybox_random_base: BaseModel):
     picture, mask = noise_picture(80, 80), block((80, 80), 20, 20, 60, 60)
-    for changes, message in (({"background": "magic"}, "--background"), ({"start": "half"}, "--start"),
+    for changes, message in (({"background": "magic"}, "background"), ({"start": "half"}, "start"),
                              ({"blending_start_percentage": 1.0}, "less than 1")):  # fmt: skip
         with pytest.raises(InputError, match=message):
             edit(toybox_random_base, picture, mask, "a photo of a car", (), replace(QUICK, **changes))

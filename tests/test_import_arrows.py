@@ -12,7 +12,7 @@ PACKAGE = Path(mifo.__file__).parent
 #: A room imports from rows above its own, and within its row as long as that makes no circle.
 #: `attention` and `toybox` are folders; inside them, files count as one room here and are looked at below.
 ROWS = (
-    ("errors",),
+    ("errors", "checked"),
     ("config", "boxes", "prompts", "files", "memory", "console", "interrupts", "terminal", "options"),
     # above: plain data and the machine
     ("memory_trace", "known_models", "quantize", "half_precision"),

@@ -1,0 +1,87 @@
+"""Settings check themselves, whoever makes them: a preset's change, a script, or a bundle's JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import pytest
+
+from mifo import config as module
+from mifo.checked import Checked
+from mifo.config import (
+    AttentionTerms,
+    EditConfig,
+    GuidanceConfig,
+    LearnConfig,
+    LoraPhase,
+    SynthesisConfig,
+    edit_preset,
+    from_dict,
+    learn_preset,
+    synthesis_preset,
+    to_dict,
+)
+from mifo.errors import InputError
+
+KINDS = [k for k in vars(module).values() if isinstance(k, type) and is_dataclass(k) and k.__module__ == module.__name__]
+
+
+def test_a_misspelt_choice_names_the_choices():
+    with pytest.raises(InputError, match="loss is 'penality', expected one of 'reward-penalty', 'match', 'none'"):
+        AttentionTerms(loss="penality")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="'ddim'"):
+        replace(SynthesisConfig(), scheduler="dimm")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="recipe is 'mifos', expected one of 'mifo', 'break-a-scene'"):
+        from_dict(LearnConfig, {"recipe": "mifos"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        (LearnConfig, "seed", "abc"), (LearnConfig, "seed", -1), (LearnConfig, "seed", True), (LearnConfig, "seed", 1.5),
+        (LearnConfig, "flip_probability", 1.1), (LearnConfig, "adam_betas", [0.9]), (LearnConfig, "adam_betas", [0.9, 1.0]),
+        (LearnConfig, "resolution", 0), (LearnConfig, "lora", None), (LearnConfig, "union_sampling", "yes"),
+        (LearnConfig, "mixed_precision", "fp8"), (LearnConfig, "max_grad_norm", float("nan")),
+        (LoraPhase, "rank", 0), (LoraPhase, "learning_rate", float("inf")), (LoraPhase, "train_steps", -1),
+        (AttentionTerms, "blocks", "up_blocks"), (AttentionTerms, "blocks", [1]), (AttentionTerms, "max_timestep", None),
+        (SynthesisConfig, "steps", 1001), (SynthesisConfig, "negative_prompt", None), (SynthesisConfig, "width", "512"),
+        (GuidanceConfig, "max_iterations", 2.0), (EditConfig, "blending_start_percentage", 1.0), (EditConfig, "start", "image "),
+    ],
+)  # fmt: skip
+def test_wrong_values_are_refused_built_or_read(kind: type[Any], name: str, value: Any):
+    plain = tuple(value) if isinstance(value, list) else value
+    with pytest.raises(InputError, match=rf"{kind.__name__}\.{name} is .*, expected "):
+        replace(kind(), **{name: plain})
+    with pytest.raises(InputError, match=name):
+        from_dict(kind, {name: value}, "config")
+
+
+def test_what_is_wrong_deep_inside_is_found_and_placed():
+    with pytest.raises(InputError, match=r"config\.lora\.attention .*loss is 'penality'"):
+        from_dict(LearnConfig, {"lora": {"attention": {"loss": "penality"}}})
+    with pytest.raises(InputError, match=r"config\.prior is \[1\], expected an object"):
+        from_dict(LearnConfig, {"prior": [1]})
+
+
+def test_every_settings_class_checks_itself():
+    assert len(KINDS) > 8 and all(issubclass(kind, Checked) for kind in KINDS)
+    for kind in KINDS:
+        assert fields(kind)
+        with pytest.raises(InputError):
+            kind(**{fields(kind)[0].name: object()})
+
+
+@pytest.mark.parametrize("family", ["toybox", "stable-diffusion"])
+def test_presets_survive_json(family: str):
+    for recipe in ("mifo", "break-a-scene"):
+        preset = learn_preset(family, recipe)
+        assert from_dict(LearnConfig, json.loads(json.dumps(to_dict(preset)))) == preset
+    for made in (synthesis_preset(family), edit_preset(family)):
+        assert from_dict(type(made), json.loads(json.dumps(to_dict(made)))) == made
+
+
+def test_whole_numbers_pass_for_real_ones():
+    """JSON written by other programs has 1 for 1.0."""
+    assert from_dict(SynthesisConfig, {"guidance_scale": 7}).guidance_scale == 7
