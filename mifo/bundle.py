@@ -7,10 +7,9 @@ Knows files and adapters. Knows nothing of how they were learned or what they wi
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, field
@@ -22,30 +21,50 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from .base_model import HUB_MODELS, BaseModel, fingerprint, has_layout
+from .bundle_files import (
+    ADAPTERS,
+    AGAIN,
+    LORA_CONFIG,
+    LORA_WEIGHTS,
+    RECORD,
+    ROWS,
+    Files,
+    parse_json,
+    parse_tensors,
+    read_bundle_files,
+    weights_digest,
+)
 from .config import LearnConfig, from_dict, to_dict
 from .embedding import use_assets
 from .errors import InputError
 from .files import replace_folder
 from .half_precision import follow_input_dtype
+from .instance import MAX_ASSETS
+from .json_text import json_text
 from .prompts import BACKGROUND_TOKEN, add_asset_tokens, asset_token
 
 SCHEMA = 1
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 TARGETS = (sorted(UNET_TARGETS), sorted(TEXT_TARGETS))
-ADAPTERS = ("unet_lora", "text_lora")
-WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-#: Five times the adapters of Stable Diffusion at rank 256.
-MAX_WEIGHTS_BYTES = 1 << 29
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One LoRA as it was read. The tensors are shared; never write into them."""
+
+    config: LoraConfig
+    weights: Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """What `learn` hands to `synthesize`: the contract between them."""
+    """What `learn` hands to `synthesize`: the contract between them. All of it was read at one moment; what happens to the folder
+    afterwards changes nothing."""
 
     name: str
     folder: Path
@@ -60,11 +79,17 @@ class Bundle:
     config: LearnConfig
     facts: dict[str, Any] = field(default_factory=dict)
     """Everything else of bundle.json: versions, seconds, memory, attention shares."""
+    lora: Mapping[str, Adapter] = field(default_factory=dict)
+    """By the names in `ADAPTERS`; phase 2 may have been left out."""
+    digest: str = ""
+    """Of the rows and the adapters."""
+    instance: str | None = None
+    """`references.instance_digest` of the kept instance; None for a bundle that does not hold its photo."""
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Which of `unet_lora`, `text_lora` the bundle has; phase 2 may have been left out."""
-        return tuple(a for a in ADAPTERS if (self.folder / a).is_dir())
+        """Which of `unet_lora`, `text_lora` the bundle has."""
+        return tuple(a for a in ADAPTERS if a in self.lora)
 
 
 # --- adapters -----------------------------------------------------------------------------------
@@ -108,20 +133,20 @@ def attach(base: BaseModel, bundle: Bundle, lora_scale: float = 1.0) -> Iterator
     with ExitStack() as stack:
         stack.enter_context(use_assets(base.text_encoder, ids, bundle.rows))
         for name in bundle.adapters:
-            stack.enter_context(_lend_adapter(parts[name], bundle.folder / name, lora_scale))
+            stack.enter_context(_lend_adapter(parts[name], bundle.lora[name], bundle.folder / name, lora_scale))
         yield base
 
 
 @contextmanager
-def _lend_adapter(part: Any, folder: Path, scale: float) -> Iterator[None]:
-    """A saved adapter in `part`, frozen and fp32, for as long as the block lasts.
+def _lend_adapter(part: Any, adapter: Adapter, folder: Path, scale: float) -> Iterator[None]:
+    """A bundle's adapter in `part`, frozen and fp32, for as long as the block lasts.
 
     Only rank, alpha and targets are taken from its configuration; the rest could name code to run. Raises InputError when
     the weights are not those of this model's layers.
     """
-    model = get_peft_model(part, _read_lora_config(folder / "adapter_config.json"))
+    model = get_peft_model(part, copy(adapter.config))
     try:
-        _fill_adapter(model, folder / "adapter_model.safetensors")
+        _fill_adapter(model, adapter.weights, folder)
         follow_input_dtype(model)
         for module in model.modules():
             if isinstance(module, LoraLayer):
@@ -145,8 +170,7 @@ def _published_name(name: str) -> str:
     return name.replace("base_model.model.encoder.", "base_model.model.text_model.encoder.")
 
 
-def _read_lora_config(path: Path) -> LoraConfig:
-    record = read_json(path)
+def _lora_config(record: Mapping[str, Any], path: Path) -> LoraConfig:
     rank, alpha, targets = record.get("r"), record.get("lora_alpha"), record.get("target_modules")
     known = isinstance(targets, list) and sorted(map(str, targets)) in TARGETS
     if type(rank) is not int or type(alpha) is not int or not (0 < rank <= 1024 and 0 < alpha <= 1024 and known):
@@ -155,27 +179,33 @@ def _read_lora_config(path: Path) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, inference_mode=True)
 
 
-def _fill_adapter(model: PeftModel, path: Path) -> None:
+def _fill_adapter(model: PeftModel, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
     """Loads every weight of the adapter, and nothing else."""
-    weights = load_file(path)
     expected = {k: v.shape for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     own_names = {_published_name(name): name for name in expected}
-    weights = {own_names.get(_published_name(name), name): weight for name, weight in weights.items()}
-    if {k: v.shape for k, v in weights.items()} != expected:
-        raise InputError(f"{path} does not fit the base model's layers; learn the bundle again")
-    set_peft_model_state_dict(model, weights)
+    named = {own_names.get(_published_name(name), name): weight for name, weight in weights.items()}
+    if {k: v.shape for k, v in named.items()} != expected:
+        raise InputError(f"{folder / LORA_WEIGHTS} does not fit the base model's layers; {AGAIN}")
+    set_peft_model_state_dict(model, named)
 
 
 def base_of_bundle(bundle: Bundle) -> str:
     """The name by which `load_base_model` finds the bundle's own base model: a known name, a hub id, or a local folder.
 
-    A bundle may come from a stranger, so its folder is taken only if the model in it has the bundle's own fingerprint, and
-    nothing relative is followed. Raises InputError otherwise.
+    A bundle may come from a stranger, so of the hub's models only those in HUB_MODELS are taken, and a folder only if the model
+    in it has the bundle's own fingerprint; nothing relative is followed. Raises InputError otherwise.
     """
-    if not os.path.isabs(bundle.base_source):
-        if bundle.base_source == "toybox" or HUB_ID.fullmatch(bundle.base_source):
-            return bundle.base_name if bundle.base_name in HUB_MODELS else bundle.base_source
-        raise InputError(f"{bundle.base_source[:200]!r} is neither toybox nor a hub id; give it with --model-path")
+    source = bundle.base_source
+    if not os.path.isabs(source):
+        if source == "toybox":
+            return source
+        for name, mirrors in HUB_MODELS.items():
+            if name == bundle.base_name or source in (repo for repo, _ in mirrors):
+                return name
+        if HUB_ID.fullmatch(source):
+            raise InputError(f"{source[:200]!r} is no model that mifo knows, and is not fetched only because a bundle names it; "
+                             "if you trust it, give it with --model-path")  # fmt: skip
+        raise InputError(f"{source[:200]!r} is neither toybox nor a hub id; give it with --model-path")
     folder = Path(bundle.base_source)
     if not os.path.isdir(folder):
         raise InputError(f"{str(folder)[:300]!r} is no base model: there is no such folder; give it with --model-path")
@@ -222,7 +252,7 @@ def save_bundle(folder: Path, base: BaseModel, tokens: tuple[str, ...], words: t
             _save_adapter(adapter, temporary / name, base.source)
         if write_pictures:
             write_pictures(temporary)
-        (temporary / "bundle.json").write_text(json.dumps(record, indent=2) + "\n")
+        (temporary / RECORD).write_text(json_text(record, indent=2) + "\n")
         load_bundle(temporary)  # what cannot be read again replaces nothing
     return load_bundle(folder)
 
@@ -262,99 +292,65 @@ def find_bundle(model_id: str, output_dir: Path) -> Path:
     raise InputError(f"there is no learned bundle '{model_id[:200]}': {there}")
 
 
-def check_inside(folder: Path) -> None:
-    """Raises InputError for a link in a bundle that leads out of it: such a bundle would read other files as its own."""
-    home = os.path.realpath(folder)
-    for place, folders, files in os.walk(folder):  # follows no links
-        for path in (os.path.join(place, name) for name in (*folders, *files)):
-            if os.path.islink(path) and not Path(os.path.realpath(path)).is_relative_to(home):
-                raise InputError(f"{path} is a link out of the bundle; copy the file there, or learn the bundle again")
-
-
 def load_bundle(folder: Path) -> Bundle:
-    """Reads and checks a bundle. Raises InputError when a file is missing or corrupt or the schema is newer."""
-    path = folder / "bundle.json"
-    check_inside(folder)
-    record = read_json(path)
+    """Reads a bundle whole, and checks it. Raises InputError when a file is missing or corrupt or the schema is newer."""
+    files, instance = read_bundle_files(folder)
+    path, record = folder / RECORD, parse_json(files, folder, RECORD)
     try:
         schema = record["schema"]
         if type(schema) is not int or schema < 1:
             raise ValueError(f"the schema {str(schema)[:20]}")
         if schema > SCHEMA:
             raise InputError(f"{folder} has bundle schema {schema}, this version reads up to {SCHEMA}; update mifo")
-        tokens, words = record["tokens"], tuple(str(w) for w in record["words"] or ()) or None
-        things = tokens[:-1] if tokens[-1:] == [BACKGROUND_TOKEN] else tokens
-        if not things or things != [asset_token(i) for i in range(len(things))]:
-            raise ValueError(f"tokens {str(tokens)[:100]}, expected <asset0>, <asset1>, ...")
+        tokens, words = _read_tokens(record), _read_words(record)
         base = {k: str(record["base"][k]) for k in ("name", "source", "fingerprint")}
         config = from_dict(LearnConfig, record["config"], native_latents=16 if base["source"] == "toybox" else 64)
-        adapters = [str(a) for a in record.get("adapters", ())]
+        listed = [str(a) for a in record.get("adapters", ())]
     except InputError as error:
         raise InputError(f"{error} (reading {path})") from None
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise InputError(f"{path} lacks or garbles {error}; learn the bundle again") from None
-    rows = _read_rows(folder / "assets.safetensors", tokens)
-    for adapter in ADAPTERS:
-        if os.path.lexists(folder / adapter):
-            _check_adapter(folder / adapter)
-        elif adapter in adapters:
-            raise InputError(f"{folder} is missing {adapter}/; learn the bundle again")
+        raise InputError(f"{path} lacks or garbles {error}; {AGAIN}") from None
+    rows = _read_rows(files, folder, tokens)
+    lora = {}
+    for name in ADAPTERS:
+        if any(file.startswith(f"{name}/") for file in files):
+            config_file = f"{name}/{LORA_CONFIG}"
+            lora_config = _lora_config(parse_json(files, folder, config_file), folder / config_file)
+            lora[name] = Adapter(lora_config, parse_tensors(files, folder, f"{name}/{LORA_WEIGHTS}"))
+        elif name in listed:
+            raise InputError(f"{folder} is missing {name}/; {AGAIN}")
     facts = {k: v for k, v in record.items() if k not in ("schema", "base", "tokens", "words", "config")}
-    name = folder.resolve().name
-    return Bundle(name, folder, base["name"], base["source"], base["fingerprint"], tuple(tokens), words, rows, config, facts)
+    return Bundle(folder.resolve().name, folder, base["name"], base["source"], base["fingerprint"], tokens, words, rows, config,
+                  facts, lora, weights_digest(files), instance)  # fmt: skip
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A small JSON object. Raises InputError for anything else."""
-    try:
-        if path.exists() and not path.is_file():
-            raise InputError(f"{path} is no file, and would be read without an end; learn the bundle again")
-        if path.stat().st_size > 1 << 22:
-            raise InputError(f"{path} is {path.stat().st_size >> 20} MiB, but such a file has a few KiB; learn the bundle again")
-        record = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; learn the bundle again") from None
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} cannot be read as JSON ({type(error).__name__}); learn the bundle again") from None
-    if not isinstance(record, dict):
-        raise InputError(f"{path} holds a {type(record).__name__}, expected an object; learn the bundle again")
-    return record
+def _read_tokens(record: Mapping[str, Any]) -> tuple[str, ...]:
+    tokens = record["tokens"]
+    things = tokens[:-1] if tokens[-1:] == [BACKGROUND_TOKEN] else tokens
+    if len(things) > MAX_ASSETS:  # before anything is done for each of them
+        raise InputError(f"it has {len(things)} assets, but at most {MAX_ASSETS} are read; {AGAIN}")
+    if not things or things != [asset_token(i) for i in range(len(things))]:
+        raise ValueError(f"tokens {str(tokens)[:100]}, expected <asset0>, <asset1>, ...")
+    return tuple(tokens)
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    if not os.path.isfile(path):
-        raise InputError(f"{path} is missing; learn the bundle again")
-    if path.stat().st_size > MAX_WEIGHTS_BYTES:
-        raise InputError(f"{path} is {path.stat().st_size >> 20} MiB, more than any bundle has; learn the bundle again")
-    try:
-        tensors = load_file(path)
-    except Exception as error:  # whatever a hostile header makes safetensors raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise InputError(f"{path} is corrupt ({reason}); learn the bundle again") from None
-    if wrong := {str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.dtype not in WEIGHT_TYPES}:
-        raise InputError(f"{path} holds {', '.join(sorted(wrong))}, expected fp32, fp16 or bf16; learn the bundle again")
-    return tensors
+def _read_words(record: Mapping[str, Any]) -> tuple[str, ...] | None:
+    words = record["words"] or ()
+    if len(words) > MAX_ASSETS + 1:
+        raise InputError(f"it has words for {len(words)} assets, but at most {MAX_ASSETS} are read; {AGAIN}")
+    return tuple(str(w) for w in words) or None
 
 
-def _read_rows(path: Path, tokens: list[str]) -> torch.Tensor:
+def _read_rows(files: Files, folder: Path, tokens: tuple[str, ...]) -> torch.Tensor:
     """(N, D) fp32"""
-    rows = _read_tensors(path)
+    rows, path = parse_tensors(files, folder, ROWS), folder / ROWS
     missing = [t for t in tokens if t not in rows]
     if missing:
-        raise InputError(f"{path} has no row for {', '.join(missing)}; learn the bundle again")
+        raise InputError(f"{path} has no row for {', '.join(missing)}; {AGAIN}")
     vectors = [rows[t].float() for t in tokens]
-    if any(v.ndim != 1 or v.shape != vectors[0].shape or not torch.isfinite(v).all() for v in vectors):
-        raise InputError(f"{path} holds something else than finite vectors of one length; learn the bundle again")
+    if any(v.ndim != 1 or v.shape != vectors[0].shape for v in vectors):
+        raise InputError(f"{path} holds something else than finite vectors of one length; {AGAIN}")
     return torch.stack(vectors)
-
-
-def _check_adapter(folder: Path) -> None:
-    _read_lora_config(folder / "adapter_config.json")
-    path = folder / "adapter_model.safetensors"
-    if not all(bool(torch.isfinite(t).all()) for t in _read_tensors(path).values()):
-        raise InputError(f"{path} holds values that are not finite; learn the bundle again")
 
 
 # --- for other tools ----------------------------------------------------------------------------
@@ -371,7 +367,7 @@ def export_for_diffusers(bundle: Bundle, output: Path) -> None:
     prefixes = {"unet_lora": "unet", "text_lora": "text_encoder"}
     weights = {}
     for adapter in bundle.adapters:
-        saved = load_file(bundle.folder / adapter / "adapter_model.safetensors")
+        saved = bundle.lora[adapter].weights
         own = {_published_name(k).removeprefix("base_model.model."): v for k, v in saved.items()}
         weights.update({f"{prefixes[adapter]}.{k}": v for k, v in convert_state_dict_to_diffusers(own).items()})
     with replace_folder(output, _is_export) as temporary:

@@ -131,7 +131,7 @@ def instance_of(bundle: Bundle, folder: Path | None) -> Instance:
     from .references import check_count, kept_instance
 
     if folder is None:
-        return without_background(kept_instance(bundle.folder, bundle.tokens))
+        return without_background(kept_instance(bundle.folder, bundle.tokens, bundle.instance))
     instance = load_instance(folder)
     check_count(instance, things_among(bundle.tokens))
     return instance
@@ -140,10 +140,14 @@ def instance_of(bundle: Bundle, folder: Path | None) -> Instance:
 def measured_by(bundle: Bundle, base: BaseModel, folder: Path | None, given: dict[str, Any]) -> MeasuredBy:
     """The back end that --backend, --dino, --clip and --detector ask for."""
     from .evaluate.choose import make_backend
+    from .references import check_kept
 
     models = [given[name] for name in ("dino", "clip", "detector")]
     with waiting("loading the models that measure"):
-        return make_backend(given["backend"].value, base.family, instance_of(bundle, folder), str(base.device), *models)
+        found = make_backend(given["backend"].value, base.family, instance_of(bundle, folder), str(base.device), *models)
+    if folder is None and bundle.instance is not None:
+        check_kept(bundle.folder, bundle.instance)  # the toybox's back end has read truth.json beside it
+    return found
 
 
 def instance_folders(instance: str | None, folder_path: Path) -> list[Path]:

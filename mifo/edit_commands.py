@@ -244,7 +244,7 @@ def _attached(attach: Any, base: BaseModel, bundle: Bundle | None, config: EditC
 def _crops(bundle: Bundle | None) -> dict[str, Any]:
     from .references import kept_crops
 
-    return kept_crops(bundle.folder, bundle.tokens) if bundle else {}
+    return kept_crops(bundle.folder, bundle.tokens, bundle.instance) if bundle else {}
 
 
 def _edit_overrides(config: EditConfig, given: dict[str, Any]) -> EditConfig:
@@ -291,14 +291,17 @@ def _run_shots(job: Job, given: dict[str, Any], command: str,
 
 def _places(bundle: Bundle, base: BaseModel, config: SynthesisConfig) -> Layout | None:
     """Where the things stood in the photo; None for a bundle that does not hold it."""
-    from .references import kept_instance
+    from .references import check_kept, kept_instance
     from .scenes import places_in_photo
 
+    places = None
     try:
-        return places_in_photo(kept_instance(bundle.folder, bundle.tokens), base, config)
+        places = places_in_photo(kept_instance(bundle.folder, bundle.tokens), base, config)
     except InputError as error:
         say(f"note: assets that share a picture get no boxes: {error}")
-        return None
+    if bundle.instance is not None:
+        check_kept(bundle.folder, bundle.instance)
+    return places
 
 
 def _count(paths: list[Path]) -> str:

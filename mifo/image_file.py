@@ -19,10 +19,12 @@ from PIL import Image, UnidentifiedImageError
 from .colour_profile import ColourProfile, read_profile
 from .errors import InputError
 from .image_metadata import ORIENTATION, check_exif, check_metadata
+from .read_files import UnusableFile, check_regular
 
 # Only formats that PIL decodes by itself; among the others is EPS, which runs Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_MEGAPIXELS = 50
+MAX_IMAGE_BYTES = 1 << 28
 #: What PIL's decoders raise for damaged files, beside its own UnidentifiedImageError (an OSError).
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, struct.error)
 #: What turns stored pixels upright, by the EXIF orientation (EXIF 2.32, tag 0x0112).
@@ -91,9 +93,8 @@ def turn_in_words(orientation: int) -> str:
 
 def open_image(path: Path) -> StoredImage:
     """Decodes the first frame. Raises InputError for a file that is missing, damaged, too large, or no image."""
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
-        raise InputError(f"{path} cannot be read (it is no file); put a JPEG, PNG or WebP file there.")
     try:
+        check_regular(path, MAX_IMAGE_BYTES)
         check_metadata(path)
         with warnings.catch_warnings():  # PIL's own limit is below ours, so its warnings say nothing
             warnings.simplefilter("ignore")
@@ -103,6 +104,8 @@ def open_image(path: Path) -> StoredImage:
                     return _decoded(path, image)
     except Image.DecompressionBombError:
         megapixels = float("inf")
+    except UnusableFile as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); put a JPEG, PNG or WebP file there.") from None
     except (MemoryError, InputError):
         raise
     except Exception as error:  # damaged files make PIL's decoders raise TypeError, struct.error, IndexError, ...

@@ -19,10 +19,11 @@ import numpy.typing as npt
 from PIL import Image, ImageStat
 
 from .errors import InputError
-from .image_file import open_image, refuse_file, to_srgb
+from .image_file import MAX_IMAGE_BYTES, open_image, refuse_file, to_srgb
 from .mask_file import StoredMask, open_mask
 from .mask_orientation import upright_masks
 from .prompts import BACKGROUND_TOKEN, asset_token, check_characters
+from .read_files import UnusableFile, check_regular, leads_out, read_regular
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 IMAGE_NAMES = "img.jpg, img.jpeg, img.png or img.webp"
@@ -32,6 +33,9 @@ MIN_SIDE = 16
 MAX_MASK_MEGAPIXELS = 500  # of all masks together
 MAX_WORDS_BYTES = 1 << 16
 MAX_OVERLAP = 0.5
+MAX_ASSETS = 64
+MAX_TRUTH_BYTES = 1 << 20  # of what a drawn scene says of itself
+IMAGE_NAME_PATTERN = re.compile(r"img\.(jpe?g|png|webp)", re.IGNORECASE)
 MASK_PATTERN = re.compile(r"mask([0-9]+)\.png", re.IGNORECASE)
 LOOSE_MASK_PATTERN = re.compile(r"mask.*\.(png|jpe?g|webp|gif|bmp|tiff?)", re.IGNORECASE)
 
@@ -88,6 +92,7 @@ def load_instance(folder: Path, mask_orientation: str = "auto") -> Instance:
     as 'stored', or 'auto': as they fit.
     """
     names = _list_folder(folder)
+    _check_files(folder, names)
     image_path = folder / _find_image(folder, names)
     mask_paths = [folder / name for name in _find_masks(folder, names)]
     photo = open_image(image_path)
@@ -178,6 +183,29 @@ def _list_folder(folder: Path) -> list[str]:
 def is_system_name(name: str) -> bool:
     """True for what a system or an archiver leaves behind, and for hidden files and folders: nobody's instance or photo."""
     return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def _check_files(folder: Path, names: list[str]) -> None:
+    """Before anything is done for each mask, and before any file is opened: the folder may come from a stranger.
+
+    Raises InputError for more masks than MAX_ASSETS, and for a file that is none, is too large, or leads out of the folder.
+    """
+    count = sum(1 for name in names if MASK_PATTERN.fullmatch(name))
+    if count > MAX_ASSETS:
+        raise InputError(f"{folder} has {count} masks, but at most {MAX_ASSETS} are read; keep those of the assets you want.")
+    for name in names:
+        is_text = name.lower() in ("words.txt", "truth.json")
+        if not (is_text or IMAGE_NAME_PATTERN.fullmatch(name) or MASK_PATTERN.fullmatch(name)):
+            continue
+        path = folder / name
+        if leads_out(folder, path):
+            raise InputError(f"{path} is a link out of its folder; copy the file there.")
+        try:
+            check_regular(path, MAX_TRUTH_BYTES if is_text else MAX_IMAGE_BYTES)
+        except UnusableFile as error:
+            raise InputError(f"{path} cannot be read ({error.strerror}); put another file there, or remove it.") from None
+        except OSError:
+            continue  # the one that reads it says what is wrong
 
 
 def _instances_in(parent: Path) -> list[str]:
@@ -276,8 +304,6 @@ def _load_words(folder: Path, names: list[str], count: int) -> tuple[str, ...] |
     if name is None:
         return None
     path = folder / name
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path} cannot be read (it is no file); write one word or phrase for each mask, one a line.")
     words = _read_lines(path)
     for number, word in enumerate(words, 1):
         if not word:
@@ -291,15 +317,13 @@ def _load_words(folder: Path, names: list[str], count: int) -> tuple[str, ...] |
 def _read_lines(path: Path) -> list[str]:
     """Stripped lines, without the empty ones at the end."""
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_WORDS_BYTES + 1)
-        text = content.decode("utf-8-sig").rstrip()
+        text = read_regular(path, MAX_WORDS_BYTES).decode("utf-8-sig").rstrip()
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text; save the file as UTF-8.") from None
+    except UnusableFile as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); write one short phrase for each mask, one a line.") from None
     except OSError as error:
         refuse_file(path, error)
-    if len(content) > MAX_WORDS_BYTES:
-        raise InputError(f"{path} is larger than {MAX_WORDS_BYTES >> 10} KiB; write one short phrase for each mask.")
     return [line.strip() for line in text.split("\n")] if text else []
 
 

@@ -485,7 +485,7 @@ BROKEN = {
     "empty rows": (as_bytes(ROWS, b""), "corrupt"),
     "weights are no safetensors": (as_bytes(f"{UNET}/adapter_model.safetensors", b"PK\x03\x04 a pickle"), "corrupt"),
     "one row too few": (with_keys(RECORD, tokens=["<asset0>", "<asset1>", "<asset2>"]), "no row for <asset2>"),
-    "a row of NaN": (with_row(torch.full((128,), float("nan"))), "finite vectors"),
+    "a row of NaN": (with_row(torch.full((128,), float("nan"))), "values that are not finite"),
     "rows of two lengths": (with_row(torch.zeros(64)), "one length"),
     "a row that is a matrix": (with_row(torch.zeros(2, 128)), "finite vectors"),
     "newer schema": (with_keys(RECORD, schema=2), "schema 2, this version reads up to 1; update"),

@@ -12,7 +12,7 @@ PACKAGE = Path(mifo.__file__).parent
 #: A room imports from rows above its own, and within its row as long as that makes no circle.
 #: `attention` and `toybox` are folders; inside them, files count as one room here and are looked at below.
 ROWS = (
-    ("errors", "checked"),
+    ("errors", "checked", "json_text", "read_files"),
     ("config", "boxes", "prompts", "files", "memory", "console", "interrupts", "terminal", "options"),
     # above: plain data and the machine
     ("memory_trace", "known_models", "quantize", "half_precision"),
@@ -21,7 +21,7 @@ ROWS = (
      "ranking"),  # pixels
     ("keep_best", "embedding", "losses", "mask_sizes", "attention", "guidance", "denoise", "samplers"),  # tensors, a bare UNet
     ("base_model",),
-    ("bundle", "dataset", "prior", "mask_check", "checkpoints", "batch"),  # what a base model is dressed and fed with
+    ("bundle_files", "bundle", "dataset", "prior", "mask_check", "checkpoints", "batch"),  # what a base is dressed and fed with
     ("learn_report", "learn_state", "learn", "synthesize", "edit", "edit_files", "scenes"),
     ("plan_trace", "planner", "plan_report"),  # counts what the jobs above will need
     ("toybox",),  # nothing that works on any base model may know the toybox's world
