@@ -30,6 +30,7 @@ from .command_parts import (
     override,
     own_base,
     plan_within,
+    say_weights,
 )
 from .console import Bar, leave, running, say, waiting
 from .errors import InputError
@@ -126,7 +127,10 @@ def learn(
     given = dict(locals())
     with running(as_json) as job:
         from .instance import load_instance, with_background
+        from .prompts import check_class_prompt
 
+        if class_prompt is not None and prior_preservation:
+            say_weights(check_class_prompt(class_prompt), "class prompt")
         folders = instance_folders(instance, folder_path)
         if name and len(folders) > 1:
             raise InputError(f"--name {name} fits one instance, but {len(folders)} would be learned; name the INSTANCE too")
@@ -211,9 +215,8 @@ def synthesize(
     given = dict(locals())
     with running(as_json) as job:
         from .boxes import parse_layout
-        from .prompts import assets_in, check_characters, check_prompt
+        from .prompts import NEGATIVE, assets_in, check_prompt
 
-        check_characters(negative_prompt, "The negative prompt")
         check_writable(output_path)
         if best_of and batch_size > 1:
             raise InputError(f"--best-of {best_of} keeps one picture, but --batch-size is {batch_size}; leave one of them out")
@@ -229,6 +232,9 @@ def synthesize(
 
         bundle = load_bundle(find_bundle(model_id, output_dir))
         check_prompt(prompt, bundle.tokens)
+        check_prompt(negative_prompt, bundle.tokens, NEGATIVE)
+        say_weights([prompt])
+        say_weights([negative_prompt], NEGATIVE)
         layout = parse_layout(boxes, assets_in(prompt)) if boxes is not None else None
         chosen = choose_device(device)
         dtype, wanted = choose_dtype(mixed_precision, chosen), model_path or own_base(bundle)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -162,6 +163,14 @@ def instance_folders(instance: str | None, folder_path: Path) -> list[Path]:
     if not found:
         raise InputError(f"{folder_path} holds no instance folders; put img.jpg and mask0.png, ... into one each")
     return found
+
+
+def say_weights(prompts: Sequence[str], what: str = "prompt") -> None:
+    """Notes of prompts that weight their words as other programs do, three at most."""
+    from .prompts import weight_notes
+
+    for note in [note for prompt in prompts for note in weight_notes(prompt, what)][:3]:
+        say(f"note: {note}")
 
 
 def end_job(pictures: PictureJob) -> None:

@@ -30,7 +30,7 @@ from .errors import InputError
 from .guidance import LatentGuidance
 from .mask_file import Island, islands_in_words, without_islands
 from .memory import peak_gib
-from .prompts import TokenizedPrompt, assets_in, check_prompt, tokenize_prompt
+from .prompts import NEGATIVE, TokenizedPrompt, assets_in, check_prompt, tokenize_prompt
 from .ranking import asset_similarity, best_first, prompt_similarity
 from .synthesize import check_boxes, encode_texts
 
@@ -116,6 +116,7 @@ def edit(base: BaseModel, image: Image.Image, mask: BoolArray, prompt: str, toke
     """
     started = time.monotonic()
     check_prompt(prompt, tokens)
+    check_prompt(config.negative_prompt, tokens, NEGATIVE)
     base.check_steps("ddim", config.steps)
     mask, islands = without_islands(mask)
     frame = make_frame(mask, base.resolution)
@@ -130,7 +131,7 @@ def edit(base: BaseModel, image: Image.Image, mask: BoolArray, prompt: str, toke
 
     assets = [t for t in tokens if t in prompt.lower()]
     tokenized = tokenize_prompt(base.tokenizer, prompt, assets)
-    negative = tokenize_prompt(base.tokenizer, config.negative_prompt, [])
+    negative = tokenize_prompt(base.tokenizer, config.negative_prompt, [], NEGATIVE)
     scheduler = base.sampler("ddim")
     blend = _Blending(scheduler, config, first_step, source, noise, masks)
     control = None

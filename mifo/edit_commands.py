@@ -25,6 +25,7 @@ from .command_parts import (
     override,
     own_base,
     plan_within,
+    say_weights,
 )
 from .console import Bar, Job, running, say
 from .errors import InputError
@@ -168,6 +169,7 @@ def variations(
         def shots(bundle: Bundle, base: BaseModel, config: SynthesisConfig) -> list[Shot]:
             chosen = choose_asset(asset, bundle.tokens)
             templates = read_prompts(prompts_file, bundle.tokens) if prompts_file else VARIATIONS[base.family]
+            say_weights(templates)
             return list_variations(chosen, templates, count, seed, _places(bundle, base, config) if keep_places else None)
 
         _run_shots(job, given, "variations", shots)
@@ -185,9 +187,8 @@ def _model_name(argument: str | None, option: str | None) -> str:
 def _run_edit(job: Job, given: dict[str, Any], name: str) -> None:
     from .boxes import parse_layout
     from .picture_file import load_edit_mask, load_picture
-    from .prompts import assets_in, check_characters, check_prompt
+    from .prompts import NEGATIVE, assets_in, check_prompt
 
-    check_characters(given["negative_prompt"], "The negative prompt")
     picture = load_picture(given["init_image"], given["metadata"].value)
     mask, reading = load_edit_mask(given["mask"], picture.image, given["init_image"].name, given["resize_mask"],
                                    given["invert_mask"], picture.orientation, given["mask_orientation"].value)  # fmt: skip
@@ -204,6 +205,9 @@ def _run_edit(job: Job, given: dict[str, Any], name: str) -> None:
     bundle = None if name.lower() == "none" else load_bundle(find_bundle(name, given["output_dir"]))
     tokens = bundle.tokens if bundle else ()
     check_prompt(given["prompt"], tokens)
+    check_prompt(given["negative_prompt"], tokens, NEGATIVE)
+    say_weights([given["prompt"]])
+    say_weights([given["negative_prompt"]], NEGATIVE)
     assets = assets_in(given["prompt"])
     layout = parse_layout(given["boxes"], assets) if given["boxes"] is not None else None
     chosen = choose_device(given["device"])

@@ -24,6 +24,7 @@ from .command_parts import (
     measured_by,
     override,
     own_base,
+    say_weights,
 )
 from .console import Bar, running
 from .errors import InputError
@@ -93,6 +94,7 @@ def evaluate(
         bundle = load_bundle(find_bundle(model_id, output_dir))
         source = instance_of(bundle, instance)
         cases = read_cases(prompts, boxes, source.tokens, mask_aspects(source))
+        say_weights([case.prompt for case in cases])
         pictures = read_pictures(images, prompts, boxes, bundle.tokens) if images else None
         chosen = choose_device(device)
         from .config import synthesis_preset

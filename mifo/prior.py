@@ -18,9 +18,8 @@ from safetensors.torch import load_file, save_file
 from .base_model import BaseModel
 from .config import PriorConfig
 from .denoise import denoise, initial_latents
-from .errors import InputError
 from .files import replace_files
-from .prompts import check_prompt, tokenize_prompt
+from .prompts import check_class_prompt, tokenize_prompt
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def make_prior(base: BaseModel, config: PriorConfig, resolution: int, seed: int,
     known = _read_cache(cached, (config.num_class_images, *shape))
     if known is not None:
         return PriorData(prompts, known.to(base.device))
-    ids = [tokenize_prompt(base.tokenizer, p, []).input_ids for p in prompts]
+    ids = [tokenize_prompt(base.tokenizer, p, [], "class prompt").input_ids for p in prompts]
     rows = []
     for first in range(0, config.num_class_images, base.memory.max_batch):
         count = min(base.memory.max_batch, config.num_class_images - first)
@@ -76,12 +75,7 @@ def make_prior(base: BaseModel, config: PriorConfig, resolution: int, seed: int,
 
 def class_prompts(config: PriorConfig) -> tuple[str, ...]:
     """The prompts that take turns. Raises InputError when there is none, or one names an asset."""
-    prompts = tuple(p.strip() for p in config.class_prompt.split("|") if p.strip())
-    if not prompts:
-        raise InputError(f"the class prompt {config.class_prompt!r} is empty; write one such as 'a photo of a car'")
-    for prompt in prompts:
-        check_prompt(prompt, ())
-    return prompts
+    return check_class_prompt(config.class_prompt)
 
 
 def _read_cache(path: Path | None, shape: tuple[int, ...]) -> torch.Tensor | None:

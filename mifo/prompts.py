@@ -22,6 +22,13 @@ BACKGROUND_TOKEN = "<background>"
 BACKGROUND_PATTERN = re.compile(BACKGROUND_TOKEN, re.IGNORECASE)
 ALMOST_ASSET_PATTERN = re.compile(r"<\s*asset[^<>]*>", re.IGNORECASE)
 BARE_ASSET_PATTERN = re.compile(r"\basset[0-9]+", re.IGNORECASE)
+TAG_PATTERN = re.compile(r"<\s*(?:lora|lyco|hypernet|embedding)\s*:[^<>]*>", re.IGNORECASE)
+#: `(words:1.3)`, `[words:0.5]`, `((words))` and `[[words]]` as in web UIs; `(words)1.3`, `word++` and `word--` as in compel.
+WEIGHT_PATTERN = re.compile(
+    r"[(\[][^()\[\]]*:\s*-?\d*\.?\d+\s*[)\]]|\({2,8}[^()]+\){2,8}|\[{2,8}[^\[\]]+\]{2,8}|\([^()]*\)-?\d*\.?\d+"
+    r"|[^\s,]{1,40}?(?:\+{1,8}|(?<=[\w>)\"'])-{2,8})(?=[\s,.)]|$)"
+)
+NEGATIVE = "negative prompt"
 MAX_CHARACTERS = 10_000  # the text encoders read 77 tokens
 #: Cyrillic and Greek letters that are drawn as those of "asset".
 LOOK_ALIKES = str.maketrans("аеѕɑαеτтΑАЕЕЅΤТ", "aesaaettaaeestt")
@@ -91,29 +98,52 @@ def check_characters(text: str, what: str) -> None:
             )
 
 
-def check_prompt(prompt: str, known: Sequence[str]) -> None:
-    """Raises InputError if `prompt` is empty, has control characters, or names an asset that is not in `known`.
+def check_prompt(prompt: str, known: Sequence[str], what: str = "prompt") -> None:
+    """Raises InputError if `prompt` is empty, has control characters or a LoRA tag, or names an asset that is not in `known`.
 
-    An asset may stand in the prompt several times.
+    An asset may stand in the prompt several times. `what` names the text in messages; a negative prompt may be empty.
     """
     if not prompt.strip():
-        raise InputError(f"The prompt is empty; write one such as {join_assets(known[:2] or ['<asset0>'])!r}.")
-    check_characters(prompt, "The prompt")
+        if what == NEGATIVE:
+            return
+        raise InputError(f"The {what} is empty; write one such as {join_assets(known[:2] or ['<asset0>'])!r}.")
+    check_characters(prompt, f"The {what}")
     exist = f"the assets that exist are {', '.join(known)}" if known else "there are no assets"
     plain = _plain(prompt)
     if any(pattern.findall(plain) != pattern.findall(prompt) for pattern in (ALMOST_ASSET_PATTERN, BARE_ASSET_PATTERN)):
         odd = _some([f"U+{ord(c):04X}" for c in prompt if not c.isascii()])
         raise InputError(
-            f"The prompt has something that looks like an asset but is written with other characters ({odd}); "
+            f"The {what} has something that looks like an asset but is written with other characters ({odd}); "
             f"type its token anew ({exist})."
         )
     named = [*ALMOST_ASSET_PATTERN.findall(prompt), *BACKGROUND_PATTERN.findall(prompt)]
     unknown = [token for token in named if token.lower() not in known]
     if unknown:
-        raise InputError(f"The prompt has {_some(unknown)}, but {exist}.")
+        raise InputError(f"The {what} has {_some(unknown)}, but {exist}.")
     if bare := BARE_ASSET_PATTERN.search(ASSET_PATTERN.sub(" ", prompt)):
         word = bare.group().lower()[:30]
-        raise InputError(f"The prompt has {word!r} without both its brackets; write <{word}> ({exist}).")
+        raise InputError(f"The {what} has {word!r} without both its brackets; write <{word}> ({exist}).")
+    if tags := TAG_PATTERN.findall(prompt):
+        raise InputError(
+            f"The {what} has {_some(tags)}, a tag of other programs; no weights are loaded from a prompt. Remove it: the "
+            "bundle's own LoRA is always there, and --lora-scale sets its strength."
+        )
+
+
+def check_class_prompt(text: str) -> tuple[str, ...]:
+    """The class prompts, separated by '|', that take turns. Raises InputError when there is none, or one names an asset."""
+    prompts = tuple(p.strip() for p in text.split("|") if p.strip())
+    if not prompts:
+        raise InputError(f"the class prompt {text[:50]!r} is empty; write one such as 'a photo of a car'")
+    for prompt in prompts:
+        check_prompt(prompt, (), "class prompt")
+    return prompts
+
+
+def weight_notes(prompt: str, what: str = "prompt") -> list[str]:
+    """What users of other programs should know: their ways to weight words are read as plain words here, one line at most."""
+    found = WEIGHT_PATTERN.findall(prompt)
+    return [f"the {what} has {_some(found)}: weights are not supported, and this is read as plain words"] if found else []
 
 
 def _plain(text: str) -> str:
@@ -147,11 +177,12 @@ def add_asset_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) 
     return [added[token] for token in tokens]
 
 
-def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, assets: Sequence[str]) -> TokenizedPrompt:
+def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, assets: Sequence[str],
+                    what: str = "prompt") -> TokenizedPrompt:  # fmt: skip
     """Tokenizes `prompt` and finds `assets` (tokens added by `add_asset_tokens`), the function words and the end.
 
     Raises InputError if the prompt is too long for the text encoder (it is never truncated), if it holds the
-    tokenizer's own start or end marker, or if one of `assets` is not in it.
+    tokenizer's own start or end marker, or if one of `assets` is not in it. `what` names the text in messages.
     """
     text = ASSET_PATTERN.sub(lambda match: match.group().lower(), BACKGROUND_PATTERN.sub(BACKGROUND_TOKEN, prompt))
     encoded = tokenizer(text, padding="max_length", truncation=False, verbose=False)
@@ -160,9 +191,9 @@ def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, assets: Seq
     inner = input_ids[1 : length - 1]
     for marker in (tokenizer.bos_token, tokenizer.eos_token):
         if tokenizer.convert_tokens_to_ids(marker) in inner:
-            raise InputError(f"The prompt has {marker!r}, a marker of the tokenizer; remove it.")
+            raise InputError(f"The {what} has {marker!r}, a marker of the tokenizer; remove it.")
     positions = _find_assets(tokenizer, inner, assets)
-    _check_length(length, tokenizer.model_max_length, positions)
+    _check_length(length, tokenizer.model_max_length, positions, what)
     return TokenizedPrompt(input_ids, positions, _find_function_words(tokenizer, inner), length - 1, length)
 
 
@@ -181,14 +212,14 @@ def _find_assets(
     return positions
 
 
-def _check_length(length: int, limit: int, positions: dict[str, tuple[int, ...]]) -> None:
+def _check_length(length: int, limit: int, positions: dict[str, tuple[int, ...]], what: str) -> None:
     if length <= limit:
         return
     cut = [asset for asset, places in positions.items() if places[-1] >= limit - 1]  # the end takes the last place
     lost = f" {', '.join(cut)} would be cut off." if cut else ""
     raise InputError(
-        f"The prompt is {length - limit} tokens too long: it has {length} with its start and end, "
-        f"and the text encoder reads {limit}.{lost} Shorten the prompt."
+        f"The {what} is {length - limit} tokens too long: it has {length} with its start and end, "
+        f"and the text encoder reads {limit}.{lost} Shorten it."
     )
 
 

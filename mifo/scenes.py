@@ -129,7 +129,7 @@ def read_prompts(path: Path, tokens: Sequence[str]) -> list[str]:
     if not lines:
         raise InputError(f"{path} has no prompts; write one a line, such as: a photo of {{}} at the beach")
     for number, line in lines:
-        check_prompt(line, tokens)
+        check_prompt(line, tokens, f"prompt in line {number} of {path}")
         if "{}" not in line and not ASSET_PATTERN.search(line) and BACKGROUND_TOKEN not in line.lower():
             raise InputError(f"{path}, line {number}, names no asset: write {{}} where the scene or the asset belongs")
     return [line for _, line in lines]
@@ -143,7 +143,8 @@ def draw_shots(base: BaseModel, shots: Sequence[Shot], tokens: Sequence[str], co
     Raises InputError for a prompt that is too long, before anything is drawn.
     """
     for shot in shots:
-        tokenize_prompt(base.tokenizer, shot.prompt, [t for t in tokens if t in shot.prompt.lower()])
+        assets = [t for t in tokens if t in shot.prompt.lower()]
+        tokenize_prompt(base.tokenizer, shot.prompt, assets, f"prompt {shot.prompt[:60]!r}")
     drawn = {}
     for k, shot in enumerate(shots):
 

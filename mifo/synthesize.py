@@ -27,7 +27,7 @@ from .files import replace_files
 from .guidance import LatentGuidance, MaskRefinement
 from .memory import peak_gib
 from .pictures import caption_below, draw_boxes, enlarge, grid, to_images
-from .prompts import TokenizedPrompt, check_prompt, tokenize_prompt
+from .prompts import NEGATIVE, TokenizedPrompt, check_prompt, tokenize_prompt
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,12 @@ def synthesize(base: BaseModel, prompt: str, layout: Layout | None, tokens: Sequ
     """
     started = time.monotonic()
     check_prompt(prompt, tokens)
+    check_prompt(config.negative_prompt, tokens, NEGATIVE)
     latent_size = latent_shape(base, config)
     base.check_steps(config.scheduler, config.steps)
     assets = [t for t in tokens if t in prompt.lower()]
     tokenized = tokenize_prompt(base.tokenizer, prompt, assets)
-    negative = tokenize_prompt(base.tokenizer, config.negative_prompt, [])
+    negative = tokenize_prompt(base.tokenizer, config.negative_prompt, [], NEGATIVE)
     if layout:
         check_boxes(base, layout, latent_size)
     control = _control(base, config, tokenized, layout, latent_size, count)

@@ -137,8 +137,9 @@ def test_more_assets_than_a_prompt_can_hold(place: Path):
         (["--resolution", "100"], r"resolution is 100; .* needs a multiple of 8 pixels, such as 96"),
         (["--resolution", "8000"], r"resolution is 8000; .* give at most 512"),
         (["--class-prompt", " | "], r"the class prompt ' \| ' is empty"),
-        (["--class-prompt", "a photo of <asset0>"], r"The prompt has <asset0>, but there are no assets"),
-        (["--class-prompt", "a car " * 60], r"The prompt is \d+ tokens too long"),
+        (["--class-prompt", "a photo of <asset0>"], r"The class prompt has <asset0>, but there are no assets"),
+        (["--class-prompt", "a car|a <lora:x:1> car"], r"The class prompt has <lora:x:1>, a tag"),
+        (["--class-prompt", "a car " * 60], r"The class prompt is \d+ tokens too long"),
         (["--model-path", "sd9"], r"'sd9' is no base model: expected toybox, sd1\.5"),
         (["--model-path", "/no/such/folder"], r"is no base model"),
     ],
@@ -222,7 +223,43 @@ def test_a_prompt_with_an_unknown_asset(place: Path):
         "a photo of <asset0> " + "and a car " * 40: r"\d+ tokens too long",
     }.items():
         refused(place, message, *synthesize(place, prompt=prompt))
-    refused(place, "The negative prompt has the control character", *synthesize(place, "--negative-prompt", "\x00"))
+
+
+def test_each_message_says_which_prompt_it_means(place: Path):
+    negatives = {
+        "\x00": "The negative prompt has the control character",
+        "a blurred <asset9>": "The negative prompt has <asset9>, but the assets that exist are <asset0>, <asset1>",
+        "asset0": "The negative prompt has 'asset0' without both its brackets",
+        "and a car " * 40: r"The negative prompt is \d+ tokens too long",
+        "a <lora:style:0.8>": "The negative prompt has <lora:style:0.8>, a tag of other programs",
+    }
+    write_picture(place)
+    for negative, message in negatives.items():
+        refused(place, message, *synthesize(place, "--negative-prompt", negative))
+        refused(place, message, "edit", tiny_bundle_folder(), "--init-image", place / "photo.png", "--mask", place / "mask.png",
+                "--prompt", "a photo of <asset0>", "--steps", 2, "--output-path", place / "pictures", "--negative-prompt",
+                negative)  # fmt: skip
+    refused(place, "The prompt has <lora:x:0.8>", *synthesize(place, prompt="a photo of <asset0> <lora:x:0.8>"))
+    for command, option in (("variations", "--prompts-file"), ("evaluate", "--prompts")):
+        long = "a photo of <asset0>" + " and a car" * 40
+        for line, message in (("a photo of <asset9>", "The prompt .*2.* has <asset9>"), (long, "The prompt 'a photo .* too long")):
+            (place / "prompts.txt").write_text(f"a photo of <asset1>\n{line}\n")
+            refused(place, message, command, tiny_bundle_folder(), option, place / "prompts.txt", "--output-path",
+                    place / "pictures", *(["--backend", "toybox"] if command == "evaluate" else []))  # fmt: skip
+
+
+def write_picture(place: Path) -> None:
+    Image.new("RGB", (64, 64), "grey").save(place / "photo.png")
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (16, 16, 48, 48))
+    mask.save(place / "mask.png")
+
+
+def test_weights_of_other_programs_are_noted(place: Path):
+    """They are read as plain words, and never silently."""
+    said = mifo(*synthesize(place, "--negative-prompt", "blurred++", prompt="a photo of (<asset0>:1.3)")).stderr
+    assert "note: the prompt has (<asset0>:1.3): weights are not supported, and this is read as plain words" in said
+    assert "note: the negative prompt has blurred++: weights are not supported" in said
 
 
 WRONG_BOXES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from string import ascii_lowercase
@@ -19,6 +20,7 @@ from mifo.prompts import (
     check_prompt,
     join_assets,
     tokenize_prompt,
+    weight_notes,
 )
 from mifo.toybox.architecture import MAX_TOKENS, build_tokenizer
 
@@ -229,3 +231,42 @@ def test_without_assets_the_message_says_so() -> None:
         check_prompt("<asset0>", [])
     with pytest.raises(InputError, match="The prompt is empty"):
         check_prompt("", [])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        ("a (red:1.3) car", "(red:1.3)"),
+        ("a ((red)) car", "((red))"),
+        ("a [red:0.5] car", "[red:0.5]"),
+        ("a red++ car", "red++"),
+        ("<asset0>--, at night", "<asset0>--"),
+        ("a (red car)1.3", "(red car)1.3"),
+        ("( <asset0> : 1.2 )", "( <asset0> : 1.2 )"),
+    ],
+)
+def test_weights_are_noticed(prompt: str, found: str) -> None:
+    assert weight_notes(prompt) == [f"the prompt has {found}: weights are not supported, and this is read as plain words"]
+
+
+@pytest.mark.parametrize("prompt", ["a photo (a toy) of <asset0>, at 12:30", "state-of-the-art, well - lit", "a [small] car (2)"])
+def test_plain_words_are_no_weights(prompt: str) -> None:
+    assert weight_notes(prompt) == []
+
+
+def test_every_message_names_its_text(tokenizer: CLIPTokenizer) -> None:
+    for what in ("negative prompt", "class prompt"):
+        with pytest.raises(InputError, match=f"The {what} has <asset99>"):
+            check_prompt("<asset99>", ASSETS, what)
+        with pytest.raises(InputError, match=f"The {what} is .* too long"):
+            tokenize_prompt(tokenizer, "a car " * 40, [], what)
+        with pytest.raises(InputError, match=f"The {what} has '<.endoftext.>'"):
+            tokenize_prompt(tokenizer, "<|endoftext|>", [], what)
+    check_prompt("", ASSETS, "negative prompt")
+
+
+def test_long_prompts_are_searched_quickly() -> None:
+    start = time.monotonic()
+    for text in ("(" * 10_000, "[" * 10_000, "+" * 10_000, "a-" * 5_000, "(a" * 5_000, "x" * 10_000):
+        weight_notes(text)
+    assert time.monotonic() - start < 2

@@ -91,8 +91,8 @@ def read_cases(prompts: Path | None, boxes: str | None, tokens: Sequence[str], a
     if prompts is None and boxes is None:
         return default_cases(tokens, aspects)
     lines = _read_prompts(prompts) if prompts else [f"{join_assets(list(tokens))} {place}" for place in PLACES]
-    for line in lines:
-        check_prompt(line, tokens)
+    for number, line in enumerate(lines, 1):
+        check_prompt(line, tokens, f"prompt {number} of {prompts}" if prompts else "prompt")
     used = [t for t in tokens if any(t in assets_in(line) for line in lines)]
     if boxes is None:
         return [Case(line, None) for line in lines]

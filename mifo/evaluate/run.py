@@ -81,7 +81,7 @@ def _check_cases(base: BaseModel, cases: Sequence[Case], config: SynthesisConfig
     """Raises InputError for a prompt or a box that the model cannot take. The assets must be attached."""
     size = latent_shape(base, config)
     for case in cases:
-        tokenize_prompt(base.tokenizer, case.prompt, assets_in(case.prompt))
+        tokenize_prompt(base.tokenizer, case.prompt, assets_in(case.prompt), f"prompt {case.prompt[:60]!r}")
         if case.layout:
             check_boxes(base, case.layout, size)
 
