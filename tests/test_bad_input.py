@@ -242,7 +242,7 @@ def test_each_message_says_which_prompt_it_means(place: Path):
     refused(place, "The prompt has <lora:x:0.8>", *synthesize(place, prompt="a photo of <asset0> <lora:x:0.8>"))
     for command, option in (("variations", "--prompts-file"), ("evaluate", "--prompts")):
         long = "a photo of <asset0>" + " and a car" * 40
-        for line, message in (("a photo of <asset9>", "The prompt .*2.* has <asset9>"), (long, "The prompt 'a photo .* too long")):
+        for line, message in (("a photo of <asset9>", "prompt .*2.* has <asset9>"), (long, "The prompt 'a photo .* too long")):
             (place / "prompts.txt").write_text(f"a photo of <asset1>\n{line}\n")
             refused(place, message, command, tiny_bundle_folder(), option, place / "prompts.txt", "--output-path",
                     place / "pictures", *(["--backend", "toybox"] if command == "evaluate" else []))  # fmt: skip
