@@ -5,24 +5,29 @@ Knows names, folders and diffusers' layout. Knows nothing of assets: those come 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from .base_config import check_configs, read_configs
+from .base_weights import plain_patterns, variant_of, variant_patterns, weight_files
 from .config import MemoryConfig
+from .console import say
 from .errors import InputError
+from .fingerprint import KIND, file_fingerprint, fingerprint, fingerprint_of_parts
 from .known_models import native_latents
 from .quantize import quantize_linears
-from .samplers import check_steps, make_scheduler, read_scheduler, training_schedule
+from .samplers import as_in_pipelines, check_steps, make_scheduler, read_scheduler, training_schedule
+from .single_file import configs_of_file, is_single_file, load_single_file
 
 TOYBOX_FOLDER = Path(__file__).parent / "toybox" / "model"
 
@@ -37,6 +42,8 @@ HUB_MODELS: dict[str, tuple[tuple[str, str], ...]] = {
         ("Manojb/stable-diffusion-2-1-base", "0094d483a120f3f33dafbd187ea4aa60d10de75c"),
     ),
 }
+#: what a model's `from_pretrained` calls the type of the weights in this version of diffusers
+DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
 TILE_PIXELS = 256
 PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
 
@@ -48,10 +55,10 @@ class BaseModel:
     name: str
     """What the user asked for."""
     source: str
-    """Hub id or folder it came from."""
+    """Hub id, folder or file it came from."""
     revision: str | None
     fingerprint: str
-    """Changes whenever the weights or the configuration do."""
+    """Changes whenever the weights, the tokenizer or the settings that change pictures do; see `fingerprint.fingerprint`."""
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
     vae: AutoencoderKL
@@ -62,6 +69,15 @@ class BaseModel:
     """Where the parts live when they are not at work."""
     own_scheduler: Any = None
     """The scheduler that the model's folder names, with its settings; None for a model that was not read from a folder."""
+    folder: Path | None = None
+    """Where its files are, if it came from a folder."""
+
+    def matches(self, bundle_fingerprint: str) -> bool:
+        """Whether a bundle with this fingerprint was learned on this very model. Older bundles have that of the files' bytes."""
+        if bundle_fingerprint == self.fingerprint:
+            return True
+        old = self.folder is not None and not bundle_fingerprint.startswith(KIND)
+        return old and self.folder is not None and file_fingerprint(self.folder) == bundle_fingerprint
 
     def sampler(self, name: str) -> Any:
         """A fresh sampler, one of `samplers.SCHEDULERS` or 'own', on this model's noise schedule. Raises InputError."""
@@ -133,27 +149,17 @@ class BaseModel:
 
 def load_base_model(name: str = "toybox", device: str = "cpu", dtype: torch.dtype = torch.float32,
                     memory: MemoryConfig = MemoryConfig()) -> BaseModel:  # fmt: skip
-    """Loads and freezes `name`: 'toybox', 'sd1.5', 'sd2.1', a hub id, or a folder in diffusers' layout.
+    """Loads and freezes `name`: 'toybox', 'sd1.5', 'sd2.1', a hub id, a folder in diffusers' layout, or a whole checkpoint in one
+    safetensors file.
 
-    Raises InputError when it cannot be found, is not a Stable Diffusion 1/2 model, or has a file that does not load.
+    Raises InputError when it cannot be found, is not a Stable Diffusion 1/2 text-to-image model, or has a file that does not
+    load.
     """
-    folder, source, revision = resolve(name)
-    _check_layout(folder, name)
-    own_scheduler = read_scheduler(folder)
-    scheduler = training_schedule(own_scheduler)
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        common: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
-        text_encoder, text_info = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, **common)
-        vae, vae_info = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype, **common)
-        unet, unet_info = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, **common)
-    except MemoryError:
-        raise
-    except Exception as error:  # diffusers and transformers raise whatever a wrong configuration leads to
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"the base model '{name}' in {folder} does not load ({first_line}); fetch or copy it again") from None
-    for part_name, info in (("text_encoder", text_info), ("vae", vae_info), ("unet", unet_info)):
-        _check_complete(folder / part_name, info["missing_keys"])
+    path, source, revision = resolve(name)
+    parts, digest = _load_file(path, name, dtype) if path.is_file() else _load_folder(path, name, dtype)
+    tokenizer, own_scheduler = parts["tokenizer"], parts["scheduler"]
+    text_encoder, vae, unet = parts["text_encoder"], parts["vae"], parts["unet"]
+    _check_vocabulary(path, tokenizer, text_encoder)
     for part in (text_encoder, vae, unet):
         part.requires_grad_(False)
         part.eval()
@@ -164,8 +170,76 @@ def load_base_model(name: str = "toybox", device: str = "cpu", dtype: torch.dtyp
     unet.to(device)
     vae.to("cpu" if memory.vae_on_cpu else device)
     text_encoder.to(**({"device": "cpu", "dtype": torch.float32} if memory.text_encoder_on_cpu else {"device": device}))
-    return BaseModel(name, source, revision, fingerprint(folder), tokenizer, text_encoder, vae, unet, scheduler, memory,
-                     own_scheduler)  # fmt: skip
+    base = BaseModel(name, source, revision, digest, tokenizer, text_encoder, vae, unet, training_schedule(own_scheduler), memory,
+                     own_scheduler, path if path.is_dir() else None)  # fmt: skip
+    if base.native_latents != unet.config["sample_size"]:
+        say(f"note: {path} says sample_size {unet.config['sample_size']} in a configuration of 2022; taken as "
+            f"{base.native_latents} ({base.resolution} pixels), as diffusers does")  # fmt: skip
+    return base
+
+
+def _load_folder(folder: Path, name: str, dtype: torch.dtype) -> tuple[dict[str, Any], str]:
+    """-> (the parts in `dtype`, the fingerprint)"""
+    _check_layout(folder, name)
+    model_configs(folder)
+    variants = {part: variant_of(folder, part) for part in ("text_encoder", "vae", "unet")}
+    for part, variant in variants.items():
+        weight_files(folder, part, variant)  # none is opened before all are checked
+    parts: dict[str, Any] = {"scheduler": read_scheduler(folder)}
+    common: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    missing = {}
+    try:
+        parts["tokenizer"] = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        for part, kind, option in (("text_encoder", CLIPTextModel, "dtype"), ("vae", AutoencoderKL, DTYPE),
+                                   ("unet", UNet2DConditionModel, DTYPE)):  # fmt: skip
+            loaded, info = kind.from_pretrained(folder / part, variant=variants[part], **{option: dtype}, **common)
+            parts[part], missing[part] = loaded, info["missing_keys"]
+    except MemoryError:
+        raise
+    except Exception as error:  # diffusers and transformers raise whatever a wrong configuration leads to
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"the base model '{name}' in {folder} does not load ({first_line}); fetch or copy it again") from None
+    for part, names in missing.items():
+        _check_complete(folder / part, names)
+    return parts, fingerprint(folder)
+
+
+def _load_file(path: Path, name: str, dtype: torch.dtype) -> tuple[dict[str, Any], str]:
+    """The same of a single file. In fp32 first: the fingerprint is of the weights as they were saved."""
+    configs = model_configs(path)
+    tokenizer_folder = _tokenizer_for(path, "sd2.1" if configs["unet"]["cross_attention_dim"] % 1024 == 0 else "sd1.5")
+    try:
+        parts = load_single_file(path, tokenizer_folder)
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"the base model '{name}' does not load ({first_line}); fetch or copy {path} again") from None
+    parts["scheduler"] = as_in_pipelines(parts["scheduler"])
+    digest = fingerprint_of_parts(parts, configs, parts["tokenizer"], parts["scheduler"])
+    return {**parts, **{part: parts[part].to(dtype) for part in ("text_encoder", "vae", "unet")}}, digest
+
+
+def _tokenizer_for(path: Path, family: str) -> Path:
+    """A checkpoint in one file has no tokenizer: the folder `tokenizer` beside it, else that of the model it was made from."""
+    beside = path.parent / "tokenizer"
+    if beside.is_dir():
+        return beside
+    try:
+        return _download(family, HUB_MODELS[family], ["tokenizer/*"])[0] / "tokenizer"
+    except InputError as error:
+        raise InputError(
+            f"{path} has no tokenizer, as no checkpoint in one file has; put {family}'s folder 'tokenizer' beside it ({error})"
+        ) from None
+
+
+def _check_vocabulary(path: Path, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
+    known, table = max(tokenizer.get_vocab().values()), text_encoder.get_input_embeddings().num_embeddings
+    if known >= table:
+        raise InputError(
+            f"the tokenizer of {path} knows {known + 1} words, but its text encoder has embeddings for {table}; the parts are of "
+            "different models: fetch or copy the base model again"
+        )
 
 
 def _check_complete(folder: Path, missing: Collection[str]) -> None:
@@ -185,31 +259,37 @@ def tile_vae(vae: AutoencoderKL) -> None:
 
 
 def resolve(name: str) -> tuple[Path, str, str | None]:
-    """-> (local folder, source, revision). Downloads from the hub where `name` is not local."""
+    """-> (local folder or safetensors file, source, revision). Downloads from the hub where `name` is not local."""
     if name == "toybox":
         return TOYBOX_FOLDER, "toybox", None
     folder = Path(name).expanduser()
     if name and os.path.isdir(folder):
         return folder, str(folder.resolve()), None
+    if name and is_single_file(folder):
+        return folder, str(folder.resolve()), None
     candidates = HUB_MODELS.get(name) or ((name, "main"),)
     if name not in HUB_MODELS and (name.count("/") != 1 or folder.is_absolute() or name.startswith(".")):
         raise InputError(
             f"'{name}' is no base model: expected toybox, {', '.join(HUB_MODELS)}, a hub id like owner/name, or a folder "
-            "that exists"
+            "or .safetensors file that exists"
         )
     return _download(name, candidates)
 
 
-def _download(name: str, candidates: tuple[tuple[str, str], ...]) -> tuple[Path, str, str | None]:
-    """The first repository of `candidates` that answers; only configurations and safetensors, never pickles."""
+def _download(name: str, candidates: tuple[tuple[str, str], ...],
+              patterns: list[str] | None = None) -> tuple[Path, str, str | None]:  # fmt: skip
+    """The first repository of `candidates` that answers; only configurations and safetensors, never pickles.
+
+    Half-precision weights are fetched for those parts alone that have no others.
+    """
     from huggingface_hub import snapshot_download
 
-    wanted = ["model_index.json", *(f"{part}/*.json" for part in PARTS), "tokenizer/merges.txt",
-              *(f"{part}/*model.safetensors" for part in PARTS)]  # fmt: skip
     reasons = []
     for repo, revision in candidates:
         try:
-            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns or plain_patterns(PARTS)))
+            if patterns is None and (absent := variant_patterns(folder)):
+                folder = Path(snapshot_download(repo, revision=revision, allow_patterns=absent))
             return folder, repo, folder.name
         except Exception as error:  # the hub raises many kinds; each candidate's reason goes into the message
             reasons.append(f"{repo}: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}")
@@ -217,6 +297,16 @@ def _download(name: str, candidates: tuple[tuple[str, str], ...]) -> tuple[Path,
         f"could not get the base model '{name}' ({'; '.join(reasons)}); check the name and the connection, or give a local "
         "folder with --model-path"
     )
+
+
+def model_configs(path: Path) -> dict[str, dict[str, Any]]:
+    """part -> configuration of a folder in diffusers' layout or of a safetensors file, checked; no weights are read.
+
+    Raises InputError for a missing file, a value that cannot be right, and a model that is no plain text-to-image one.
+    """
+    configs = configs_of_file(path) if is_single_file(path) else read_configs(path)
+    check_configs(configs, path)
+    return configs
 
 
 def _check_layout(folder: Path, name: str) -> None:
@@ -237,36 +327,14 @@ def _check_layout(folder: Path, name: str) -> None:
 
 
 def has_layout(folder: Path) -> bool:
-    """True where every part of a Stable Diffusion model has its folder."""
-    return all((folder / part).is_dir() for part in PARTS)
+    """True where every part of a Stable Diffusion model has its folder, and for a checkpoint in one file."""
+    return is_single_file(folder) or all((folder / part).is_dir() for part in PARTS)
 
 
-def fingerprint(folder: Path) -> str:
-    """Hex digest of the configurations and the weights; of files above 64 MiB, of spread samples: fast at any size."""
-    digest = hashlib.sha256()
-    for part in ("text_encoder", "unet", "vae", "scheduler"):
-        for path in sorted((folder / part).iterdir()):
-            if not path.is_file():
-                continue
-            if path.suffix == ".json" and "config" in path.name:
-                try:
-                    settings = {k: v for k, v in json.loads(path.read_text()).items() if not k.startswith("_")}
-                except (ValueError, AttributeError, RecursionError):
-                    raise InputError(f"{path} is no JSON object; fetch or copy the base model again") from None
-                digest.update(json.dumps([part, path.name, settings], sort_keys=True).encode())
-            elif path.suffix == ".safetensors":
-                digest.update(_sample_weights(path))
-    return digest.hexdigest()[:32]
-
-
-def _sample_weights(path: Path) -> bytes:
-    """A small file whole; of a large one its start, with the header, and 64 spread pieces, the last at the end."""
-    size, piece, pieces = path.stat().st_size, 1 << 16, 64
-    if size <= 1 << 26:
-        return path.read_bytes()
-    with path.open("rb") as file:
-        parts = [str(size).encode(), file.read(1 << 20)]
-        for k in range(pieces):
-            file.seek((size - piece) * k // (pieces - 1))
-            parts.append(file.read(piece))
-    return b"".join(parts)
+def identify(path: Path) -> Callable[[str], bool]:
+    """-> whether a bundle with a given fingerprint was learned on the model in this folder or file. Raises InputError for files
+    that do not load."""
+    if path.is_file():
+        digest = load_base_model(str(path)).fingerprint
+        return lambda given: given == digest
+    return lambda given: given == (fingerprint(path) if given.startswith(KIND) else file_fingerprint(path))

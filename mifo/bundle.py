@@ -23,7 +23,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 
-from .base_model import HUB_MODELS, BaseModel, fingerprint, has_layout
+from .base_model import HUB_MODELS, BaseModel, has_layout, identify
 from .bundle_files import (
     ADAPTERS,
     AGAIN,
@@ -207,19 +207,19 @@ def base_of_bundle(bundle: Bundle) -> str:
                              "if you trust it, give it with --model-path")  # fmt: skip
         raise InputError(f"{source[:200]!r} is neither toybox nor a hub id; give it with --model-path")
     folder = Path(bundle.base_source)
-    if not os.path.isdir(folder):
+    if not os.path.exists(folder):
         raise InputError(f"{str(folder)[:300]!r} is no base model: there is no such folder; give it with --model-path")
-    if not has_layout(folder) or fingerprint(folder) != bundle.base_fingerprint:
+    if not has_layout(folder) or not identify(folder)(bundle.base_fingerprint):
         raise InputError(f"{str(folder)[:300]!r} is no base model, or another one than it was; give it with --model-path")
     return bundle.base_source
 
 
 def check_base(base: BaseModel, bundle: Bundle) -> None:
     """Raises InputError when the bundle was not learned on this very base model."""
-    if base.fingerprint != bundle.base_fingerprint:
+    if not base.matches(bundle.base_fingerprint):
         raise InputError(
-            f"the bundle '{bundle.name}' was learned on {bundle.base_name} (fingerprint {bundle.base_fingerprint[:8]}), but "
-            f"the base model is {base.name} (fingerprint {base.fingerprint[:8]}); give the one it was learned on with "
+            f"the bundle '{bundle.name}' was learned on {bundle.base_name} (fingerprint {bundle.base_fingerprint[:10]}), but "
+            f"the base model is {base.name} (fingerprint {base.fingerprint[:10]}); give the one it was learned on with "
             "--model-path, or learn it again"
         )
 

@@ -5,7 +5,6 @@ Knows an instance and the sizes at which a base model looks at masks. Knows no w
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ import torch
 from PIL import Image
 
 from .attention.sites import choose_sites, levels_within
-from .base_model import TOYBOX_FOLDER, BaseModel
+from .base_model import TOYBOX_FOLDER, BaseModel, model_configs
 from .config import LearnConfig, learn_preset
 from .errors import InputError
 from .instance import MASK_PATTERN, MAX_OVERLAP, FittedInstance, Instance, fit_instance
@@ -26,6 +25,7 @@ from .known_models import native_latents
 from .mask_file import islands_in_words, open_mask, without_islands
 from .mask_sizes import filled_shares, mask_at_latents, mask_at_map
 from .pictures import ASSET_COLORS, caption_below, grid, outline
+from .single_file import is_single_file
 
 SHARED = 0.05  # overlap, as a share of the smaller mask, that is worth a warning; load_instance warns above MAX_OVERLAP
 SOFT = 0.02  # share of grey pixels above which a mask is not black and white
@@ -73,14 +73,10 @@ def sizes_by_name(name: str, resolution: int | None = None) -> MaskSizes:
     folder = TOYBOX_FOLDER if name == "toybox" else Path(name).expanduser()
     config = learn_preset("toybox" if name == "toybox" else "stable-diffusion")
     native, factor, depth = 64, 8, 4
-    if os.path.isdir(folder):
-        try:
-            unet = json.loads((folder / "unet" / "config.json").read_text())
-            native, depth = native_latents(unet), len(unet["block_out_channels"])
-            factor = 2 ** (len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"]) - 1)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{folder} is not a Stable Diffusion folder: its unet/config.json or vae/config.json cannot be "
-                             "read; give another --model-path") from None  # fmt: skip
+    if name and os.path.exists(folder) and (folder.is_dir() or is_single_file(folder)):
+        configs = model_configs(folder)
+        native, depth = native_latents(configs["unet"]), len(configs["unet"]["block_out_channels"])
+        factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
     latent = (resolution or native * factor) // factor
     if latent < 1:
         raise InputError(f"the resolution {resolution} is below one latent pixel ({factor}); give at least {16 * factor}")

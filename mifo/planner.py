@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from .base_model import PARTS, TOYBOX_FOLDER
+from .base_model import TOYBOX_FOLDER, model_configs
 from .config import EditConfig, LearnConfig, MemoryConfig, RefinementConfig, SynthesisConfig
 from .errors import InputError
 from .known_models import SHAPES, shape_of
 from .memory_trace import Peak
 from .plan_trace import Model, spread_boxes, trace_drawing, trace_learning, trace_placing, trace_tuning, trace_vae
 from .quantize import NF4_BYTES
+from .single_file import is_single_file
 
 GIB = 2**30
 RESERVE = GIB // 2
@@ -137,24 +138,18 @@ class Plan:
 
 
 def read_model(name: str) -> Model:
-    """Configurations of 'toybox', 'sd1.5', 'sd2.1' or a local folder; no weights are read and nothing is downloaded.
+    """Configurations of 'toybox', 'sd1.5', 'sd2.1', a local folder or a .safetensors file; reads no weights, downloads nothing.
 
-    Raises InputError for anything else, and for a folder that lacks a configuration.
+    Raises InputError for anything else, for a folder that lacks a configuration, and for other kinds of model.
     """
     folder = TOYBOX_FOLDER if name == "toybox" else Path(name).expanduser()
     if name in SHAPES:
         return Model(name, json.dumps(shape_of(name)))
-    if not name or not folder.is_dir():
-        raise InputError(f"'{name}' cannot be planned for: expected {', '.join(SHAPES)}, toybox or a local folder")
-    shape = {}
-    for part in (p for p in PARTS if p != "tokenizer"):
-        path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
-        try:
-            found = json.loads(path.read_text())
-            shape[part] = {k: v for k, v in found.items() if k == "_diffusers_version" or not k.startswith("_")}
-        except (OSError, ValueError, AttributeError):
-            raise InputError(f"{path} is missing or is no configuration; give a Stable Diffusion folder in diffusers' layout"
-                             ) from None  # fmt: skip
+    if not name or not (folder.is_dir() or is_single_file(folder)):
+        raise InputError(f"'{name}' cannot be planned for: expected {', '.join(SHAPES)}, toybox, a local folder or a .safetensors"
+                         " file")  # fmt: skip
+    shape = {part: {k: v for k, v in found.items() if k == "_diffusers_version" or not k.startswith("_")}
+             for part, found in model_configs(folder).items()}  # fmt: skip
     return Model(name, json.dumps(shape))
 
 

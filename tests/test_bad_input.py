@@ -187,7 +187,7 @@ def base_with_cut_weights(folder: Path) -> str:
 
 def base_with_a_garbled_configuration(folder: Path) -> str:
     (folder / "vae" / "config.json").write_text("[]")
-    return r"the base model .* does not load"
+    return r"vae.config\.json is missing or is no configuration"
 
 
 def base_without_a_vocabulary(folder: Path) -> str:
