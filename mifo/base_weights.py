@@ -47,8 +47,8 @@ def check_file(path: Path) -> None:
     try:
         check_regular(path, MAX_FILE_BYTES)
     except OSError as error:
-        raise InputError(f"{path} is no part of a Stable Diffusion 1.x or 2.x model: {error.strerror}; fetch or copy the base model "
-                         "again") from None  # fmt: skip
+        raise InputError(f"{path} is no part of a Stable Diffusion 1.x or 2.x model: {error.strerror}; fetch or copy the base "
+                         "model again") from None  # fmt: skip
 
 
 def _names(part: str, variant: str | None) -> tuple[str, str]:
