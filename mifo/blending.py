@@ -7,13 +7,16 @@ Source: Blended Latent Diffusion (arXiv 2206.02779), section 4.2; Poisson image 
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import AutoencoderKL
 from scipy import ndimage
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 BoolArray = npt.NDArray[np.bool_]
 Pixels = npt.NDArray[np.uint8]

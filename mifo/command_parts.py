@@ -125,7 +125,7 @@ def check_sampling(model_path: str, sampler: str, steps: int) -> None:
         check_steps(sampler, read_scheduler(folder), steps)
 
 
-def instance_of(bundle: Bundle, folder: Path | None) -> Instance:
+def instance_of(bundle: Bundle, folder: Path | None, mask_orientation: str = "auto") -> Instance:
     """The things that the bundle was learned from, without `<background>`: the folder given, or the bundle's own copy."""
     from .instance import load_instance, without_background
     from .prompts import things_among
@@ -133,7 +133,7 @@ def instance_of(bundle: Bundle, folder: Path | None) -> Instance:
 
     if folder is None:
         return without_background(kept_instance(bundle.folder, bundle.tokens, bundle.instance))
-    instance = load_instance(folder)
+    instance = load_instance(folder, mask_orientation)
     check_count(instance, things_among(bundle.tokens))
     return instance
 
@@ -145,7 +145,9 @@ def measured_by(bundle: Bundle, base: BaseModel, folder: Path | None, given: dic
 
     models = [given[name] for name in ("dino", "clip", "detector")]
     with waiting("loading the models that measure"):
-        found = make_backend(given["backend"].value, base.family, instance_of(bundle, folder), str(base.device), *models)
+        drawn = given["mask_orientation"].value if "mask_orientation" in given else "auto"
+        source = instance_of(bundle, folder, drawn)
+        found = make_backend(given["backend"].value, base.family, source, str(base.device), *models)
     if folder is None and bundle.instance is not None:
         check_kept(bundle.folder, bundle.instance)  # the toybox's back end has read truth.json beside it
     return found

@@ -64,6 +64,7 @@ def evaluate(
     original: Annotated[Path | None, typer.Option(help="With --edited and --edit-mask: is all outside the mask kept?")] = None,
     edited: Annotated[Path | None, typer.Option(help="The picture after the edit.")] = None,
     edit_mask: Annotated[Path | None, typer.Option(help="White where the edit was allowed.")] = None,
+    mask_orientation: MaskOrientation = MasksDrawn.auto,
     backend: JudgedBy = Judge.auto,
     dino: Dino = None,
     clip: Clip = None,
@@ -90,9 +91,9 @@ def evaluate(
 
         check_writable(output_path.parent)
         check_replaceable(output_path, is_evaluation)
-        edit = measure_edit(original, edited, edit_mask)
+        edit = measure_edit(original, edited, edit_mask, mask_orientation.value)
         bundle = load_bundle(find_bundle(model_id, output_dir))
-        source = instance_of(bundle, instance)
+        source = instance_of(bundle, instance, mask_orientation.value)
         cases = read_cases(prompts, boxes, source.tokens, mask_aspects(source))
         say_weights([case.prompt for case in cases])
         pictures = read_pictures(images, prompts, boxes, bundle.tokens) if images else None

@@ -20,6 +20,9 @@ from ..dataset import InstanceData
 from ..errors import InputError
 from ..image_file import load_image
 from ..instance import Instance, fit_instance
+from ..mask_file import open_mask
+from ..mask_orientation import upright_masks
+from ..picture_file import load_picture
 from ..prompts import assets_in, tokenize_prompt
 from ..synthesize import check_boxes, latent_shape, synthesize
 from . import metrics
@@ -134,15 +137,18 @@ def evaluate(base: BaseModel, bundle: Bundle, instance: Instance, backend: Backe
     return Evaluation(record, taken)
 
 
-def measure_edit(original: Path | None, edited: Path | None, mask: Path | None) -> dict[str, int] | None:
-    """`metrics.edit_preservation` of three files; None when none is given. Raises InputError when one is missing or their sizes
-    differ."""
+def measure_edit(original: Path | None, edited: Path | None, mask: Path | None, drawn: str = "auto") -> dict[str, int] | None:
+    """`metrics.edit_preservation` of three files; None when none is given. `drawn`: as `mask_orientation.upright_masks` has it,
+    for an original that EXIF turns. Raises InputError when one is missing or their sizes differ."""
     paths = {"--original": original, "--edited": edited, "--edit-mask": mask}
     if not any(paths.values()):
         return None
-    if missing := [name for name, path in paths.items() if path is None]:
+    if original is None or edited is None or mask is None:
+        missing = [name for name, path in paths.items() if path is None]
         raise InputError(f"{', '.join(missing)} is missing; to measure an edit give --original, --edited and --edit-mask")
-    images = [load_image(path) for path in paths.values() if path]
+    before = load_picture(original)
+    (grey,), _ = upright_masks(before.image, original.name, before.orientation, [open_mask(mask)], drawn)
+    images = [before.image, load_image(edited), Image.fromarray(grey)]
     if len({image.size for image in images}) > 1:
         sizes = ", ".join(f"{name} {i.width}x{i.height}" for name, i in zip(paths, images, strict=True))
         raise InputError(f"the edit's pictures have different sizes ({sizes}); give all three at one size")
