@@ -24,6 +24,7 @@ from .config import MemoryConfig
 from .console import say
 from .errors import InputError
 from .fingerprint import KIND, file_fingerprint, fingerprint, fingerprint_of_parts
+from .finite import check_latents, check_pixels
 from .known_models import native_latents
 from .quantize import quantize_linears
 from .samplers import as_in_pipelines, check_steps, make_scheduler, read_scheduler, training_schedule
@@ -115,6 +116,11 @@ class BaseModel:
         """Pixels of the square the model was trained at."""
         return self.native_latents * self.vae_factor
 
+    @property
+    def parts(self) -> dict[str, torch.nn.Module]:
+        """By their names in the folder."""
+        return {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}
+
     def check_side(self, name: str, pixels: int) -> None:
         """Raises InputError unless pictures of this side fit: a multiple that the UNet can halve and double, not too large."""
         multiple = self.vae_factor * 2 ** (len(self.unet.config["block_out_channels"]) - 1)
@@ -140,10 +146,15 @@ class BaseModel:
             self.vae.to(home)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """(B, C, h, w) latents -> (B, 3, H, W) pixels in [0, 1], fp32, one picture at a time to bound the memory."""
+        """(B, C, h, w) latents -> (B, 3, H, W) pixels in [0, 1], fp32, one picture at a time to bound the memory.
+
+        Raises InputError or NotFinite for latents or pixels that are no picture.
+        """
+        check_latents(latents, self.parts)
         scaled = latents.to(self.vae.dtype) / self.vae.config["scaling_factor"]
         with self.lend_vae() as vae:
             pixels = torch.cat([vae.decode(row[None]).sample for row in scaled])
+        check_pixels(pixels, self.parts)
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
 

@@ -24,7 +24,7 @@ from .base_model import BaseModel
 from .bundle import Bundle
 from .checkpoints import Damaged, checkpoint_folder, open_folder, read_state, write_state
 from .config import to_dict
-from .errors import InputError
+from .errors import InputError, NotFinite
 from .files import replace_files
 from .json_text import json_text
 
@@ -67,7 +67,8 @@ class PictureJob:
                 images = draw()
             except Exception as error:  # the others may well succeed; Ctrl-C is no Exception
                 self._only_input &= isinstance(error, InputError)
-                self.failures[name] = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+                told = isinstance(error, InputError | NotFinite)
+                self.failures[name] = str(error) if told else f"{type(error).__name__}: {error}"
                 return None
             with replace_files(self.folder) as temporary:
                 pixels = [torch.from_numpy(np.array(image)) for image in images]  # (H, W, 3), 0 .. 255

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,9 +26,13 @@ from safetensors.torch import save_file
 
 from .errors import InputError
 from .files import PARTIAL, check_writable, replace_files, unwritable
+from .json_text import json_text
+from .read_files import UnusableFile, check_regular
 
 SCHEMA = "1"
 KEPT = 2
+#: Of one checkpoint: ten times Stable Diffusion's adapters at rank 256 with their optimizer.
+MAX_BYTES = 1 << 34
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,8 @@ class Saved:
     path: Path
     where: str
     """For people: "phase 1, step 350 of 600"."""
-    identity: dict[str, Any]
+    identity: Any
+    """Plain JSON."""
 
 
 def checkpoint_folder(target: Path) -> Path:
@@ -64,9 +70,9 @@ class Checkpoints:
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], options: Checkpointing):
         self.folder, self.options = folder, options
-        self.identity = json.loads(json.dumps(identity))  # as it will be read again
+        self.identity = json.loads(json_text(identity))  # as it will be read again
         self.last_saved: str | None = None
-        self._count = max((int(p.stem) for p in _files(folder)), default=0)
+        self._count = max((int(p.stem) for p in _numbered(folder)), default=0)
         self._time = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
@@ -158,7 +164,7 @@ def different_keys(there: Any, here: Any, name: str = "") -> list[str]:
         return [d for k in keys for d in different_keys(there.get(k), here.get(k), f"{name}.{k}" if name else k)]
     if there == here:
         return []
-    return [f"{name} is {json.dumps(there)[:60]} there and {json.dumps(here)[:60]} here"]
+    return [f"{name} is {json_text(there)[:60]} there and {json_text(here)[:60]} here"]
 
 
 def _refuse_to_forget(saved: Saved, differences: list[str]) -> None:
@@ -170,8 +176,12 @@ def _refuse_to_forget(saved: Saved, differences: list[str]) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The checkpoints, oldest first."""
-    return sorted(p for p in folder.glob("*.safetensors") if p.stem.isdigit())
+    """The checkpoints, oldest first. What is no regular file was not written by a run, and is neither read nor removed."""
+    return sorted(p for p in _numbered(folder) if stat.S_ISREG(os.lstat(p).st_mode))
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return [p for p in folder.glob("*.safetensors") if p.stem.isascii() and p.stem.isdigit()]
 
 
 # --- one file -----------------------------------------------------------------------------------
@@ -181,17 +191,26 @@ class Damaged(Exception):
     """A checkpoint that cannot be read."""
 
 
-def write_state(path: Path, state: Any, where: str, identity: Mapping[str, Any]) -> None:
+def _check_file(path: Path) -> None:
+    """Raises OSError for a link, and for what is no file of a sane size: the system's own reader would wait for ever, and hear no
+    signal."""
+    if os.path.islink(path):
+        raise UnusableFile(path, "it is a link")
+    check_regular(path, MAX_BYTES)
+
+
+def write_state(path: Path, state: Any, where: str, identity: Any) -> None:
     """A tree of dicts, lists, tuples, tensors and plain values -> one safetensors file with a checksum in its header."""
     tensors: dict[str, torch.Tensor] = {}
-    tree = json.dumps(_pack(state, tensors))
-    header = {"schema": SCHEMA, "where": where, "identity": json.dumps(identity), "tree": tree}
+    tree = json_text(_pack(state, tensors))
+    header = {"schema": SCHEMA, "where": where, "identity": json_text(identity), "tree": tree}
     save_file(tensors, path, metadata={**header, "checksum": _checksum(tree, tensors)})
 
 
 def read_header(path: Path) -> Saved:
     """Where the run was, and which run it was. Raises Damaged."""
     try:
+        _check_file(path)
         with safe_open(path, "pt") as file:
             header = file.metadata()
         if header["schema"] != SCHEMA:
@@ -204,6 +223,7 @@ def read_header(path: Path) -> Saved:
 def read_state(path: Path) -> Any:
     """The inverse of `write_state`, tensors on the CPU. Raises Damaged when a bit of it has changed."""
     try:
+        _check_file(path)
         with safe_open(path, "pt") as file:
             header = file.metadata()
             tensors = {k: file.get_tensor(k).clone() for k in file.keys()}  # noqa: SIM118

@@ -6,7 +6,6 @@ Knows streams, signals and exit statuses. Knows nothing of the jobs.
 from __future__ import annotations
 
 import io
-import json
 import os
 import sys
 import threading
@@ -18,9 +17,10 @@ from typing import Any, NoReturn, TextIO
 
 import typer
 
-from .errors import InputError
+from .errors import InputError, NotFinite
 from .files import is_full, unwritable
 from .interrupts import BROKEN_PIPE, Terminated, heard
+from .json_text import record_text
 from .terminal import has_gone, shown, speaks_freely
 
 #: How torch, CUDA and C++ say it when they don't raise MemoryError.
@@ -46,7 +46,7 @@ class Job:
     def json(self, facts: dict[str, Any]) -> None:
         """For programs; silent without --json."""
         if self.as_json:
-            print(json.dumps(facts), file=self.out, flush=True)
+            print(record_text(facts), file=self.out, flush=True)
 
     @contextmanager
     def keeping(self, earlier: Path | None) -> Iterator[None]:
@@ -71,6 +71,9 @@ def running(as_json: bool) -> Iterator[Job]:
     except InputError as error:
         say(f"error: {error}")
         raise typer.Exit(2) from None
+    except NotFinite as error:
+        say(f"error: {error}")
+        raise typer.Exit(1) from None
     except Terminated as end:
         say(job.interrupted("terminated"))
         raise typer.Exit(128 + end.number) from None

@@ -27,6 +27,7 @@ from .dataset import encode, pixels_to_tensor
 from .denoise import denoise, initial_latents
 from .edit_frame import BoolArray, EditFrame, latent_mask, make_frame, shrinking_masks, snapped_box, thickness, within_length
 from .errors import InputError
+from .finite import check_pixels
 from .guidance import LatentGuidance
 from .mask_file import Island, islands_in_words, without_islands
 from .memory import peak_gib
@@ -265,6 +266,7 @@ def _decode(base: BaseModel, latents: torch.Tensor, canvas: npt.NDArray[np.uint8
             tuned = [tune_to_source(vae, row, source, mask, config.reconstruction_steps, config.optimize)
                      for row in latents.split(1)]  # fmt: skip
         pixels = torch.cat(tuned)
+        check_pixels(pixels, base.parts)
     return [p.permute(1, 2, 0).cpu().numpy() * 255 for p in pixels.float()]
 
 

@@ -5,7 +5,6 @@ Knows edits and files. Knows nothing of models.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from .edit import Candidate, Edit
 from .files import replace_files
+from .json_text import record_text
 from .picture_file import Picture
 from .pictures import ASSET_COLORS, caption_below, grid, outline
 
@@ -39,12 +39,12 @@ def save_edit(result: Edit, picture: Picture, output: Path, facts: dict[str, Any
         for k, (name, candidate) in enumerate(zip(names, result.candidates, strict=True)):
             whole = result.picture(k)
             info = PngInfo()
-            info.add_text("mifo", json.dumps({**recipe, "seed": candidate.seed, "batch_size": 1}))
+            info.add_text("mifo", record_text({**recipe, "seed": candidate.seed, "batch_size": 1}))
             picture.save(temporary / name, whole, result.mask, pnginfo=info)
             scores = ", ".join(f"{n} {v:.2f}" for n, v in _rounded(candidate).items())
             cells.append(caption_below(_cell(result, whole), f"{k + 1}. seed {candidate.seed}, {scores}"))
         grid(cells, columns=min(4, len(cells))).save(temporary / "contact.png", "PNG")
-        (temporary / "edit.json").write_text(json.dumps(record, indent=2) + "\n")
+        (temporary / "edit.json").write_text(record_text(record, indent=2) + "\n")
     return [output / name for name in names]
 
 

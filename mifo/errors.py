@@ -1,4 +1,4 @@
-"""The one exception that means "the user's input is wrong". Knows nothing else of the package."""
+"""The exceptions that end a command with a message instead of a traceback. Knows nothing else of the package."""
 
 from __future__ import annotations
 
@@ -8,3 +8,8 @@ class InputError(ValueError):
 
     The command line prints the message without a traceback and exits with status 2.
     """
+
+
+class NotFinite(Exception):
+    """A job's result is not finite, and nothing that the user gave is known to be wrong: exit status 1. The message says what
+    helps."""

@@ -29,6 +29,7 @@ from .console import say
 from .dataset import Batch, InstanceData
 from .embedding import AssetEmbedding, initial_rows, use_assets
 from .errors import InputError
+from .finite import broken_weights
 from .instance import Instance, fit_instance
 from .interrupts import stop_between_steps
 from .keep_best import KeepBest
@@ -283,6 +284,8 @@ class Learner:
     def _refuse_nonfinite(self, parts: dict[str, float], phase: str, step: int) -> None:
         bad = [name for name, value in parts.items() if not np.isfinite(value)]
         if bad:
+            if broken := broken_weights(self.base.parts):
+                raise InputError(f"the {' and the '.join(bad)} is not finite: {broken}")
             kept = self.checkpoints.last_saved if self.checkpoints else None
             raise InputError(
                 f"the {' and the '.join(bad)} is not finite at step {step} of the {phase} phase; lower the learning rate or use "

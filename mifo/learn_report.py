@@ -22,6 +22,7 @@ from .base_model import BaseModel
 from .config import AttentionTerms, synthesis_preset
 from .dataset import InstanceData
 from .denoise import denoise, initial_latents
+from .finite import blame
 from .instance import Instance, fit
 from .pictures import ASSET_COLORS, PAPER, caption_below, grid, outline, to_images
 from .prompts import join_assets, tokenize_prompt
@@ -71,8 +72,13 @@ def snapshot_maps(base: BaseModel, data: InstanceData, tokens: Sequence[str], te
 
 
 def attention_shares(base: BaseModel, data: InstanceData, tokens: Sequence[str], terms: AttentionTerms) -> list[float]:
-    """Per asset, the share of its token's attention that falls inside its mask."""
+    """Per asset, the share of its token's attention that falls inside its mask.
+
+    Raises InputError or NotFinite where the maps are not finite.
+    """
     maps = snapshot_maps(base, data, tokens, terms)  # (N, h, w)
+    if not bool(torch.isfinite(maps).all()):
+        raise blame("the attention maps", maps, base.parts)
     masks = F.interpolate(data.masks[False], maps.shape[-2:], mode="area")[:, 0]
     return [float((m * k).sum() / m.sum().clamp(min=1e-8)) for m, k in zip(maps, masks, strict=True)]
 

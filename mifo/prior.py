@@ -6,19 +6,20 @@ Knows the base model and a prompt. Knows nothing of assets.
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from .base_model import BaseModel
+from .checkpoints import Damaged, read_header, read_state, write_state
 from .config import PriorConfig
 from .denoise import denoise, initial_latents
 from .files import replace_files
+from .finite import check_latents
+from .json_text import json_text
 from .prompts import check_class_prompt, tokenize_prompt
 
 
@@ -40,19 +41,20 @@ def make_prior(base: BaseModel, config: PriorConfig, resolution: int, seed: int,
                on_progress: Callable[[int, int], None] | None = None) -> PriorData:  # fmt: skip
     """Draws `num_class_images` latents, or reads them from `cache_folder` when the same were drawn before.
 
-    Raises InputError for a class prompt that is empty or too long, and when the cache cannot be written.
+    Raises InputError for a class prompt that is empty or too long, when the cache cannot be written, and where the base model
+    draws no picture.
     """
     prompts = class_prompts(config)
     base.check_steps("ddim", config.sampling_steps)
     scheduler = base.sampler("ddim")
     sampler = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}  # other settings draw other pictures
     weights = f"{base.dtype} {'nf4' if base.memory.nf4 else ''}".strip()
-    key = json.dumps([base.fingerprint, asdict(config), resolution, seed, weights, base.device.type, sampler],
+    key = json_text([base.fingerprint, asdict(config), resolution, seed, weights, base.device.type, sampler],
                      sort_keys=True, default=str)  # fmt: skip
     cached = cache_folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors" if cache_folder else None
     size = resolution // base.vae_factor
     shape = (int(base.unet.config["in_channels"]), size, size)
-    known = _read_cache(cached, (config.num_class_images, *shape))
+    known = _read_cache(cached, key, (config.num_class_images, *shape))
     if known is not None:
         return PriorData(prompts, known.to(base.device))
     ids = [tokenize_prompt(base.tokenizer, p, [], "class prompt").input_ids for p in prompts]
@@ -67,9 +69,10 @@ def make_prior(base: BaseModel, config: PriorConfig, resolution: int, seed: int,
         if on_progress:
             on_progress(first + count, config.num_class_images)
     latents = torch.cat(rows)
+    check_latents(latents, base.parts)
     if cached:
         with replace_files(cached.parent) as temporary:
-            save_file({"latents": latents.cpu()}, temporary / cached.name)
+            write_state(temporary / cached.name, latents, "prior", key)
     return PriorData(prompts, latents)
 
 
@@ -78,12 +81,14 @@ def class_prompts(config: PriorConfig) -> tuple[str, ...]:
     return check_class_prompt(config.class_prompt)
 
 
-def _read_cache(path: Path | None, shape: tuple[int, ...]) -> torch.Tensor | None:
-    """(N, C, h, w), or None when it was never written or is damaged, and has to be drawn again."""
-    if path is None or not path.is_file():
+def _read_cache(path: Path | None, key: str, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """(N, C, h, w), or None when it was never written, is damaged, or is of another prior, and has to be drawn again."""
+    if path is None or not os.path.lexists(path):
         return None
     try:
-        latents = load_file(path)["latents"]
-    except (SafetensorError, OSError, KeyError):
+        latents = read_state(path)  # with its checksum
+        identity = read_header(path).identity
+    except Damaged:
         return None
-    return latents if latents.shape == shape and bool(torch.isfinite(latents).all()) else None
+    fits = isinstance(latents, torch.Tensor) and latents.shape == shape and identity == key
+    return latents if fits and bool(torch.isfinite(latents).all()) else None

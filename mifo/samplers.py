@@ -7,6 +7,7 @@ defaults hold; everything else (the training schedule, and the samplers on offer
 from __future__ import annotations
 
 import json
+import math
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from .errors import InputError
+from .json_text import json_text
 
 SCHEDULERS: dict[str, Any] = {
     "ddim": DDIMScheduler,
@@ -101,7 +103,13 @@ def make_scheduler(name: str, source: Any) -> Any:
 
 def check_steps(name: str, source: Any, steps: int) -> None:
     """Raises InputError for a number of steps that this sampler cannot take on this schedule, with a number that it can."""
-    settings = json.dumps({k: v for k, v in source.config.items() if k != "_use_default_values"}, sort_keys=True, default=str)
+    known = {k: v for k, v in source.config.items() if k != "_use_default_values"}
+    try:
+        settings = json_text(known, sort_keys=True, default=str)
+    except ValueError:
+        bad = ", ".join(f"{k} {v}" for k, v in known.items() if isinstance(v, float) and not math.isfinite(v))
+        raise InputError(f"the base model's scheduler has {bad or 'a setting'}, which is not finite; fetch or copy it again"
+                         ) from None  # fmt: skip
     refusal = _refusal(name, _Source(source, settings), steps)
     if refusal:
         raise InputError(refusal)

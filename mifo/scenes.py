@@ -5,7 +5,6 @@ Knows bundles' tokens, prompts, and where things stood in the photo. Knows nothi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from .edit_frame import snapped_box
 from .errors import InputError
 from .files import replace_files
 from .instance import Instance
+from .json_text import record_text
 from .pictures import caption_below, enlarge, grid
 from .prompts import ASSET_PATTERN, BACKGROUND_TOKEN, assets_in, check_prompt, join_assets, things_among, tokenize_prompt
 from .synthesize import latent_shape, synthesize
@@ -169,5 +169,5 @@ def save_shots(drawn: Mapping[Shot, Image.Image], output: Path, record_name: str
         for shot, image in drawn.items():
             image.save(temporary / f"{shot.name}.png", "PNG")
         grid(cells, columns=min(4, len(cells))).save(temporary / "contact.png", "PNG")
-        (temporary / f"{record_name}.json").write_text(json.dumps({**facts, "images": listed}, indent=2) + "\n")
+        (temporary / f"{record_name}.json").write_text(record_text({**facts, "images": listed}, indent=2) + "\n")
     return [output / f"{s.name}.png" for s in drawn]

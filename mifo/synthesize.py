@@ -5,7 +5,6 @@ Knows the base model with a bundle attached, prompts and layouts. Knows nothing 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -25,6 +24,7 @@ from .config import SynthesisConfig, to_dict
 from .denoise import denoise, seeded_noise
 from .files import replace_files
 from .guidance import LatentGuidance, MaskRefinement
+from .json_text import record_text
 from .memory import peak_gib
 from .pictures import caption_below, draw_boxes, enlarge, grid, to_images
 from .prompts import NEGATIVE, TokenizedPrompt, check_prompt, tokenize_prompt
@@ -159,10 +159,10 @@ def save_synthesis(result: Synthesis, output: Path, facts: dict[str, Any] | None
     with replace_files(output) as temporary:
         for k, (name, image) in enumerate(zip(names, result.images, strict=True)):
             info = PngInfo()
-            info.add_text("mifo", json.dumps({**recipe, "seed": result.seed + k, "batch_size": 1}))
+            info.add_text("mifo", record_text({**recipe, "seed": result.seed + k, "batch_size": 1}))
             image.save(temporary / name, "PNG", pnginfo=info)
         contact_sheet(result).save(temporary / "contact.png", "PNG")
-        (temporary / "synthesis.json").write_text(json.dumps(record, indent=2) + "\n")
+        (temporary / "synthesis.json").write_text(record_text(record, indent=2) + "\n")
     return [output / name for name in names]
 
 

@@ -33,6 +33,7 @@ from mifo.config import GuidanceConfig, SynthesisConfig
 from mifo.dataset import pixels_to_tensor
 from mifo.guidance import LatentGuidance
 from mifo.instance import fit_instance
+from mifo.json_text import json_text, record_text
 from mifo.memory_trace import LiveBytes
 from mifo.prompts import add_asset_tokens, asset_token, join_assets, tokenize_prompt
 from mifo.synthesize import synthesize
@@ -282,7 +283,7 @@ def bench_growth(options: Options) -> dict[str, Any]:
             row["error"] = str(error).splitlines()[0][:200]
         _release(options.device)
         table.append(row)
-        print(json.dumps(row), flush=True)
+        print(record_text(row), flush=True)
     return {"rows": table}
 
 
@@ -309,7 +310,7 @@ def run(options: Options) -> Path:
     for piece in wanted:
         started = time.perf_counter()
         numbers[piece] = RUN[piece](options)
-        print(f"{piece} ({time.perf_counter() - started:.0f} s): {json.dumps(numbers[piece])}", flush=True)
+        print(f"{piece} ({time.perf_counter() - started:.0f} s): {json_text(numbers[piece])}", flush=True)
         path = write_result(options.name, numbers, options.device)
         _release(options.device)
     return path

@@ -23,6 +23,7 @@ from hub_names import use_hub_names
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from mifo.files import check_writable, replace_folder
+from mifo.json_text import json_text
 from mifo.known_models import VOCABULARY, WIDTH_DIVISORS, shape_of
 from mifo.toybox.architecture import build_tokenizer
 
@@ -58,7 +59,7 @@ def write_random_sd(name: str, folder: Path, width_divisor: int = 1, seed: int =
             torch.set_default_dtype(before)
         DDIMScheduler(**shape["scheduler"]).save_pretrained(temporary / "scheduler")
         write_tokenizer(temporary / "tokenizer")
-        (temporary / "model_index.json").write_text(json.dumps(_index(), indent=2) + "\n")
+        (temporary / "model_index.json").write_text(json_text(_index(), indent=2) + "\n")
 
 
 def _save(part: Any, folder: Path) -> None:
@@ -84,7 +85,7 @@ def write_tokenizer(folder: Path) -> None:
     words, ends = known[:-2], known[-2:]
     fillers = [f"unused{k}" for k in range(VOCABULARY - len(known))]
     folder.mkdir(parents=True)
-    (folder / "vocab.json").write_text(json.dumps({s: i for i, s in enumerate([*words, *fillers, *ends])}, ensure_ascii=False))
+    (folder / "vocab.json").write_text(json_text({s: i for i, s in enumerate([*words, *fillers, *ends])}, ensure_ascii=False))
     (folder / "merges.txt").write_text(merges)
     tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77,
                               pad_token="<|endoftext|>")  # fmt: skip

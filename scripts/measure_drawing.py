@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from mifo.attention.sites import attention_sites
 from mifo.base_model import BaseModel
 from mifo.config import SynthesisConfig
 from mifo.guidance import LatentGuidance, MaskRefinement
+from mifo.json_text import json_text, record_text
 from mifo.known_models import shape_of
 from mifo.memory_trace import LiveBytes
 from mifo.plan_trace import BoxedControl, Model, trace_placing, trace_vae
@@ -91,11 +91,11 @@ def measured_for_real(shape: str, width_divisor: int, piece: str, resolution: in
 def rows(shape: str, width_divisor: int, resolution: int, dtype: torch.dtype, measure: Callable[[str], float],
          assets: int = 3) -> list[dict[str, Any]]:  # fmt: skip
     """A row a piece: planned, measured, and how far apart."""
-    model = Model(shape, json.dumps(shape_of(shape, width_divisor)))
+    model = Model(shape, json_text(shape_of(shape, width_divisor)))
     found = []
     for piece, plan in planned(model, resolution, dtype, assets).items():
         measured = measure(piece)
         found.append({"piece": piece, "planned_gib": round(plan, 4), "measured_gib": round(measured, 4),
                       "plan_off_percent": round(100 * (plan / measured - 1), 1)})  # fmt: skip
-        print(json.dumps(found[-1]), flush=True)
+        print(record_text(found[-1]), flush=True)
     return found

@@ -25,6 +25,7 @@ from mifo.boxes import Layout, parse_layout
 from mifo.bundle import Bundle, attach
 from mifo.config import LearnConfig, SynthesisConfig, learn_preset, synthesis_preset
 from mifo.instance import load_instance
+from mifo.json_text import json_text, record_text
 from mifo.learn import learn
 from mifo.learn_report import sample_prompts
 from mifo.pictures import caption_below, draw_boxes, enlarge, grid
@@ -114,7 +115,7 @@ def measure_boxes(base: BaseModel, bundle: Bundle, things: list[Thing], judge: A
     for k in range(images):
         place = PLACES[k % len(PLACES)]
         corners = ARRANGEMENTS[(k // len(PLACES)) % len(ARRANGEMENTS)]
-        layout = parse_layout(json.dumps(arrangement(things, corners)), bundle.tokens)
+        layout = parse_layout(json_text(arrangement(things, corners)), bundle.tokens)
         prompt = f"a photo of {' and '.join(bundle.tokens)} {BACKGROUND_PHRASES[place]}"
         result = synthesize(base, prompt, layout if with_boxes else None, bundle.tokens, config, 5000 + k)
         seconds.append(result.seconds)
@@ -175,7 +176,7 @@ def main(
         cells += [caption_below(i, f"{recipe}: boxes") for i in placed]
         cells += [caption_below(i, f"{recipe}: no boxes") for i in free[:3]]
         numbers[recipe] = entry
-        print(recipe, json.dumps(entry, indent=1))
+        print(recipe, record_text(entry, indent=1))
     if sheet:
         grid(cells, columns=9).save(sheet)
     shutil.rmtree(work)

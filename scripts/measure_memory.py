@@ -38,6 +38,7 @@ from mifo.base_model import BaseModel
 from mifo.bundle import add_adapters
 from mifo.config import LearnConfig, learn_preset
 from mifo.embedding import use_assets
+from mifo.json_text import json_text, record_text
 from mifo.known_models import shape_of
 from mifo.losses import masked_diffusion_loss, penalty_loss
 from mifo.memory import peak_gib
@@ -265,7 +266,7 @@ def jobs_under_caps(shape: str, caps: list[float]) -> list[dict[str, Any]]:
                 kept = {k: result[k] for k in ("peak_gib", "message") if k in result}
                 rows.append({"job": job[0], "cap_gib": cap, "exit_status": done.returncode,
                              "seconds": round(time.perf_counter() - started, 1), **kept})  # fmt: skip
-                print(json.dumps(rows[-1]), flush=True)
+                print(record_text(rows[-1]), flush=True)
     return rows
 
 
@@ -283,7 +284,7 @@ def main(
     """Writes scripts/results/<name>.json."""
     kind = "gpu" if gpu else "real" if real else "fake"
     dtype = dtype or ("fp32" if real else "bf16")
-    model = Model(shape, json.dumps(shape_of(shape, width_divisor)))
+    model = Model(shape, json_text(shape_of(shape, width_divisor)))
     if kind == "real":
         os.environ["MALLOC_MMAP_THRESHOLD_"] = str(RETURN_AT_ONCE)  # glibc's; the processes that measure start with it
     rows = []
@@ -298,7 +299,7 @@ def main(
             off = 100 * (plan["total"] / found["total"] - 1)
             rows.append({"phase": phase, "gradient_checkpointing": checkpointing, "planned_gib": _rounded(plan),
                          "measured_gib": _rounded(found), "plan_off_percent": round(off, 1)})  # fmt: skip
-            print(json.dumps(rows[-1]), flush=True)
+            print(record_text(rows[-1]), flush=True)
 
     def measure(piece: str) -> float:
         if kind == "fake":

@@ -7,7 +7,6 @@ How true the predictions are is measured by measure_memory.py.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +15,7 @@ import typer
 from results import write_result
 
 from mifo.config import MemoryConfig, learn_preset, synthesis_preset
+from mifo.json_text import record_text
 from mifo.plan_report import plan_facts
 from mifo.planner import GIB, Settings, make_plan, phases_of, read_model
 
@@ -48,13 +48,13 @@ def main(shape: str = "sd2.1", name: str = "memory_goals") -> None:
         plan = plan_facts(make_plan(model, settings, budget))
         kept = {k: plan[k] for k in ("peak_gib", "peak_phase", "reserve_gib", "fits", "knobs", "phases")}
         goals.append({"goal": goal, "goal_gib": budget, "without_knobs_gib": round(free / GIB, 3), **kept})
-        print(json.dumps({k: v for k, v in goals[-1].items() if k != "phases"}), flush=True)
+        print(record_text({k: v for k, v in goals[-1].items() if k != "phases"}), flush=True)
     rows = []
     for over, values in (("assets", (1, 2, 4, 8)), ("resolution", (256, 512, 768, 1024))):
         for value in values:
             found = {label: _peak(model, replace(s, **{over: value})) for label, s in GROWING.items()}
             rows.append({"over": over, "value": value, "peak_gib": found})
-            print(json.dumps(rows[-1]), flush=True)
+            print(record_text(rows[-1]), flush=True)
     numbers: dict[str, Any] = {"note": "predicted, not measured; bf16, batch 1", "shape": shape, "resolution": 512,
                                "goals": goals, "growth": rows}  # fmt: skip
     print(write_result(name, numbers))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 import sys
@@ -13,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from mifo.json_text import record_text
 
 FOLDER = Path(__file__).parent / "results"
 
@@ -30,7 +31,7 @@ def write_result(name: str, numbers: dict[str, Any], device: str = "cpu") -> Pat
     }
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    path.write_text(record_text(record, indent=2) + "\n")
     return path
 
 

@@ -44,6 +44,7 @@ from mifo.evaluate.measure import measure_pictures
 from mifo.evaluate.run import draw_cases, draw_prompts
 from mifo.evaluate.toybox_backend import ToyboxBackend
 from mifo.instance import Instance, fit_instance, load_instance
+from mifo.json_text import json_text
 from mifo.toybox.examples import write_instance
 
 ITEMS, KEPT = "items", "bundles"
@@ -76,7 +77,7 @@ def item_key(fingerprint: str, cell: Cell, method: str, samples: int, share: flo
     drawing = METHODS[method].drawing(synthesis_preset("toybox"))
     facts = [VERSION, fingerprint, cell.seed, samples, plan.kind, to_dict(plan.config), to_dict(drawing),
              METHODS[method].with_boxes]  # fmt: skip
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
+    return hashlib.sha256(json_text(facts, sort_keys=True).encode()).hexdigest()[:20]
 
 
 # --- one job ------------------------------------------------------------------------------------
@@ -129,7 +130,7 @@ def run_job(job: Job) -> list[str]:
 def kept_path(job: Job, fingerprint: str, plan: Training) -> Path:
     """Where the bundle that this training of this scene leaves is kept; no longer found once it would be another."""
     facts = [VERSION, fingerprint, job.cell.seed, to_dict(plan.config)]
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
+    digest = hashlib.sha256(json_text(facts, sort_keys=True).encode()).hexdigest()[:20]
     return job.work / KEPT / f"{job.cell.name}-{digest}"
 
 

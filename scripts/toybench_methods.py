@@ -32,6 +32,7 @@ from mifo.embedding import initial_rows, use_assets
 from mifo.evaluate.backend import Backend
 from mifo.evaluate.checkpoints import checkpoint_judge
 from mifo.instance import FittedInstance, Instance, fit_instance
+from mifo.json_text import record_text
 from mifo.learn import Learner, learn, lend_adapters
 from mifo.prior import make_prior
 from mifo.prompts import add_asset_tokens, join_assets
@@ -246,7 +247,7 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
     """Whole or not at all: a run may be killed at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(record) + "\n")
+    partial.write_text(record_text(record) + "\n")
     os.replace(partial, path)
 
 

@@ -12,7 +12,6 @@ Resumable: run the same command again. A checkpoint is written every minute, ato
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -32,6 +31,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 from tqdm import tqdm
 
+from mifo.json_text import record_text
 from mifo.toybox.draw import BACKGROUNDS, RARE_CLASSES
 from mifo.toybox.judge import (
     GRID,
@@ -451,7 +451,7 @@ def write_report(path: Path, entries: dict) -> None:
     command = " ".join(["python", "scripts/train_judge.py", *sys.argv[1:]])
     path.parent.mkdir(parents=True, exist_ok=True)
     entries = {"command": command, "versions": versions, "commit": commit(), **entries}
-    path.write_text(json.dumps(entries, indent=2) + "\n")
+    path.write_text(record_text(entries, indent=2) + "\n")
 
 
 def main(
@@ -478,7 +478,7 @@ def main(
             "weights_mib": round(output.stat().st_size / 2**20, 3)}  # fmt: skip
     entries = {"training": trained, **size, **examine(load_judge(output), exam_vae)}
     write_report(report, entries)
-    print(json.dumps(entries["held_out"], indent=2))
+    print(record_text(entries["held_out"], indent=2))
 
 
 if __name__ == "__main__":

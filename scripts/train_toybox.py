@@ -40,6 +40,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from mifo.attention.record import AttentionRecorder, RecordingProcessor
 from mifo.attention.sites import Processor, Site, attention_sites
+from mifo.json_text import json_text
 from mifo.toybox.architecture import (
     LARGE,
     MAX_TOKENS,
@@ -478,7 +479,7 @@ def export(workdir: Path, stage: str, vae: AutoencoderKL, tokenizer: CLIPTokeniz
     use_hub_names(output / "text_encoder")
     for config in output.glob("*/config.json"):  # where this machine had the parts is nobody's business
         entries = {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}
-        config.write_text(json.dumps(entries, indent=2) + "\n")
+        config.write_text(json_text(entries, indent=2) + "\n")
 
 
 def main(

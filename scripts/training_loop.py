@@ -6,7 +6,6 @@ Knows time, files and gradients. Knows nothing of pictures' content or of which 
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 import time
@@ -20,6 +19,8 @@ import torch
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from tqdm import tqdm
+
+from mifo.json_text import record_text
 
 CHECKPOINT_SECONDS = 180
 STABLE_SHARE = 0.7  # of the samples at the peak rate; a longer run can start from there
@@ -100,7 +101,7 @@ class Stage:
         row = {"stage": self.name, "step": self.step, "samples": self.samples, "elapsed_s": round(self.elapsed_s, 1),
                "loss": round(float(np.mean(self._losses[-50:])), 5) if self._losses else None, **extra}  # fmt: skip
         with (self.workdir / "log.jsonl").open("a") as log:
-            log.write(json.dumps(row) + "\n")
+            log.write(record_text(row) + "\n")
 
 
 class Replicas:

@@ -15,7 +15,7 @@ ROWS = (
     ("errors", "checked", "json_text", "read_files"),
     ("config", "boxes", "prompts", "files", "memory", "console", "interrupts", "terminal", "options"),
     # above: plain data and the machine
-    ("memory_trace", "known_models", "quantize", "half_precision"),
+    ("memory_trace", "known_models", "quantize", "half_precision", "finite"),
     ("image_file", "image_metadata", "colour_profile", "mask_file", "mask_orientation"),  # picture files
     ("instance", "asset_crops", "references", "pictures", "picture_file", "edit_frame", "blending", "clean_plate",
      "ranking"),  # pixels

@@ -19,6 +19,7 @@ from ..boxes import Box, Layout, parse_layout
 from ..errors import InputError
 from ..image_file import DECODE_ERRORS, load_image
 from ..instance import Instance
+from ..json_text import json_text
 from ..prompts import assets_in, check_characters, check_prompt, join_assets
 
 PLACES = ("at the beach", "in the snow", "on the grass")
@@ -153,7 +154,7 @@ def _read_picture(path: Path, number: int, stated: Case | None, tokens: Sequence
     try:
         prompt, boxes, seed = str(recipe["prompt"]), recipe["boxes"], int(recipe["seed"])
         check_prompt(prompt, tokens)
-        layout = parse_layout(json.dumps(boxes), assets_in(prompt)) if boxes else None
+        layout = parse_layout(json_text(boxes), assets_in(prompt)) if boxes else None
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise InputError(f"{path}: {error}") from None

@@ -5,13 +5,13 @@ Knows an evaluation's record. Knows nothing of models.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from ..files import replace_folder
+from ..json_text import record_text
 from ..pictures import caption_below, draw_boxes, enlarge, grid
 from .plots import Bar, bar_chart, below, matrix_chart
 from .run import Evaluation
@@ -35,7 +35,7 @@ def save_evaluation(result: Evaluation, folder: Path, keep_pictures: bool) -> di
                 picture.image.save(temporary / "pictures" / picture.name, "PNG")
         contact_sheet(result).save(temporary / "contact.png", "PNG")
         plots(result.record).save(temporary / "plots.png", "PNG")
-        (temporary / FILE).write_text(json.dumps(result.record, indent=1) + "\n")
+        (temporary / FILE).write_text(record_text(result.record, indent=1) + "\n")
     return {"json": str(folder / FILE), "contact_sheet": str(folder / "contact.png"), "plots": str(folder / "plots.png")}
 
 

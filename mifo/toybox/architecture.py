@@ -5,7 +5,6 @@ Knows configurations only; the weights come from scripts/train_toybox.py.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ..json_text import json_text
 from .draw import COLORS, PATTERNS
 from .world import BACKGROUND_PHRASES, CLASS_NAMES
 
@@ -86,7 +86,7 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     tokens = [*symbols, *(s + "</w>" for s in symbols), *(a + b for a, b in merges), "<|startoftext|>", "<|endoftext|>"]
     vocab = list(dict.fromkeys(tokens))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({s: i for i, s in enumerate(vocab)}, ensure_ascii=False))
+    (folder / "vocab.json").write_text(json_text({s: i for i, s in enumerate(vocab)}, ensure_ascii=False))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges)]) + "\n")
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=MAX_TOKENS,
                          pad_token="<|endoftext|>")  # fmt: skip

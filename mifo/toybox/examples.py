@@ -8,10 +8,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..json_text import json_text
 from .world import Scene, Thing, draw_scene, placed
 
 NOWHERE = (0.0, 0.0, 1.0, 1.0)
@@ -59,4 +59,4 @@ def write_instance(scene: Scene, folder: Path, pixels: int = PIXELS, words: Sequ
         mask.convert("1").save(folder / f"mask{index}.png", optimize=True)
     words = words or [thing.phrase().split(" ", 1)[1] for thing in scene.things]
     (folder / "words.txt").write_text("\n".join(words) + "\n")
-    (folder / "truth.json").write_text(json.dumps(scene.truth(), indent=2) + "\n")
+    (folder / "truth.json").write_text(json_text(scene.truth(), indent=2) + "\n")
