@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .base_config import check_configs, read_configs
-from .base_weights import plain_patterns, variant_of, variant_patterns, weight_files
+from .base_weights import MAX_CONFIG_BYTES, check_files, plain_patterns, variant_of, variant_patterns, weight_files
 from .config import MemoryConfig
 from .console import say
 from .errors import InputError
@@ -27,6 +27,7 @@ from .fingerprint import KIND, file_fingerprint, fingerprint, fingerprint_of_par
 from .finite import check_latents, check_pixels
 from .known_models import native_latents
 from .quantize import quantize_linears
+from .read_files import read_regular
 from .samplers import as_in_pipelines, check_steps, make_scheduler, read_scheduler, training_schedule
 from .single_file import configs_of_file, is_single_file, load_single_file
 
@@ -273,8 +274,8 @@ def resolve(name: str) -> tuple[Path, str, str | None]:
     """-> (local folder or safetensors file, source, revision). Downloads from the hub where `name` is not local."""
     if name == "toybox":
         return TOYBOX_FOLDER, "toybox", None
-    folder = Path(name).expanduser()
-    if name and os.path.isdir(folder):
+    folder = Path(name).expanduser()  # a known name means the known model, not what happens to lie here under it
+    if name and name not in HUB_MODELS and os.path.isdir(folder):
         return folder, str(folder.resolve()), None
     if name and is_single_file(folder):
         return folder, str(folder.resolve()), None
@@ -327,10 +328,11 @@ def _check_layout(folder: Path, name: str) -> None:
             f"'{name}' is not a Stable Diffusion folder in diffusers' layout: {folder} has no {', '.join(missing)}; "
             "convert it with diffusers or give another --model-path"
         )
+    check_files(folder)
     index = folder / "model_index.json"
-    if index.exists():
+    if os.path.lexists(index):
         try:
-            kind = str(json.loads(index.read_text())["_class_name"])
+            kind = str(json.loads(read_regular(index, MAX_CONFIG_BYTES))["_class_name"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise InputError(f"{index} cannot be read; fetch or copy the base model again") from None
         if "XL" in kind or "3" in kind:

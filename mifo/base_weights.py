@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from .errors import InputError
-from .read_files import check_regular
+from .read_files import check_regular, read_regular
 
 #: part -> how diffusers and transformers name its weights
 STEMS = {"text_encoder": "model", "vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model"}
@@ -14,6 +15,9 @@ STEMS = {"text_encoder": "model", "vae": "diffusion_pytorch_model", "unet": "dif
 VARIANTS = (None, "fp16", "bf16")
 MAX_FILE_BYTES = 1 << 34
 """Twice the largest checkpoint of Stable Diffusion 1.x or 2.x."""
+MAX_CONFIG_BYTES = 1 << 24
+#: What libraries open in the parts' folders.
+READ_SUFFIXES = (".json", ".txt", ".safetensors", ".model")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -51,6 +55,14 @@ def check_file(path: Path) -> None:
                          "model again") from None  # fmt: skip
 
 
+def check_files(folder: Path) -> None:
+    """Raises InputError where something that a library would open in the parts' folders is no regular file: a pipe would be
+    waited for, in C, where no signal is heard."""
+    for path in (p for part in sorted(folder.iterdir()) if part.is_dir() for p in sorted(part.iterdir())):
+        if path.suffix in READ_SUFFIXES and os.path.exists(path):
+            check_file(path)
+
+
 def _names(part: str, variant: str | None) -> tuple[str, str]:
     """File names of the weights in one file, and of the index of shards."""
     stem, suffix = STEMS[part], f".{variant}" if variant else ""
@@ -60,7 +72,7 @@ def _names(part: str, variant: str | None) -> tuple[str, str]:
 def _shards(index: Path) -> list[str]:
     try:
         check_file(index)
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(read_regular(index, MAX_CONFIG_BYTES))["weight_map"].values()))
         if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
             raise ValueError
     except InputError:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import InputError
+from .read_files import read_regular
 
 MAX_LAYOUT_BYTES = 1 << 20
 MAX_BOXES = 100  # a prompt holds fewer than 40 assets
@@ -178,14 +179,11 @@ def _load_json(source: str | Path) -> Any:
 
 def _read_text(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_LAYOUT_BYTES + 1)  # never more: the path may be a pipe or a device without an end
+        content = read_regular(path, MAX_LAYOUT_BYTES)
     except FileNotFoundError:
         _refuse(f"There is no boxes file {str(path)!r}, and it is not a JSON list or object either.")
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         _refuse(f"The boxes file {str(path)[:200]!r} cannot be read ({getattr(error, 'strerror', None) or error}).")
-    if len(content) > MAX_LAYOUT_BYTES:
-        _refuse(f"The boxes in {path} are larger than 1 MiB.")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -23,9 +23,11 @@ from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from .base_config import read_configs
-from .base_weights import STEMS, variant_of, weight_files
+from .base_weights import MAX_CONFIG_BYTES, STEMS, check_files, variant_of, weight_files
 from .errors import InputError
+from .json_text import json_text
 from .known_models import native_latents
+from .read_files import read_regular
 from .samplers import read_scheduler
 
 KIND = "2:"
@@ -68,6 +70,7 @@ def fingerprint_of_parts(parts: Mapping[str, torch.nn.Module], configs: Mapping[
 @lru_cache(maxsize=8)
 def _fingerprint(folder_name: str, _: tuple[tuple[Any, ...], ...]) -> str:
     folder = Path(folder_name)
+    check_files(folder)
     digests = {part: _files_digest(part, weight_files(folder, part, variant_of(folder, part))) for part in STEMS}
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
@@ -89,7 +92,7 @@ def _combine(digests: Mapping[str, str], configs: Mapping[str, Mapping[str, Any]
         "schedule": {name: schedule.config.get(name) or None for name in SCHEDULE_SETTINGS},
         "tokenizer": tokenizer_meaning(tokenizer),
     }
-    return KIND + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    return KIND + hashlib.sha256(json_text(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _settings(kind: Callable[..., Any], config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -114,7 +117,7 @@ def tokenizer_meaning(tokenizer: Any) -> str:
         "special": [str(getattr(tokenizer, name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")],
         "length": tokenizer.model_max_length,
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json_text(facts, sort_keys=True).encode()).hexdigest()
 
 
 # --- weights ------------------------------------------------------------------------------------
@@ -142,7 +145,7 @@ def _weights_digest(part: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> s
     with ThreadPoolExecutor(2) as pool:
         waiting = {name: pool.submit(_tensor_digest, t) for given, t in tensors if (name := weight_name(part, given))}
         found = sorted((name, digest.result()) for name, digest in waiting.items())
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+    return hashlib.sha256(json_text(found).encode()).hexdigest()
 
 
 def weight_name(part: str, name: str) -> str:
@@ -157,7 +160,7 @@ def weight_name(part: str, name: str) -> str:
 def _tensor_digest(tensor: torch.Tensor) -> str:
     """Of the shape and the values. Half-precision values are compared as the fp32 numbers that they are, so a model that was
     only saved at a higher precision is the same."""
-    digest = hashlib.sha256(json.dumps(list(tensor.shape)).encode())
+    digest = hashlib.sha256(json_text(list(tensor.shape)).encode())
     for piece in tensor.detach().cpu().flatten().split(PIECE):
         digest.update(piece.float().contiguous().numpy().data)
     return digest.hexdigest()
@@ -175,10 +178,12 @@ def file_fingerprint(folder: Path) -> str:
                 continue
             if path.suffix == ".json" and "config" in path.name:
                 try:
-                    settings = {k: v for k, v in json.loads(path.read_text()).items() if not k.startswith("_")}
-                except (ValueError, AttributeError, RecursionError):
+                    config = json.loads(read_regular(path, MAX_CONFIG_BYTES))
+                    settings = {k: v for k, v in config.items() if not k.startswith("_")}
+                    described = json_text([part, path.name, settings], sort_keys=True)
+                except (OSError, ValueError, AttributeError, RecursionError):
                     raise InputError(f"{path} is no JSON object; fetch or copy the base model again") from None
-                digest.update(json.dumps([part, path.name, settings], sort_keys=True).encode())
+                digest.update(described.encode())
             elif path.suffix == ".safetensors":
                 digest.update(_sample_weights(path))
     return digest.hexdigest()[:32]

@@ -5,7 +5,6 @@ Knows the jobs, their configurations and the knobs. Knows nothing of files besid
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from .base_model import TOYBOX_FOLDER, model_configs
 from .config import EditConfig, LearnConfig, MemoryConfig, RefinementConfig, SynthesisConfig
 from .errors import InputError
+from .json_text import json_text
 from .known_models import SHAPES, shape_of
 from .memory_trace import Peak
 from .plan_trace import Model, spread_boxes, trace_drawing, trace_learning, trace_placing, trace_tuning, trace_vae
@@ -144,13 +144,16 @@ def read_model(name: str) -> Model:
     """
     folder = TOYBOX_FOLDER if name == "toybox" else Path(name).expanduser()
     if name in SHAPES:
-        return Model(name, json.dumps(shape_of(name)))
+        return Model(name, json_text(shape_of(name)))
     if not name or not (folder.is_dir() or is_single_file(folder)):
         raise InputError(f"'{name}' cannot be planned for: expected {', '.join(SHAPES)}, toybox, a local folder or a .safetensors"
                          " file")  # fmt: skip
     shape = {part: {k: v for k, v in found.items() if k == "_diffusers_version" or not k.startswith("_")}
              for part, found in model_configs(folder).items()}  # fmt: skip
-    return Model(name, json.dumps(shape))
+    try:
+        return Model(name, json_text(shape))
+    except ValueError:
+        raise InputError(f"the configuration of '{name}' has a number that is not finite; fetch or copy it again") from None
 
 
 # --- phases -------------------------------------------------------------------------------------

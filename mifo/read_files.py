@@ -46,7 +46,8 @@ def _check(path: Path, found: os.stat_result, most_bytes: int) -> None:
         kind = next((name for is_kind, name in KINDS if is_kind(found.st_mode)), "special file")
         raise UnusableFile(path, f"it is no file, but a {kind}")
     if found.st_size > most_bytes:
-        raise UnusableFile(path, f"it has {_size(found.st_size)}, and at most {_size(most_bytes)} are read")
+        size, most = _size(found.st_size), _size(most_bytes)
+        raise UnusableFile(path, f"it has {size if size != most else f'more than {size}'}, and at most {most} are read")
 
 
 def _size(count: int) -> str:

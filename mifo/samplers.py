@@ -18,6 +18,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistep
 
 from .errors import InputError
 from .json_text import json_text
+from .read_files import read_regular
 
 SCHEDULERS: dict[str, Any] = {
     "ddim": DDIMScheduler,
@@ -62,7 +63,7 @@ def _named_class(model_folder: Path) -> str:
     for path, key in ((model_folder / "model_index.json", "scheduler"),
                       (model_folder / "scheduler" / "scheduler_config.json", "_class_name")):  # fmt: skip
         try:
-            named = json.loads(path.read_text())[key]
+            named = json.loads(read_regular(path, 1 << 20))[key]
             name = named[-1] if isinstance(named, list) else named
         except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
             continue

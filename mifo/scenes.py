@@ -25,6 +25,7 @@ from .instance import Instance
 from .json_text import record_text
 from .pictures import caption_below, enlarge, grid
 from .prompts import ASSET_PATTERN, BACKGROUND_TOKEN, assets_in, check_prompt, join_assets, things_among, tokenize_prompt
+from .read_files import read_regular
 from .synthesize import latent_shape, synthesize
 
 MAX_PROMPTS_BYTES = 1 << 20
@@ -115,16 +116,12 @@ def read_prompts(path: Path, tokens: Sequence[str]) -> list[str]:
     Raises InputError for a file that cannot be read, has none, or has one that names neither `{}` nor an asset.
     """
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_PROMPTS_BYTES + 1)
-        text = content.decode("utf-8-sig")
+        text = read_regular(path, MAX_PROMPTS_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text; save the file as UTF-8") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"the prompts file {str(path)[:200]} cannot be read ({reason})") from None
-    if len(content) > MAX_PROMPTS_BYTES:
-        raise InputError(f"{path} is larger than {MAX_PROMPTS_BYTES >> 20} MiB; write one short prompt a line")
+        raise InputError(f"the prompts file {str(path)[:200]} cannot be read ({reason}); write one short prompt a line") from None
     lines = [(n, line.strip()) for n, line in enumerate(text.splitlines(), 1) if line.strip() and line.strip()[0] != "#"]
     if not lines:
         raise InputError(f"{path} has no prompts; write one a line, such as: a photo of {{}} at the beach")

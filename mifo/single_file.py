@@ -5,7 +5,6 @@ diffusers converts the weights; it asks the hub for the configurations, which he
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors import safe_open
 
 from .base_weights import PICKLES, check_file, convert_file
 from .errors import InputError
+from .json_text import json_text
 from .known_models import WIDTH_DIVISORS, shape_of
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
@@ -114,8 +114,8 @@ def _write_configs(folder: Path, configs: dict[str, dict[str, Any]]) -> None:
              "vae": ("diffusers", "AutoencoderKL")}  # fmt: skip
     index = {"_class_name": "StableDiffusionPipeline", **kinds, "tokenizer": ("transformers", "CLIPTokenizer"),
              "scheduler": ("diffusers", "DDIMScheduler")}  # fmt: skip
-    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "model_index.json").write_text(json_text(index))
     for part, (_, kind) in kinds.items():
         (folder / part).mkdir()
         named = {"model_type": "clip_text_model"} if part == "text_encoder" else {"_class_name": kind}
-        (folder / part / "config.json").write_text(json.dumps({**named, **configs[part]}))
+        (folder / part / "config.json").write_text(json_text({**named, **configs[part]}))

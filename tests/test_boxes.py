@@ -210,7 +210,7 @@ BAD_FILES = {
     "Latin-1": ('["é"]'.encode("latin-1"), "not UTF-8"),
     "UTF-16, as PowerShell writes it": ("[[0, 0, 1, 1]]".encode("utf-16"), "save the file as UTF-8"),
     "a picture": (b"\x89PNG\r\n\x1a\n", "not UTF-8"),
-    "huge": (b" " * ((1 << 20) + 1), "larger than 1 MiB"),
+    "huge": (b" " * ((1 << 20) + 1), "more than 1 MiB, and at most 1 MiB are read"),
 }
 
 
@@ -231,7 +231,7 @@ def test_a_missing_file_and_a_folder_are_explained(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs a file without an end")
 def test_an_endless_file_is_refused_not_read() -> None:
-    with pytest.raises(InputError, match="larger than 1 MiB"):
+    with pytest.raises(InputError, match="it is no file, but a device"):
         parse_layout("/dev/zero", TOKENS)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -17,11 +18,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mifo import batch, command_parts
+from mifo.base_model import load_base_model, resolve
+from mifo.boxes import parse_layout
 from mifo.bundle import attach, base_of_bundle, export_for_diffusers, load_bundle
 from mifo.errors import InputError
+from mifo.evaluate.cases import read_cases
+from mifo.evaluate.toybox_backend import load_truth
 from mifo.instance import MAX_ASSETS, load_instance
 from mifo.read_files import UnusableFile, read_regular
 from mifo.references import keep_instance, kept_crops, kept_instance
+from mifo.scenes import read_prompts
 
 SPARSE = 3 << 30
 
@@ -286,3 +292,44 @@ def test_known_hub_models_go_by_their_short_names(tmp_path: Path):
             assert len(revision) == 40, f"{repo} is not pinned"
             edit_json(folder / "bundle.json", base={**record["base"], "name": "anything", "source": repo})
             assert base_of_bundle(load_bundle(folder)) == name
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "sparse"])
+@pytest.mark.parametrize("name", ["model_index.json", "tokenizer/tokenizer.json", "unet/config.json",
+                                  "scheduler/scheduler_config.json", "vae/diffusion_pytorch_model.safetensors"])  # fmt: skip
+def test_a_base_models_file_that_is_none_is_refused_at_once(tmp_path: Path, name: str, kind: str):
+    base = Path(shutil.copytree(tiny_base_folder(), tmp_path / "base"))
+    (base / name).unlink()
+    if kind == "sparse":
+        sparse(base / name, 60 << 30)
+    else:
+        special(base / name, kind)
+    started = time.monotonic()
+    with pytest.raises(InputError, match=re.escape(str(base / Path(name).parent))):
+        load_base_model(str(base))
+    assert time.monotonic() - started < 3
+
+
+def test_a_known_name_is_never_a_folder_that_happens_to_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A bundle says sd1.5; a folder of that name in the working directory is something else."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sd1.5").symlink_to(tiny_base_folder())
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: "/from/the/hub/0123")
+    assert resolve("sd1.5")[0] == Path("/from/the/hub/0123") and resolve("./sd1.5")[0] == Path("sd1.5")
+
+
+# --- texts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "socket", "sparse"])
+def test_texts_that_are_no_files_are_refused_at_once(tmp_path: Path, kind: str):
+    special(tmp_path / "text", kind)
+    for read in (lambda p: parse_layout(p, ("<asset0>",)), lambda p: read_prompts(p, ("<asset0>",)),
+                 lambda p: read_cases(p, None, ("<asset0>",), [])):  # fmt: skip
+        with pytest.raises(InputError, match=rf"cannot be read \(it (is no file, but a {kind}|has 3072 MiB)"):
+            read(tmp_path / "text")
+    folder = write_instance(tmp_path / "cups")
+    instance = load_instance(folder)
+    special(folder / "truth.json", kind)
+    with pytest.raises(InputError, match=r"truth\.json cannot be read"):
+        load_truth(instance)

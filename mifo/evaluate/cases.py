@@ -21,6 +21,7 @@ from ..image_file import DECODE_ERRORS, load_image
 from ..instance import Instance
 from ..json_text import json_text
 from ..prompts import assets_in, check_characters, check_prompt, join_assets
+from ..read_files import read_regular
 
 PLACES = ("at the beach", "in the snow", "on the grass")
 MAX_PROMPTS_BYTES = 1 << 18
@@ -107,16 +108,14 @@ def read_cases(prompts: Path | None, boxes: str | None, tokens: Sequence[str], a
 
 def _read_prompts(path: Path) -> list[str]:
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_PROMPTS_BYTES + 1)
-        text = content.decode("utf-8-sig")
+        text = read_regular(path, MAX_PROMPTS_BYTES).decode("utf-8-sig")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         shown = str(path)[:200]
         raise InputError(f"the prompts file {shown} cannot be read ({reason}); give a text file, one prompt a line") from None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines or len(content) > MAX_PROMPTS_BYTES:
-        raise InputError(f"the prompts file {path} is {'too large' if lines else 'empty'}; write one prompt a line")
+    if not lines:
+        raise InputError(f"the prompts file {path} is empty; write one prompt a line")
     for number, line in enumerate(lines, 1):
         check_characters(line, f"{path}: prompt {number}")
     return lines

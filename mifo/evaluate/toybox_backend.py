@@ -6,6 +6,7 @@ Similarity of two things is the share of their four looks that agree: class, mai
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 from ..errors import InputError
-from ..instance import Instance
+from ..instance import MAX_TRUTH_BYTES, Instance
+from ..read_files import read_regular
 from ..toybox.draw import CLASSES, COLORS, PATTERNS, RARE_CLASSES
 from ..toybox.judge import Finding, Judge, Verdict, judge_images, load_judge
 from ..toybox.world import BACKGROUND_PHRASES, Thing, mask_box, random_scene
@@ -25,7 +27,6 @@ from .metrics import Array, BoxTuple, box_ious
 Looks = tuple[str, str, str | None, str]  # class, main colour, second colour (None when plain), pattern
 MIN_IOU = 0.1  # a box that overlaps no finding by more holds nothing
 UNRELATED_SEED = 800_000
-MAX_TRUTH_BYTES = 1 << 20
 
 
 class ToyboxBackend:
@@ -101,12 +102,10 @@ def load_truth(instance: Instance) -> list[Thing] | None:
     Raises InputError when it cannot be read or is about another number of things.
     """
     path = Path(instance.source) / "truth.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     try:
-        if path.stat().st_size > MAX_TRUTH_BYTES:
-            raise ValueError(f"{path.stat().st_size >> 10} KiB")
-        things = [_thing(record) for record in json.loads(path.read_text())["things"]]
+        things = [_thing(record) for record in json.loads(read_regular(path, MAX_TRUTH_BYTES))["things"]]
     except (OSError, AttributeError, OverflowError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as a drawn scene's truth ({error}); remove it or draw the scene again") from None
     if len(things) != instance.count:
