@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -12,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from _tiny import FAST, copy_bundle, load_base, mifo, tiny_base_folder, write_instance
+from _tiny import FAST, copy_bundle, edit_json, load_base, mifo, tiny_base_folder, write_instance
 from PIL import Image, ImageDraw
 
 from mifo.boxes import Box, Layout
 from mifo.bundle import load_bundle
 from mifo.command_parts import instance_of
 from mifo.config import KeepConfig, learn_preset
+from mifo.errors import InputError
 from mifo.evaluate.backend import Seen
 from mifo.evaluate.cases import Case, Picture
 from mifo.evaluate.measure import measure_pictures, summarize
@@ -164,10 +167,68 @@ def test_photo_back_end_wiring(photo_models: dict[str, str], tmp_path: Path):
     picture = Picture(Case(PROMPT, Layout(TOKENS[:2], (Box(0, 0, 0.5, 1), Box(0.5, 0, 1, 1)))), 0, instance.image, "cups.png")
     (record,) = measure_pictures([picture], backend, TOKENS[:2])
     assert all(record["crops"])  # a detector that misses is no proof that nothing is there
+    assert backend.facts()["revisions"] == {"dino": None, "clip": None, "detector": None}  # local folders
     models = {**photo_models, "clip": str(tmp_path)}
     words = [w for kind, path in models.items() for w in (f"--{kind}", path)]
     result = mifo("evaluate", copy_bundle(tmp_path / "bundle"), "--output-path", tmp_path / "out", *words, exit_code=2)
     assert f"the clip model '{tmp_path}' cannot be loaded" in result.stderr
+
+
+def test_a_models_own_code_is_never_run(photo_models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not even when the terminal's answer to transformers' question would be yes."""
+    from mifo.evaluate.photo_backend import PhotoBackend
+
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\n"))
+    instance, canary = load_instance(write_instance(tmp_path / "cups")), tmp_path / "canary"
+    for kind, path in photo_models.items():
+        folder = Path(shutil.copytree(path, tmp_path / kind))
+        (folder / "evil.py").write_text(f"open({str(canary)!r}, 'w')")
+        for name in ("config.json", "preprocessor_config.json"):
+            edit_json(folder / name, model_type="evil", auto_map=dict.fromkeys(
+                ("AutoConfig", "AutoModel", "AutoModelForZeroShotObjectDetection", "AutoProcessor", "AutoImageProcessor"),
+                "evil.Evil"))  # fmt: skip
+        with pytest.raises(InputError, match=f"the {kind} model .* cannot be loaded"):
+            PhotoBackend(instance, **{**photo_models, kind: str(folder)})
+        assert not canary.exists()
+
+
+def test_a_models_pickle_or_pipe_is_never_opened(photo_models: dict[str, str], tmp_path: Path):
+    from mifo.evaluate.photo_backend import PhotoBackend
+
+    instance = load_instance(write_instance(tmp_path / "cups"))
+    folder = Path(shutil.copytree(photo_models["dino"], tmp_path / "dino"))
+    weights = folder / "model.safetensors"
+    torch.save({}, folder / "pytorch_model.bin")
+    weights.rename(tmp_path / "weights")
+    with pytest.raises(InputError, match=r"the dino model .* cannot be loaded"):
+        PhotoBackend(instance, **{**photo_models, "dino": str(folder)})
+    os.mkfifo(weights)
+    with pytest.raises(InputError, match=r"the dino model .* cannot be loaded .*pipe"):
+        PhotoBackend(instance, **{**photo_models, "dino": str(folder)})
+
+
+def test_models_from_the_hub_are_pinned_and_their_commits_recorded(photo_models: dict[str, str], tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch):  # fmt: skip
+    from mifo.evaluate.photo_backend import PhotoBackend
+    from mifo.evaluate.photo_models import CLIP, DETECTOR, DINO, REVISIONS
+
+    asked = {}
+
+    def download(name: str, revision: str, allow_patterns: list[str]) -> str:
+        asked[name] = revision
+        assert set(allow_patterns) == {"*.json", "*.txt", "*.safetensors"}
+        kind = {DINO: "dino", CLIP: "clip"}.get(name, "detector")
+        commit = revision if name in REVISIONS else "5" * 40
+        return shutil.copytree(photo_models[kind], tmp_path / name / commit)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / DINO).mkdir(parents=True)  # a folder that happens to have the name is not what is meant
+    assert all(re.fullmatch("[0-9a-f]{40}", REVISIONS[name]) for name in (DINO, CLIP, DETECTOR))
+    backend = PhotoBackend(load_instance(write_instance(tmp_path / "cups")), detector="somebody/owl")
+    assert asked == {DINO: REVISIONS[DINO], CLIP: REVISIONS[CLIP], "somebody/owl": "main"}
+    assert backend.facts()["revisions"] == {"dino": REVISIONS[DINO], "clip": REVISIONS[CLIP], "detector": "5" * 40}
 
 
 # --- the command --------------------------------------------------------------------------------

@@ -7,13 +7,15 @@ import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from _tiny import copy_bundle, edit_json, learn_arguments, load_base, mifo, snapshot, tiny_base_folder, write_instance
+from _tiny import ROOT, copy_bundle, edit_json, learn_arguments, load_base, mifo, snapshot, tiny_base_folder, write_instance
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -333,3 +335,38 @@ def test_texts_that_are_no_files_are_refused_at_once(tmp_path: Path, kind: str):
     special(folder / "truth.json", kind)
     with pytest.raises(InputError, match=r"truth\.json cannot be read"):
         load_truth(instance)
+
+
+# --- native code ----------------------------------------------------------------------------------
+
+USE_LIBRARIES = """
+import importlib.util
+import mifo.bundle, mifo.quantize
+import transformers.utils, diffusers.utils
+assert importlib.util.find_spec("kernels") is None
+assert not transformers.utils.is_kernels_available() and not diffusers.utils.is_kernels_available()
+from transformers.integrations import hub_kernels
+assert not hub_kernels._kernels_enabled
+mifo.quantize._bitsandbytes()
+try:
+    from kernels import get_kernel
+except ImportError:
+    pass
+else:
+    raise SystemExit("kernels can be imported")
+"""
+
+
+def test_an_installed_kernels_package_is_never_asked_for_native_code(tmp_path: Path):
+    """bitsandbytes asks while it is imported, on processors with AVX512-BF16."""
+    used = tmp_path / "used"
+    (tmp_path / "kernels.py").write_text(f"open({str(used)!r}, 'a').write('imported ')\n"
+                                         f"def get_kernel(*a, **k): open({str(used)!r}, 'a').write(str(a))\n")  # fmt: skip
+    info = tmp_path / "kernels-0.13.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.13.0\n")
+    path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", USE_LIBRARIES], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": path, "USE_HUB_KERNELS": "YES"})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not used.exists(), used.read_text()

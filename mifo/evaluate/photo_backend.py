@@ -1,7 +1,7 @@
 """The photo back end: DINOv2 for identity, CLIP for prompts, OWLv2 for detections, all through transformers.
 
 Similarities are cosines of class tokens: comparable within one run, not a share of anything. Model names are hub ids or local
-folders; only configurations and safetensors are read, never pickles.
+folders; only configurations and safetensors are read, never pickles or code.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ from ..instance import Instance
 from ..prompts import ASSET_PATTERN
 from .backend import Detection, Seen
 from .metrics import Array, BoxTuple, box_ious
+from .photo_models import CLIP, DETECTOR, DINO, load
 
-DINO = "facebook/dinov2-base"
-CLIP = "openai/clip-vit-base-patch32"
-DETECTOR = "google/owlv2-base-patch16-ensemble"
 GREY = (127, 127, 127)  # around a masked source crop, and around a crop that is no square
 MAX_OVERLAP = 0.5  # IoU above which two detections are the same thing
 DEFAULT_WORD = "object"
@@ -46,17 +44,20 @@ class PhotoBackend:
         self.models = {"dino": dino, "clip": clip, "detector": detector}
         self.device, self.min_score = device, min_score
         self.words = instance.words or (DEFAULT_WORD,) * instance.count
-        self.dino, self.dino_pixels = _load("dino", dino, AutoModel, AutoImageProcessor, device)
-        self.clip, self.clip_inputs = _load("clip", clip, AutoModel, AutoProcessor, device)
-        self.detector, self.detector_inputs = _load("detector", detector, AutoModelForZeroShotObjectDetection, AutoProcessor,
-                                                    device)  # fmt: skip
+        self.revisions: dict[str, str | None] = {}
+        self.dino, self.dino_pixels, self.revisions["dino"] = load("dino", dino, AutoModel, AutoImageProcessor, device)
+        self.clip, self.clip_inputs, self.revisions["clip"] = load("clip", clip, AutoModel, AutoProcessor, device)
+        self.detector, self.detector_inputs, self.revisions["detector"] = load(
+            "detector", detector, AutoModelForZeroShotObjectDetection, AutoProcessor, device
+        )
         if not hasattr(self.clip, "logit_scale") or not hasattr(self.detector_inputs, "post_process_grounded_object_detection"):
             raise InputError(f"'{clip}' must be a CLIP model and '{detector}' an OWL-ViT or OWLv2 detector; give other ones")
         crops = [source_crop(instance.image, mask) for mask in instance.masks]
         self.sources = self._embed(crops)  # (N, D)
 
     def facts(self) -> dict[str, Any]:
-        return {"name": self.name, "models": self.models, "min_detection_score": self.min_score, "words": list(self.words),
+        return {"name": self.name, "models": self.models, "revisions": self.revisions,
+                "min_detection_score": self.min_score, "words": list(self.words),
                 "similarity": "cosine of DINOv2 class tokens; the source crop is masked, the other is cut by its box",
                 "distance": "1 - cosine of DINOv2 class tokens of the whole pictures",
                 "prompt_fit": "cosine of CLIP's embeddings of the picture and of the prompt"}  # fmt: skip
@@ -105,19 +106,6 @@ class PhotoBackend:
         squares = [_to_square(image) for image in images]
         inputs = self.dino_pixels(images=squares, return_tensors="pt").to(self.device)
         return F.normalize(self.dino(**inputs).last_hidden_state[:, 0].float(), dim=-1)
-
-
-def _load(kind: str, name: str, model_class: Any, inputs_class: Any, device: str) -> tuple[Any, Any]:
-    try:
-        model = model_class.from_pretrained(name, use_safetensors=True)
-        inputs = inputs_class.from_pretrained(name)
-    except Exception as error:  # transformers and the hub raise many kinds
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"the {kind} model '{name}' cannot be loaded ({reason}); check the name and the connection, or give a local folder "
-            f"with --{kind}"
-        ) from None
-    return model.to(device).eval().requires_grad_(False), inputs
 
 
 def source_crop(image: Image.Image, mask: Image.Image) -> Image.Image:
