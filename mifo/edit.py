@@ -30,7 +30,7 @@ from .errors import InputError
 from .finite import check_pixels
 from .guidance import LatentGuidance
 from .mask_file import Island, islands_in_words, without_islands
-from .memory import peak_gib
+from .memory import PeakMemory
 from .prompts import NEGATIVE, TokenizedPrompt, assets_in, check_prompt, tokenize_prompt
 from .ranking import asset_similarity, best_first, prompt_similarity
 from .synthesize import check_boxes, encode_texts
@@ -149,11 +149,12 @@ def edit(base: BaseModel, image: Image.Image, mask: BoolArray, prompt: str, toke
         blend.guidance = LatentGuidance(base.unet, control, config.guidance, prompt_states)
         if on_canvas is None:
             blend.bind_words(control)
-    with bound_attention(base.unet, control) if control else nullcontext():
-        latents = denoise(base.unet, scheduler, blend.start(), states, negative_states, config.steps, config.guidance_scale,
-                          blend.before_step, blend.after_step, on_progress, first_step)  # fmt: skip
-    closeness = prompt_similarity(base.unet, scheduler, latents, blend.masks[-1], prompt_states, empty_states)
-    drawn = _decode(base, latents, canvas, frame.coverage(mask, base.resolution) >= 0.5, config)
+    with PeakMemory(base.device) as peak:
+        with bound_attention(base.unet, control) if control else nullcontext():
+            latents = denoise(base.unet, scheduler, blend.start(), states, negative_states, config.steps, config.guidance_scale,
+                              blend.before_step, blend.after_step, on_progress, first_step)  # fmt: skip
+        closeness = prompt_similarity(base.unet, scheduler, latents, blend.masks[-1], prompt_states, empty_states)
+        drawn = _decode(base, latents, canvas, frame.coverage(mask, base.resolution) >= 0.5, config)
     regions = _asset_regions(on_canvas, frame.coverage(mask, base.resolution) > 0)
     candidates = []
     for k, pixels in enumerate(drawn):
@@ -165,7 +166,7 @@ def edit(base: BaseModel, image: Image.Image, mask: BoolArray, prompt: str, toke
         candidates.append(Candidate(pixels, seed + k, scores))
     ranked = [candidates[k] for k in best_first([c.scores for c in candidates])]
     return Edit(image, mask, frame, canvas, ranked, frame.side / side, prompt, on_canvas, config, seed,
-                time.monotonic() - started, peak_gib(base.device), _notes(frame, inside, config, islands))  # fmt: skip
+                time.monotonic() - started, peak.gib, _notes(frame, inside, config, islands))  # fmt: skip
 
 
 class _Blending:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from diffusers.optimization import get_constant_schedule_with_warmup, get_cosine_with_hard_restarts_schedule_with_warmup
 from peft import PeftModel
 
@@ -37,11 +36,12 @@ from .learn_report import attention_shares, environment, snapshot_maps, write_at
 from .learn_state import capture, identity_of, place, restore
 from .losses import masked_diffusion_loss, match_loss, penalty_loss, reward_loss, separation_loss
 from .mask_sizes import mask_at_map
-from .memory import peak_gib
+from .memory import PeakMemory
 from .prior import PriorData, make_prior
 from .prompts import add_asset_tokens, join_assets, tokenize_prompt
 from .quantize import why_no_8bit_adam
 from .references import keep_instance
+from .stepper import Stepper
 
 
 @dataclass(frozen=True)
@@ -87,18 +87,18 @@ def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path
     process learns to `folder`, and when a checkpoint that should be resumed is another run's.
     """
     identity = identity_of(instance, base, config, initializer_words)
-    with open_checkpoints(folder, identity, checkpointing or Checkpointing()) as checkpoints:
-        bundle = _learn(instance, base, config, folder, report, initializer_words, checkpoints, judge)
+    with open_checkpoints(folder, identity, checkpointing or Checkpointing()) as checkpoints, PeakMemory(base.device) as peak:
+        bundle = _learn(instance, base, config, folder, report, initializer_words, checkpoints, judge, peak)
         checkpoints.clear()
     return bundle
 
 
 def _learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path, report: Report,
            initializer_words: Sequence[str | None] | None, checkpoints: Checkpoints,
-           judge: CheckpointJudge | None) -> Bundle:  # fmt: skip
+           judge: CheckpointJudge | None, peak: PeakMemory) -> Bundle:  # fmt: skip
     started = time.monotonic()
     resumed = checkpoints.load()
-    accelerator = Accelerator(cpu=base.device.type == "cpu", mixed_precision=config.mixed_precision)
+    stepper = Stepper(base.device, config.mixed_precision)
     _check_resolution(base, config.resolution)
     tokens = instance.tokens
     known = base.tokenizer.get_added_vocab()
@@ -111,14 +111,15 @@ def _learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Pat
     words = initializer_words or [None] * instance.count
     rows = initial_rows(base.text_encoder.get_input_embeddings(), base.tokenizer, words)
     with use_assets(base.text_encoder, ids, rows) as embedding, gradient_checkpointing(base, config.gradient_checkpointing):
-        learner = Learner(base, data, config, embedding, accelerator, prior, checkpoints, started, resumed, judge)
+        learner = Learner(base, data, config, embedding, stepper, prior, checkpoints, started, resumed, judge)
         learner.train_rows(report)
         with lend_adapters(base, config.lora, config.seed) as adapters:
             learner.train_adapters(adapters, report)
             shares = attention_shares(base, data, tokens, config.lora.attention)
             facts = {
                 "seconds": round(learner.seconds(), 1),
-                "peak_gib": round(peak_gib(base.device), 3),
+                "peak_gib": round(peak.gib, 3),
+                "peak_of": peak.of,
                 "attention_inside_mask": {t: round(s, 4) for t, s in zip(tokens, shares, strict=True)},
                 "losses": learner.curve,
                 "skipped_steps": learner.skipped_steps,
@@ -182,14 +183,14 @@ class Learner:
     """Both phases' shared parts: the step, its losses, and what is kept to be shown."""
 
     def __init__(self, base: BaseModel, data: InstanceData, config: LearnConfig, embedding: AssetEmbedding,
-                 accelerator: Accelerator, prior: PriorData | None, checkpoints: Checkpoints | None = None,
+                 stepper: Stepper, prior: PriorData | None, checkpoints: Checkpoints | None = None,
                  started: float | None = None, resumed: dict[str, Any] | None = None,
                  judge: CheckpointJudge | None = None):  # fmt: skip
         self.checkpoints, self.resumed = checkpoints, resumed
         self.started = time.monotonic() if started is None else started
         self.skipped_steps = 0
         self.base, self.data, self.config = base, data, config
-        self.embedding, self.accelerator, self.prior = embedding, accelerator, prior
+        self.embedding, self.stepper, self.prior = embedding, stepper, prior
         self.rng = np.random.default_rng(config.seed)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.curve: list[dict[str, float]] = []
@@ -228,7 +229,6 @@ class Learner:
     def _run(self, name: str, phase: EmbeddingPhase | LoraPhase, optimizer: torch.optim.Optimizer, prior: PriorData | None,
              report: Report) -> None:  # fmt: skip
         sites = choose_sites(self.base.unet, phase.attention.blocks, phase.attention.levels)
-        optimizer = self.accelerator.prepare(optimizer)
         scheduler = make_lr_schedule(optimizer, phase)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.keeper = self._make_keeper(name, phase.attention, parameters)
@@ -243,12 +243,10 @@ class Learner:
                 losses = self._losses(phase, step, sites, recorder, prior)
                 parts = losses.as_floats()
                 self._refuse_nonfinite({f"{k} loss": v for k, v in parts.items()}, name, step)
-                self.accelerator.backward(losses.total)
-                norm = self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
-                if self.accelerator.scaler is None:  # a scaler skips such a step by itself, and is counted
+                norm = self.stepper.backward(losses.total, optimizer, parameters, self.config.max_grad_norm)
+                if self.stepper.scaler is None:  # a scaler skips such a step by itself, and is counted
                     self._refuse_nonfinite({"gradient": float(norm)}, name, step)
-                optimizer.step()
-                self.skipped_steps += bool(getattr(optimizer, "step_was_skipped", False))
+                self.skipped_steps += not self.stepper.step(optimizer)
                 scheduler.step()
                 optimizer.zero_grad(set_to_none=True)
                 if step % 10 == 0:

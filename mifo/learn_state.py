@@ -42,7 +42,7 @@ def place(phase: str, step: int, total: int) -> str:
 
 def capture(learner: Learner, phase: str, step: int, parameters: Sequence[torch.Tensor], optimizer: Any, scheduler: Any) -> dict:
     """The state after `step` steps of `phase`."""
-    scaler = learner.accelerator.scaler
+    scaler = learner.stepper.scaler
     return {
         "phase": phase,
         "step": step,
@@ -66,8 +66,8 @@ def restore(learner: Learner, state: dict[str, Any], parameters: Sequence[torch.
             parameter.copy_(saved)
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
-    if state["scaler"] is not None and learner.accelerator.scaler is not None:
-        learner.accelerator.scaler.load_state_dict(state["scaler"])
+    if state["scaler"] is not None and learner.stepper.scaler is not None:
+        learner.stepper.scaler.load_state_dict(state["scaler"])
     learner.curve, learner.snapshots = state["curve"], state["snapshots"]
     learner.skipped_steps = state["skipped_steps"]
     if state["keeper"] is not None and learner.keeper is not None:

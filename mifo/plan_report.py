@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
+from .memory import limit_memory
 from .planner import GIB, ITEMS, KNOBS, RESERVE, Plan
 
 ALWAYS = "fused attention, latents encoded once, rows instead of the embedding table"
@@ -70,9 +69,7 @@ def limit_gpu(plan: Plan, device: str) -> None:
     """Makes the budget binding: PyTorch's allocator refuses what goes beyond it. No effect on a CPU."""
     if plan.budget is None or not device.startswith("cuda"):
         return
-    chosen = torch.device(device)
-    total = torch.cuda.get_device_properties(chosen).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (plan.budget - RESERVE) / total), chosen)
+    limit_memory(device, plan.budget - RESERVE)
 
 
 def _row(label: str, cells: list[str]) -> str:

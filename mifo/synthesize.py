@@ -25,7 +25,7 @@ from .denoise import denoise, seeded_noise
 from .files import replace_files
 from .guidance import LatentGuidance, MaskRefinement
 from .json_text import record_text
-from .memory import peak_gib
+from .memory import PeakMemory
 from .pictures import caption_below, draw_boxes, enlarge, grid, to_images
 from .prompts import NEGATIVE, TokenizedPrompt, check_prompt, tokenize_prompt
 
@@ -41,6 +41,7 @@ class Synthesis:
     seed: int
     seconds: float
     peak_gib: float
+    """As `memory.PeakMemory` counts it while the pictures are drawn: on a GPU its own, on a CPU the process's."""
     guidance_history: list[tuple[int, int, float]] = field(default_factory=list)
     """(step, iteration, mean normalized loss)"""
 
@@ -76,13 +77,15 @@ def synthesize(base: BaseModel, prompt: str, layout: Layout | None, tokens: Sequ
     channels = int(base.unet.config["in_channels"])
     latents, generators = seeded_noise((channels, *latent_size), seed, count, base.device)
     run = _Run(base, config, control, states[:, : len(tokenized.input_ids)])
-    with bound_attention(base.unet, control) if control else nullcontext():
-        latents = denoise(base.unet, base.sampler(config.scheduler), latents, states, negative_states, config.steps,
-                          config.guidance_scale, run.before_step, run.after_step, on_progress, generators=generators)  # fmt: skip
-    with torch.no_grad():
-        images = to_images(base.decode(latents))
+    with PeakMemory(base.device) as peak:
+        with bound_attention(base.unet, control) if control else nullcontext():
+            sampler = base.sampler(config.scheduler)
+            latents = denoise(base.unet, sampler, latents, states, negative_states, config.steps, config.guidance_scale,
+                              run.before_step, run.after_step, on_progress, generators=generators)  # fmt: skip
+        with torch.no_grad():
+            images = to_images(base.decode(latents))
     history = run.guidance.history if run.guidance else []
-    return Synthesis(images, prompt, layout, config, seed, time.monotonic() - started, peak_gib(base.device), history)
+    return Synthesis(images, prompt, layout, config, seed, time.monotonic() - started, peak.gib, history)
 
 
 def encode_texts(base: BaseModel, texts: Sequence[Sequence[int]], negative: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from make_random_sd import sharpen, write_tokenizer
 from PIL import Image, ImageDraw
@@ -28,6 +27,7 @@ from mifo.known_models import shape_of
 from mifo.learn import Learner, gradient_checkpointing, lend_adapters, make_optimizer
 from mifo.prior import PriorData
 from mifo.prompts import add_asset_tokens
+from mifo.stepper import Stepper
 
 
 def build_base(name: str, width_divisor: int, dtype: torch.dtype, device: str, channels_last: bool = False,
@@ -90,11 +90,11 @@ def make_learner(base: BaseModel, instance: Any, options: Any, lora: bool) -> It
     ids = [base.tokenizer.get_added_vocab()[t] for t in tokens]
     prior = PriorData(("a photo of a house",), torch.randn(data.moments[False][0].shape).to(base.device))
     rows = initial_rows(base.text_encoder.get_input_embeddings(), base.tokenizer, [None] * data.count)
-    accelerator = Accelerator(cpu=base.device.type == "cpu", mixed_precision="fp16" if base.dtype is torch.float16 else "no")
+    stepper = Stepper(base.device, "fp16" if base.dtype is torch.float16 else "no")
     with ExitStack() as stack:
         embedding = stack.enter_context(use_assets(base.text_encoder, ids, rows))
         stack.enter_context(gradient_checkpointing(base, config.gradient_checkpointing))
-        learner = Learner(base, data, config, embedding, accelerator, prior if lora else None)
+        learner = Learner(base, data, config, embedding, stepper, prior if lora else None)
         parameters: list[Any] = [embedding.rows]
         if lora:
             adapters = stack.enter_context(lend_adapters(base, config.lora, 0))
@@ -110,14 +110,13 @@ def run_step(learner: Any, phase: str) -> Callable[[], None]:
     """One whole optimizer step, as the learner's own loop makes it."""
     settings = learner.config.lora if phase == "phase2" else learner.config.embedding
     sites = choose_sites(learner.base.unet, settings.attention.blocks, settings.attention.levels)
-    optimizer = learner.accelerator.prepare(learner.optimizer)
+    optimizer = learner.optimizer
 
     def step() -> None:
         with record_attention(learner.base.unet, sites) as recorder:
             losses = learner._losses(settings, 0, sites, recorder, learner.prior)
-            learner.accelerator.backward(losses.total)
-            learner.accelerator.clip_grad_norm_(learner.parameters, learner.config.max_grad_norm)
-            optimizer.step()
+            learner.stepper.backward(losses.total, optimizer, learner.parameters, learner.config.max_grad_norm)
+            learner.stepper.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
             losses.as_floats()
 

@@ -41,7 +41,7 @@ from mifo.embedding import use_assets
 from mifo.json_text import json_text, record_text
 from mifo.known_models import shape_of
 from mifo.losses import masked_diffusion_loss, penalty_loss
-from mifo.memory import peak_gib
+from mifo.memory import process_peak_gib
 from mifo.memory_trace import LiveBytes
 from mifo.plan_trace import Model, build, trace_learning
 
@@ -206,14 +206,15 @@ def measured_for_real(shape: str, width_divisor: int, case: Case, device: str) -
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             step()
-            return {"total": (torch.cuda.max_memory_allocated() - before) / GIB, "allocator_peak": peak_gib("cuda")}
+            peak = torch.cuda.max_memory_allocated()
+            return {"total": (peak - before) / GIB, "allocator_peak": peak / GIB}
         step()
         resident = _Resident()
         step()
         resident_gib = resident.growth_gib()
         with LiveBytes([t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]) as live:
             step()
-    return {"total": live.peak.total / GIB, "resident_growth": resident_gib, "process_peak": peak_gib()}
+    return {"total": live.peak.total / GIB, "resident_growth": resident_gib, "process_peak": process_peak_gib()}
 
 
 class _Resident:

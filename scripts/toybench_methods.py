@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from PIL import Image
 
 from mifo.base_model import BaseModel
@@ -36,6 +35,7 @@ from mifo.json_text import record_text
 from mifo.learn import Learner, learn, lend_adapters
 from mifo.prior import make_prior
 from mifo.prompts import add_asset_tokens, join_assets
+from mifo.stepper import Stepper
 
 PAIRS = 24
 
@@ -218,8 +218,7 @@ def trained(base: BaseModel, instance: Instance, plan: Training, work: Path, bac
     with_prior = config.prior.enabled and config.lora.train_steps > 0
     prior = make_prior(base, config.prior, base.resolution, config.seed, work.parent / ".prior") if with_prior else None
     with use_assets(base.text_encoder, ids, rows) as embedding:
-        accelerator = Accelerator(cpu=base.device.type == "cpu", mixed_precision="no")
-        learner = Learner(base, data, config, embedding, accelerator, prior)
+        learner = Learner(base, data, config, embedding, Stepper(base.device), prior)
         learner.train_rows(lambda _: None)
         lend = whole_model(base, embedding.table) if plan.kind == "full" else lend_adapters(base, config.lora, config.seed)
         with lend as parts:

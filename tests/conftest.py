@@ -16,6 +16,17 @@ if TYPE_CHECKING:
     from mifo.base_model import BaseModel
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` run where CUDA is."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="no CUDA here"))
+
+
 def _sharpen(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """Makes a random UNet's attention maps uneven; they would all be flat otherwise, and steer nothing."""
     for name, weight in unet.named_parameters():

@@ -19,7 +19,8 @@ ROWS = (
     ("image_file", "image_metadata", "colour_profile", "mask_file", "mask_orientation"),  # picture files
     ("instance", "asset_crops", "references", "pictures", "picture_file", "edit_frame", "blending", "clean_plate",
      "ranking"),  # pixels
-    ("keep_best", "embedding", "losses", "mask_sizes", "attention", "guidance", "denoise", "samplers"),  # tensors, a bare UNet
+    ("keep_best", "stepper", "embedding", "losses", "mask_sizes", "attention", "guidance", "denoise",
+     "samplers"),  # tensors, a bare UNet
     ("base_config", "base_weights", "single_file", "fingerprint", "base_model"),
     ("bundle_files", "bundle", "dataset", "prior", "mask_check", "checkpoints", "batch"),  # what a base is dressed and fed with
     ("learn_report", "learn_state", "learn", "synthesize", "edit", "edit_files", "scenes"),

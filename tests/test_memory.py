@@ -32,6 +32,7 @@ from mifo.memory_trace import LiveBytes
 from mifo.plan_trace import trace_learning, trace_tuning
 from mifo.planner import GIB, RESERVE, Settings, make_plan, phases_of, read_model
 from mifo.prompts import add_asset_tokens
+from mifo.stepper import Stepper
 
 # --- counting -----------------------------------------------------------------------------------
 
@@ -73,8 +74,6 @@ def real_learner(base: BaseModel, folder: Path, checkpointing: bool) -> tuple[Le
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_plan_of_a_learning_step_is_what_a_real_step_takes(tmp_path: Path, checkpointing: bool) -> None:
-    from accelerate import Accelerator
-
     base = load_base()
     config, data = real_learner(base, tmp_path, checkpointing)
     tokens = ["<asset0>", "<asset1>"]
@@ -85,7 +84,7 @@ def test_the_plan_of_a_learning_step_is_what_a_real_step_takes(tmp_path: Path, c
     with use_assets(base.text_encoder, ids, rows) as embedding, lend_adapters(base, config.lora, 0), \
             gradient_checkpointing(base, checkpointing):  # fmt: skip
         embedding.rows.requires_grad_(True)
-        learner = Learner(base, data, config, embedding, Accelerator(cpu=True), None)
+        learner = Learner(base, data, config, embedding, Stepper(base.device), None)
         gc.collect()
         known = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
         with record_attention(base.unet, sites) as recorder, LiveBytes(known) as live:
@@ -246,20 +245,15 @@ def test_a_gradient_scaler_steps_adapters_on_an_fp16_base() -> None:
 
 
 def test_both_phases_learn_in_fp16_through_the_learners_own_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from accelerate import Accelerator
-
     base = load_base_model(str(tiny_base_folder()), "cpu", torch.float16)
     config, data = real_learner(base, tmp_path, checkpointing=False)
     config = replace(config, embedding=replace(config.embedding, train_steps=2), lora=replace(config.lora, train_steps=1, rank=2))
-    accelerator = Accelerator(cpu=True)
-    accelerator.native_amp = True  # Accelerate makes no scaler for a CPU by itself
-    monkeypatch.setattr(accelerator.state, "_mixed_precision", "fp16")  # its state is the whole process's
-    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    stepper = Stepper(base.device, "fp16", torch.amp.GradScaler("cpu", init_scale=256.0))
     tokens = ["<asset0>", "<asset1>"]
     add_asset_tokens(base.tokenizer, tokens)
     ids = [base.tokenizer.get_added_vocab()[t] for t in tokens]
     with use_assets(base.text_encoder, ids, torch.zeros(2, base.text_encoder.config.hidden_size)) as embedding:
-        learner = Learner(base, data, config, embedding, accelerator, None)
+        learner = Learner(base, data, config, embedding, stepper, None)
         monkeypatch.setattr(learner, "_keep_snapshot", lambda *_: None)  # fp16 is slow on a CPU
         learner.train_rows(lambda _: None)
         rows = embedding.rows.detach().clone()

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from _short_runs import STEPS, Crash, base, config, learned, run
-from accelerate.optimizer import AcceleratedOptimizer
 
 from mifo.bundle import load_bundle
 from mifo.checkpoints import read_state, write_state
@@ -23,6 +22,7 @@ from mifo.config import KeepConfig, LearnConfig
 from mifo.instance import Instance
 from mifo.learn import Progress
 from mifo.learn_state import capture, restore
+from mifo.stepper import Stepper
 
 pytestmark = pytest.mark.usefixtures("quick_preview")
 
@@ -109,7 +109,7 @@ def test_random_states_skipped_steps_curve_and_seconds_go_on(instance: Instance,
     """A step takes 100 s by a clock that the test turns, and the interruption a day."""
     clock, real = [0.0], time.monotonic
     monkeypatch.setattr(time, "monotonic", lambda: real() + clock[0])
-    monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", property(lambda self: True))
+    monkeypatch.setattr(Stepper, "step", lambda self, optimizer: optimizer.step() or False)
 
     def tick() -> None:
         clock[0] += 100
@@ -146,7 +146,7 @@ def test_the_scale_of_a_scaler_comes_back(tmp_path: Path):
     def learner(scale: float) -> Any:
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         scaler.scale(torch.ones(1))  # it takes its scale at the first use
-        parts = {"accelerator": SimpleNamespace(scaler=scaler), "base": SimpleNamespace(device=torch.device("cpu"))}
+        parts = {"stepper": SimpleNamespace(scaler=scaler), "base": SimpleNamespace(device=torch.device("cpu"))}
         return SimpleNamespace(**parts, seconds=lambda: 0.0, curve=[], snapshots=[], skipped_steps=3, keeper=None,
                                rng=np.random.default_rng(0), generator=torch.Generator())  # fmt: skip
 
@@ -157,4 +157,4 @@ def test_the_scale_of_a_scaler_comes_back(tmp_path: Path):
     write_state(tmp_path / "1.safetensors", state, "here", {})
     other = learner(2.0)
     assert restore(other, read_state(tmp_path / "1.safetensors"), [weight], optimizer, scheduler) == 5
-    assert other.accelerator.scaler.get_scale() == 1024 and other.skipped_steps == 3
+    assert other.stepper.scaler.get_scale() == 1024 and other.skipped_steps == 3
