@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from mifo.base_model import HUB_MODELS, TOYBOX_FOLDER, load_base_model, resolve
+from mifo.base_model import DTYPE, HUB_MODELS, TOYBOX_FOLDER, load_base_model, resolve
 from mifo.base_weights import STEMS
 from mifo.errors import InputError
 from mifo.toybox.judge import judge_images, load_judge
@@ -23,7 +23,7 @@ def test_the_embedded_model_is_small_enough_to_ship():
 
 
 def test_stable_diffusions_own_pipeline_loads_it_and_draws_the_background_asked_for():
-    pipe = StableDiffusionPipeline.from_pretrained(TOYBOX_FOLDER)
+    pipe = StableDiffusionPipeline.from_pretrained(TOYBOX_FOLDER, **{DTYPE: torch.float32})
     pipe.set_progress_bar_config(disable=True)
     prompts = ["a photo of a red car at the beach", "a photo of a blue house on the grass", "a photo of a yellow star at night"]
     images = pipe(prompts, num_inference_steps=12, guidance_scale=3.0, generator=torch.Generator().manual_seed(0)).images
