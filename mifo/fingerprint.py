@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 
 from .base_config import read_configs
 from .base_weights import MAX_CONFIG_BYTES, STEMS, check_files, variant_of, weight_files
+from .digest_cache import remembered, stamp
 from .errors import InputError
 from .json_text import json_text
 from .known_models import native_latents
@@ -51,12 +51,12 @@ OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 
 
 def fingerprint(folder: Path) -> str:
-    """Of a folder in diffusers' layout. Every weight is read: some seconds for a Stable Diffusion of 1 billion weights; a
-    second call in one process costs nothing while the files stay as they are. Raises InputError for files that do not load."""
+    """Of a folder in diffusers' layout. Every weight is read: some seconds for a Stable Diffusion of 1 billion weights,
+    the first time; it is remembered while the files stay as they are. Raises InputError for files that do not load."""
     files = {part: weight_files(folder, part, variant_of(folder, part)) for part in STEMS}
     small = [p for sub in ("tokenizer", "scheduler", *STEMS) for p in (folder / sub).iterdir() if p.suffix in (".json", ".txt")]
     index = [folder / "model_index.json"] if (folder / "model_index.json").is_file() else []
-    state = tuple((str(p), *_stamp(p)) for p in sorted([*index, *small, *(p for each in files.values() for p in each)]))
+    state = tuple((str(p), *stamp(p)) for p in sorted([*index, *small, *(p for each in files.values() for p in each)]))
     return _fingerprint(str(folder), state)
 
 
@@ -71,7 +71,8 @@ def fingerprint_of_parts(parts: Mapping[str, torch.nn.Module], configs: Mapping[
 def _fingerprint(folder_name: str, _: tuple[tuple[Any, ...], ...]) -> str:
     folder = Path(folder_name)
     check_files(folder)
-    digests = {part: _files_digest(part, weight_files(folder, part, variant_of(folder, part))) for part in STEMS}
+    files = {part: weight_files(folder, part, variant_of(folder, part)) for part in STEMS}
+    digests = {part: remembered(KIND + part, found, partial(_files_digest, part, found)) for part, found in files.items()}
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         return _combine(digests, read_configs(folder), tokenizer, read_scheduler(folder))
@@ -200,9 +201,3 @@ def _sample_weights(path: Path) -> bytes:
             file.seek((size - piece) * k // (pieces - 1))
             parts.append(file.read(piece))
     return b"".join(parts)
-
-
-def _stamp(path: Path) -> tuple[int, int, int, int]:
-    """Changes whenever the file does."""
-    found = os.stat(path)
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from mifo.base_model import load_base_model, resolve
 from mifo.base_weights import STEMS
+from mifo.bundle import attach, base_of_bundle, load_bundle
 from mifo.errors import InputError
 from mifo.known_models import shape_of
 
@@ -330,3 +331,17 @@ def test_a_pickle_is_refused_with_the_line_that_converts_it(tmp_path: Path) -> N
     arguments = shlex.split(str(caught.value).split(" by: ")[1])
     subprocess.run([sys.executable, *arguments[1:]], check=True)
     assert torch.equal(load_file(tmp_path / "model.safetensors")["conv.weight"], weight)
+
+
+def test_a_bundle_learned_on_a_single_file_finds_it_and_fits_its_folder(
+        narrow_sd_folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:  # fmt: skip
+    monkeypatch.setattr("mifo.learn.write_preview", lambda path, *_: path.touch())
+    instance = write_instance(tmp_path / "pair")
+    mifo("learn", instance, "--model-path", checkpoint, "--output-dir", tmp_path / "out", *FAST, "--resolution", 64,
+         "--no-prior-preservation")  # fmt: skip
+    bundle = load_bundle(tmp_path / "out" / "pair")
+    for base in (load_base_model(str(checkpoint)), load_base_model(str(narrow_sd_folder))):
+        with attach(base, bundle):
+            pass
+    if Path(bundle.base_source).is_absolute():  # where the bundle says where its base lies
+        assert base_of_bundle(bundle) == str(checkpoint.resolve())

@@ -14,6 +14,7 @@ import torch
 from _tiny import copy_bundle, edit_json, load_base, tiny_base_folder
 from safetensors.torch import load_file, save_file
 
+from mifo import fingerprint as module
 from mifo.base_model import load_base_model
 from mifo.bundle import attach, base_of_bundle, load_bundle
 from mifo.errors import InputError
@@ -148,6 +149,33 @@ def test_whatever_changes_pictures_changes_the_fingerprint(change: Callable[[Pat
     before = fingerprint(copy)
     change(copy)
     assert fingerprint(copy) != before
+
+
+def test_digests_of_large_files_are_remembered_until_a_file_changes(copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr("mifo.digest_cache.LARGE", 1)
+    hashed: list[str] = []
+    original = module._files_digest
+    monkeypatch.setattr(module, "_files_digest", lambda part, files: hashed.append(part) or original(part, files))
+
+    def anew() -> str:
+        module._fingerprint.cache_clear()
+        hashed.clear()
+        return fingerprint(copy)
+
+    before = anew()
+    assert sorted(hashed) == ["text_encoder", "unet", "vae"] and before == fingerprint(tiny_base_folder())
+    assert anew() == before and not hashed
+    one_weight(copy)
+    assert anew() != before and hashed == ["unet"]
+    for entry in (cache / "mifo" / "digests").iterdir():
+        entry.write_text("spoiled")
+    assert anew() != before and len(hashed) == 3
+    shutil.rmtree(cache)
+    cache.write_text("a file of the user's")
+    assert anew() != before and cache.read_text() == "a file of the user's"
+    module._fingerprint.cache_clear()
 
 
 # --- older bundles ------------------------------------------------------------------------------

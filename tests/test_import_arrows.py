@@ -21,7 +21,7 @@ ROWS = (
      "ranking"),  # pixels
     ("keep_best", "stepper", "embedding", "losses", "mask_sizes", "attention", "guidance", "denoise",
      "samplers"),  # tensors, a bare UNet
-    ("base_config", "base_weights", "single_file", "fingerprint", "base_model"),
+    ("base_config", "base_weights", "digest_cache", "single_file", "fingerprint", "base_model"),
     ("bundle_files", "bundle", "dataset", "prior", "mask_check", "checkpoints", "batch"),  # what a base is dressed and fed with
     ("learn_report", "learn_state", "learn", "synthesize", "edit", "edit_files", "scenes"),
     ("plan_trace", "planner", "plan_report"),  # counts what the jobs above will need
