@@ -101,7 +101,7 @@ class InstanceData:
         mean, std = view.mean, view.std
         noise = torch.randn((draws, *mean.shape[1:]), generator=generator).to(mean)
         masks = view.masks[list(assets)]
-        union = union_at_latents(masks, tuple(mean.shape[-2:]))
+        union = union_at_latents(masks, (mean.shape[-2], mean.shape[-1]))
         tokens = tuple(self.tokens[i] for i in assets)
         return Batch(assets, tokens, join_assets(tokens), mean + std * noise, union, masks)
 

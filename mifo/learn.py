@@ -372,7 +372,8 @@ def attention_terms(maps: dict[str, torch.Tensor], sites: Sequence[Site], terms:
             by_asset = [[_mean_map(found)] for found in by_asset]
         for found, mask in zip(by_asset, batch.asset_masks, strict=True):
             for attention in found:
-                total = total + _one_term(attention, mask_at_map(mask[0], attention.shape), terms, step)
+                size = (attention.shape[0], attention.shape[1])
+                total = total + _one_term(attention, mask_at_map(mask[0], size), terms, step)
         if terms.separation_weight:
             for at_site in zip(*by_asset, strict=True):
                 total = total + terms.separation_weight * separation_loss(at_site)
