@@ -31,4 +31,4 @@ $(VENV)/.ready-dev: pyproject.toml constraints.txt | $(BIN)/python
 	touch $(VENV)/.ready $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info output
+	rm -rf $(VENV) build dist *.egg-info

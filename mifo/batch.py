@@ -2,6 +2,7 @@
 fails does not stop the rest.
 
     <parent of the output folder>/.checkpoints/<its name>/  lock, item-<digest of the recipe>.safetensors, ...
+    output/<bundle>/.checkpoints/<command>-<digest of the job>/  ... where the output folder is the next number
 
 Knows recipes, pictures and files. Knows nothing of how a picture is drawn or what it is for.
 """
@@ -22,10 +23,10 @@ from PIL import Image
 from . import __version__
 from .base_model import BaseModel
 from .bundle import Bundle
-from .checkpoints import Damaged, checkpoint_folder, open_folder, read_state, write_state
+from .checkpoints import Damaged, checkpoint_folder, open_folder, read_state, remove_state, write_state
 from .config import to_dict
 from .errors import InputError, NotFinite
-from .files import replace_files
+from .files import write_file
 from .json_text import json_text
 
 Draw = Callable[[], list[Image.Image]]
@@ -41,8 +42,8 @@ def draw_now(name: str, recipe: Mapping[str, Any], count: int, draw: Draw) -> li
 class PictureJob:
     """The items of one job; make it with `open_job`. An item is some pictures that are drawn together."""
 
-    def __init__(self, folder: Path, facts: Mapping[str, Any]):
-        self.folder, self.facts = folder, dict(facts)
+    def __init__(self, folder: Path, facts: Mapping[str, Any], again: str = "the same command"):
+        self.folder, self.facts, self.again = folder, dict(facts), again
         self.done = 0
         """Items."""
         self.reused = 0
@@ -70,9 +71,9 @@ class PictureJob:
                 told = isinstance(error, InputError | NotFinite)
                 self.failures[name] = str(error) if told else f"{type(error).__name__}: {error}"
                 return None
-            with replace_files(self.folder) as temporary:
+            with write_file(path, overwrite=True) as temporary:
                 pixels = [torch.from_numpy(np.array(image)) for image in images]  # (H, W, 3), 0 .. 255
-                write_state(temporary / path.name, pixels, name, recipe)
+                write_state(temporary, pixels, name, recipe)
         self.done += 1
         return images
 
@@ -88,28 +89,35 @@ class PictureJob:
     def summary(self) -> list[str]:
         """Lines for people: how much is missing, and each failure with its reason."""
         total = self.done + len(self.failures)
-        lines = [f"error: {len(self.failures)} of {total} items failed; the same command tries only them again"]
+        lines = [f"error: {len(self.failures)} of {total} items failed; {self.again} tries only them again"]
         return [*lines, *(f"  {name}: {reason}" for name, reason in self.failures.items())]
 
     def clear(self) -> None:
         """Forgets everything, once it has become the job's result; not while something is missing."""
         if not self.failures:
             for path in self.folder.glob("item-*.safetensors"):
-                path.unlink(missing_ok=True)
+                remove_state(path)
 
 
 @contextmanager
-def open_job(target: Path, base: BaseModel, bundle: Bundle) -> Iterator[PictureJob]:
-    """The job that draws with `bundle` on `base` and writes to `target`, locked against a second one while the block lasts.
+def open_job(given: Path | None, place: Path, command: str, recipe: Any, base: BaseModel, bundle: Bundle) -> Iterator[PictureJob]:
+    """The job that draws with `bundle` on `base` and writes to the folder `given`, or to the next number in `place`; locked
+    against a second one while the block lasts. `recipe`, plain JSON, tells one job of `command` from another.
 
     Raises InputError when another process has the lock, or the folder cannot be made.
     """
     facts = {"mifo": __version__, "base": base.fingerprint, "dtype": str(base.dtype), "device": base.device.type,
              "memory": to_dict(base.memory), "bundle": bundle.digest}  # fmt: skip
-    target = Path(os.path.realpath(target))
-    folder = checkpoint_folder(target)
-    with open_folder(folder, f"writing to {target}", "give another --output-path"):
-        yield PictureJob(folder, facts)
+    again = "the same command"
+    if given is not None:
+        target = Path(os.path.realpath(given))
+        folder, what = checkpoint_folder(target), f"writing to {target}"
+        again += " with --overwrite"  # over what was written without them
+    else:
+        digest = hashlib.sha256(json_text([facts, recipe], sort_keys=True).encode()).hexdigest()[:16]
+        folder, what = checkpoint_folder(Path(os.path.realpath(place)) / f"{command}-{digest}"), "drawing just the same"
+    with open_folder(folder, what, "give another --output-path"):
+        yield PictureJob(folder, facts, again)
 
 
 def _read(path: Path) -> list[Image.Image] | None:

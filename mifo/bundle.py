@@ -40,13 +40,15 @@ from .bundle_files import (
 from .config import LearnConfig, from_dict, to_dict
 from .embedding import use_assets
 from .errors import InputError
-from .files import replace_folder
+from .files import write_folder
 from .half_precision import follow_input_dtype
 from .instance import MAX_ASSETS
 from .json_text import json_text
 from .prompts import BACKGROUND_TOKEN, add_asset_tokens, asset_token
+from .swap import finish_swaps
 
 SCHEMA = 1
+KIND = "bundle"  # of its manifest
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 TARGETS = (sorted(UNET_TARGETS), sorted(TEXT_TARGETS))
@@ -229,11 +231,12 @@ def check_base(base: BaseModel, bundle: Bundle) -> None:
 
 def save_bundle(folder: Path, base: BaseModel, tokens: tuple[str, ...], words: tuple[str, ...] | None, rows: torch.Tensor,
                 adapters: dict[str, PeftModel], config: LearnConfig, facts: dict[str, Any],
-                write_pictures: Callable[[Path], None] | None = None) -> Bundle:  # fmt: skip
-    """Writes everything into a temporary folder beside `folder` and renames it; a bundle of that name is replaced whole.
+                write_pictures: Callable[[Path], None] | None = None, overwrite: bool = False) -> Bundle:  # fmt: skip
+    """Writes everything into a temporary folder beside `folder` and renames it; with `overwrite` a bundle of that name, in which
+    all is as it was written, is replaced whole.
 
-    Raises InputError when the disk is full, the folder cannot be written or is something else than a bundle, or a learned
-    value is not finite; what was there before is then untouched.
+    Raises InputError when the disk is full, the folder cannot be written or holds anything else, or a learned value is not
+    finite; what was there before is then untouched.
     """
     record = {
         "schema": SCHEMA,
@@ -245,7 +248,7 @@ def save_bundle(folder: Path, base: BaseModel, tokens: tuple[str, ...], words: t
         "config": to_dict(config),
         **facts,
     }
-    with replace_folder(folder, is_bundle) as temporary:
+    with write_folder(folder, KIND, overwrite) as temporary:
         save_file({t: r.detach().float().cpu().clone() for t, r in zip(tokens, rows, strict=True)},
                   temporary / "assets.safetensors")  # fmt: skip
         for name, adapter in adapters.items():
@@ -258,7 +261,7 @@ def save_bundle(folder: Path, base: BaseModel, tokens: tuple[str, ...], words: t
 
 
 def is_bundle(folder: Path) -> bool:
-    """True for a folder that `save_bundle` wrote and may replace."""
+    """True for a folder that has a bundle in it, whoever put it there."""
     return os.path.isfile(folder / "bundle.json")
 
 
@@ -282,6 +285,7 @@ def find_bundle(model_id: str, output_dir: Path) -> Path:
     """The folder of `model_id`: a name under `output_dir`, or a path. Raises InputError listing what there is."""
     folders = [output_dir / model_id, Path(model_id)] if model_id else []
     for folder in folders:
+        finish_swaps(folder.parent)
         if is_bundle(folder):
             return folder
     for folder in folders:
@@ -357,12 +361,13 @@ def _read_rows(files: Files, folder: Path, tokens: tuple[str, ...]) -> torch.Ten
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ROW_FILE = "{}.safetensors"
+EXPORT = "export"  # of its manifest
 
 
-def export_for_diffusers(bundle: Bundle, output: Path) -> None:
+def export_for_diffusers(bundle: Bundle, output: Path, overwrite: bool = False) -> None:
     """`pytorch_lora_weights.safetensors` for `load_lora_weights`, and one file per asset for `load_textual_inversion`.
 
-    Raises InputError when `output` cannot be written or has other things in it.
+    Raises InputError when `output` cannot be written or has other things in it; with `overwrite` an earlier export is replaced.
     """
     prefixes = {"unet_lora": "unet", "text_lora": "text_encoder"}
     weights = {}
@@ -370,14 +375,8 @@ def export_for_diffusers(bundle: Bundle, output: Path) -> None:
         saved = bundle.lora[adapter].weights
         own = {_published_name(k).removeprefix("base_model.model."): v for k, v in saved.items()}
         weights.update({f"{prefixes[adapter]}.{k}": v for k, v in convert_state_dict_to_diffusers(own).items()})
-    with replace_folder(output, _is_export) as temporary:
+    with write_folder(output, EXPORT, overwrite) as temporary:
         if weights:
             save_file(weights, temporary / LORA_FILE, metadata={"format": "pt"})
         for token, row in zip(bundle.tokens, bundle.rows, strict=True):
             save_file({token: row.contiguous()}, temporary / ROW_FILE.format(token.strip("<>")))
-
-
-def _is_export(folder: Path) -> bool:
-    names = {p.name for p in folder.iterdir()}
-    ours = (LORA_FILE, ROW_FILE.format(BACKGROUND_TOKEN.strip("<>")))
-    return ROW_FILE.format("asset0") in names and all(n in ours or n.startswith("asset") for n in names)

@@ -18,16 +18,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .errors import InputError
-from .files import PARTIAL, check_writable, replace_files, unwritable
+from .files import write_file
 from .json_text import json_text
+from .lock import hold_lock
 from .read_files import UnusableFile, check_regular
+from .temporary import remove_abandoned
 
 SCHEMA = "1"
 KEPT = 2
@@ -114,16 +116,16 @@ class Checkpoints:
         Raises InputError when the disk is full or the folder is gone; the checkpoints from before are kept.
         """
         self._count += 1
-        with replace_files(self.folder) as temporary:
-            write_state(temporary / f"{self._count:08d}.safetensors", state, where, self.identity)
+        with write_file(self.folder / f"{self._count:08d}.safetensors") as temporary:
+            write_state(temporary, state, where, self.identity)
         self.last_saved, self._time = where, time.monotonic()
         for old in _files(self.folder)[:-KEPT]:
-            old.unlink(missing_ok=True)
+            remove_state(old)
 
     def clear(self) -> None:
         """Removes every checkpoint: the run has ended well."""
         for path in _files(self.folder):
-            path.unlink(missing_ok=True)
+            remove_state(path)
 
 
 @contextmanager
@@ -141,11 +143,7 @@ def open_checkpoints(target: Path, identity: Mapping[str, Any], options: Checkpo
 def open_folder(folder: Path, what: str, instead: str) -> Iterator[None]:
     """`hold_lock`, without what a killed run left half-written in `folder`: the lock says that nobody writes it any more."""
     with hold_lock(folder, what, instead):
-        for path in folder.glob(f".*{PARTIAL}"):
-            with suppress(OSError):
-                for inside in path.iterdir():
-                    inside.unlink()
-                path.rmdir()
+        remove_abandoned(folder, after=0)
         yield
 
 
@@ -205,6 +203,13 @@ def write_state(path: Path, state: Any, where: str, identity: Any) -> None:
     tree = json_text(_pack(state, tensors))
     header = {"schema": SCHEMA, "where": where, "identity": json_text(identity), "tree": tree}
     save_file(tensors, path, metadata={**header, "checksum": _checksum(tree, tensors)})
+
+
+def remove_state(path: Path) -> None:
+    """Removes a file that `write_state` wrote; any other of that name, and one that cannot be told from it any more, stays."""
+    with suppress(Damaged, OSError):
+        read_header(path)
+        path.unlink()
 
 
 def read_header(path: Path) -> Saved:
@@ -271,85 +276,3 @@ def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return {_unpack(k, tensors): _unpack(v, tensors) for k, v in inside}
     items = [_unpack(v, tensors) for v in inside]
     return tuple(items) if kind == "tuple" else items
-
-
-# --- lock ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def hold_lock(folder: Path, what: str, instead: str) -> Iterator[None]:
-    """`folder/lock` with this process's number, and the system's own lock on it, which ends with the process however it ends:
-    a file that a killed run left is simply taken over. The folder is made, and removed again if nothing else is in it.
-
-    Raises InputError when another run has it, saying `what` that one is doing and what to do `instead`, or when the folder
-    cannot be made.
-    """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    file = _acquire(folder, what, instead)
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            if _is_still(folder / "lock", file):
-                os.unlink(folder / "lock")
-        file.close()
-        for empty in dict.fromkeys((folder, folder.parent, *made)):
-            with suppress(OSError):
-                empty.rmdir()
-
-
-def _acquire(folder: Path, what: str, instead: str) -> IO[str]:
-    check_writable(folder)
-    path = folder / "lock"
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
-        except FileNotFoundError:
-            continue  # the run before us has just removed the folder
-        except OSError as error:
-            raise unwritable(folder, error) from None
-        if not _lock(file):
-            file.seek(0)
-            owner = file.read(100).strip() or "unknown"
-            file.close()
-            raise InputError(f"process {owner} is {what} right now; wait for it, stop it, or {instead}")
-        if _is_still(path, file):
-            break
-        file.close()  # the run before us ended and removed this very file: the next one is another
-    try:
-        file.seek(0)
-        file.truncate()
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-    except OSError as error:
-        os.unlink(path)
-        raise unwritable(folder, error) from None
-    return file
-
-
-def _is_still(path: Path, file: IO[str]) -> bool:
-    """Whether `path` is the file that is open, and not a later one of the same name."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _lock(file: IO[str]) -> bool:
-    """False when another process has it. Where the file system knows no locks, everybody has it."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            file.seek(1 << 20)  # beyond what is written, so that others can read it
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:
-        return True
-    return True

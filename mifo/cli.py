@@ -27,6 +27,7 @@ from .command_parts import (
     load_base,
     load_base_of,
     measured_by,
+    not_to_write_into,
     override,
     own_base,
     plan_within,
@@ -34,7 +35,7 @@ from .command_parts import (
 )
 from .console import Bar, leave, running, say, waiting
 from .errors import InputError
-from .files import check_replaceable, check_writable
+from .files import check_writable
 from .interrupts import heard, listen
 from .options import (
     AsJson,
@@ -54,6 +55,7 @@ from .options import (
     ModelPath,
     OutputDir,
     OutputPath,
+    Overwrite,
     OwnBase,
     OwnText,
     Precision,
@@ -65,7 +67,10 @@ from .options import (
     Steps,
     VramGib,
     number,
+    path,
+    path_argument,
 )
+from .outputs import PLACE, check_apart, check_file, check_output, numbered_file, numbered_folder
 from .terminal import guard_streams, quiet_libraries
 
 if TYPE_CHECKING:
@@ -88,11 +93,14 @@ app = typer.Typer(
 
 @app.command()
 def learn(
-    instance: Annotated[str | None, typer.Argument(help="Folder name under --folder-path; without it, each of them.")] = None,
-    folder_path: Annotated[Path, typer.Option(help="Holds the instance folders.")] = Path("example"),
+    instance: Annotated[str | None, path_argument("Folder name under --folder-path; without it, each of them.")] = None,
+    folder_path: Annotated[Path, path("Holds the instance folders.")] = Path("example"),
     model_path: ModelPath = "toybox",
     output_dir: OutputDir = Path("Model_ours"),
     name: Annotated[str | None, typer.Option(help="The bundle's name; the folder's name by default.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a bundle learned from another photo, other masks or on another base.")
+    ] = False,
     initializer_tokens: Annotated[str | None, typer.Option(help="Words per asset to start from, comma-separated.")] = None,
     recipe: Annotated[Recipe, typer.Option(help="break-a-scene: that paper's losses, for comparison.")] = Recipe.mifo,
     phase1_train_steps: Annotated[int | None, typer.Option(min=1)] = None,
@@ -141,17 +149,20 @@ def learn(
             words = [[*(initial or [None] * each.count), "background"] for initial, each in zip(words, instances, strict=True)]
             instances = [with_background(each) for each in instances]
         targets = [output_dir / _bundle_name(name or each.name) for each in instances]
-        _check_targets(targets)
+        for target in targets:
+            _check_target(target, folders, model_path)
 
         import_libraries()
         from .attention.backend import use_backend
+        from .bundle_target import check_target
         from .checkpoints import Checkpointing
         from .config import MemoryConfig, learn_preset
         from .learn import learn as run_learn
         from .mask_check import check_masks, sizes_of
 
         checkpointing = Checkpointing(checkpoint_every, resume=resume)
-
+        for each, target in zip(instances, targets, strict=True):
+            check_target(target, each, None, overwrite)
         chosen = choose_device(device)
         dtype = choose_dtype(mixed_precision, chosen)
         attention = choose_attention(attention_backend, chosen, dtype)
@@ -169,9 +180,12 @@ def learn(
                 say(f"note: {line}")
             judge = _checkpoint_judge(config, each, base, given)
             job.hint = partial(_resume_hint, target)
+            if note := check_target(target, each, base.fingerprint, overwrite):
+                say(f"note: {note}")
             _say_what_is_resumed(target, resume)
             with use_backend(base.unet, attention), Bar() as bar, job.keeping(target if os.path.lexists(target) else None):
-                bundle = run_learn(each, base, config, target, bar.learning, initial, checkpointing, judge)
+                bundle = run_learn(each, base, config, target, bar.learning, initial, checkpointing, judge,
+                                   overwrite)  # fmt: skip
             job.kept.append(target)
             results.append(_learn_summary(bundle))
             job.text(*_learned_text(results[-1]))
@@ -182,10 +196,11 @@ def learn(
 def synthesize(
     model_id: BundleName,
     prompt: Annotated[str, typer.Option(help='Such as "a photo of <asset0> and <asset1> at the beach".')],
-    boxes: Annotated[str | None, typer.Option(help="JSON file or text: one [x0, y0, x1, y1] per asset, 0 to 1.")] = None,
+    boxes: Annotated[str | None, path("JSON file or text: one [x0, y0, x1, y1] per asset, 0 to 1.")] = None,
     model_path: OwnBase = None,
     output_dir: OutputDir = Path("Model_ours"),
-    output_path: OutputPath = Path("output"),
+    output_path: OutputPath = None,
+    overwrite: Overwrite = False,
     batch_size: Annotated[int, typer.Option(min=1, max=64)] = 1,
     steps: Steps = None,
     guidance_scale: Scale = None,
@@ -217,7 +232,7 @@ def synthesize(
         from .boxes import parse_layout
         from .prompts import NEGATIVE, assets_in, check_prompt
 
-        check_writable(output_path)
+        check_writable(output_path or PLACE)
         if best_of and batch_size > 1:
             raise InputError(f"--best-of {best_of} keeps one picture, but --batch-size is {batch_size}; leave one of them out")
         if subject_token_indices:
@@ -227,10 +242,13 @@ def synthesize(
         from .attention.backend import use_backend
         from .bundle import attach, find_bundle, load_bundle
         from .config import synthesis_preset
-        from .synthesize import save_synthesis
+        from .synthesize import KIND, save_synthesis
         from .synthesize import synthesize as run_synthesize
 
         bundle = load_bundle(find_bundle(model_id, output_dir))
+        place = PLACE / bundle.name
+        check_apart(output_path, place, {"--boxes": boxes}, not_to_write_into(bundle, model_path))
+        check_output(output_path, place, KIND, overwrite)
         check_prompt(prompt, bundle.tokens)
         check_prompt(negative_prompt, bundle.tokens, NEGATIVE)
         say_weights([prompt])
@@ -254,27 +272,29 @@ def synthesize(
                                                      bar.drawing)  # fmt: skip
             else:
                 result = run_synthesize(base, prompt, layout, bundle.tokens, config, seed, batch_size, bar.denoising)
-        paths = save_synthesis(result, output_path, facts)
-        contact = output_path / "contact.png"
+        with numbered_folder(output_path, place) as output:
+            paths = save_synthesis(result, output, facts, overwrite)
+        contact = output / "contact.png"
         seconds, peak = round(result.seconds, 2), round(result.peak_gib, 3)
         pictures = f"{len(paths)} picture{'s' if len(paths) > 1 else ''}"
         if best_of:
             best = facts["best_of"][0]
             worst = facts["best_of"][-1]["score"]
             job.text(f"the best of {best_of} is seed {best['seed']}, score {best['score']} (the worst has {worst})")
-        job.text(f"{pictures} in {output_path} ({seconds} s, peak {peak} GiB)", f"contact sheet: {contact}")
-        job.json({"images": [str(p) for p in paths], "contact_sheet": str(contact), "json": str(output_path / "synthesis.json"),
+        job.text(f"{pictures} in {output} ({seconds} s, peak {peak} GiB)", f"contact sheet: {contact}")
+        job.json({"images": [str(p) for p in paths], "contact_sheet": str(contact), "json": str(output / "synthesis.json"),
                   "seconds": seconds, "peak_gib": peak,
                   **({"best_of": facts["best_of"]} if best_of else {})})  # fmt: skip
 
 
 @app.command()
 def boxes(
-    boxes: Annotated[str, typer.Argument(help="JSON file or text, as for synthesize.")],
+    boxes: Annotated[str, path_argument("JSON file or text, as for synthesize.")],
     prompt: Annotated[str | None, typer.Option(help="Names the assets; without it they are numbered in order.")] = None,
-    image: Annotated[Path | None, typer.Option(help="Draw over this picture instead of a blank one.")] = None,
+    image: Annotated[Path | None, path("Draw over this picture instead of a blank one.")] = None,
     size: Annotated[int, typer.Option(min=64, max=4096, help="Pixels of the blank canvas.")] = 512,
-    output_path: Annotated[Path, typer.Option(help="PNG to write.")] = Path("output/boxes.png"),
+    output_path: Annotated[Path | None, path("PNG to write; output/boxes-0001.png and so on by default.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file of that name.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Draw boxes over a blank canvas or a picture, before anything runs."""
@@ -282,58 +302,67 @@ def boxes(
         from PIL import Image
 
         from .boxes import parse_boxes_alone, parse_layout
-        from .files import replace_files
+        from .files import write_file
         from .image_file import load_image
         from .pictures import draw_boxes
         from .prompts import assets_in, check_characters
 
         check_characters(prompt or "", "The prompt")
+        check_file(output_path, "output/boxes.png", overwrite)
+        check_apart(output_path, PLACE, {"BOXES": boxes, "--image": image}, {})
         layout = parse_layout(boxes, assets_in(prompt)) if prompt else parse_boxes_alone(boxes)
         canvas = load_image(image) if image else Image.new("RGB", (size, size), (240, 240, 240))
-        if not output_path.name:
-            raise InputError(f"--output-path is '{output_path}', expected a file's name, such as output/boxes.png")
-        with replace_files(output_path.parent) as temporary:
-            draw_boxes(canvas, layout).save(temporary / output_path.name, "PNG")
-        job.text(str(output_path))
-        job.json({"image": str(output_path), "boxes": layout.to_json()})
+        drawn = draw_boxes(canvas, layout)
+        with (numbered_file(output_path, PLACE, "boxes", ".png", overwrite) as (target, replaced),
+              write_file(target, replaced) as temporary):  # fmt: skip
+            drawn.save(temporary, "PNG")
+        job.text(str(target))
+        job.json({"image": str(target), "boxes": layout.to_json()})
 
 
 @app.command()
 def export(
     model_id: BundleName,
-    output_path: Annotated[Path, typer.Option(help="Folder to write.")],
+    output_path: Annotated[Path, path("Folder to write.")],
     output_dir: OutputDir = Path("Model_ours"),
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a bundle so that diffusers' load_lora_weights and load_textual_inversion read it."""
     with running(as_json) as job:
-        check_writable(output_path.parent)
+        check_output(output_path, output_path, "export", overwrite)
 
         import_libraries()
         from .bundle import export_for_diffusers, find_bundle, load_bundle
 
-        export_for_diffusers(load_bundle(find_bundle(model_id, output_dir)), output_path)
-        files = sorted(p.name for p in output_path.iterdir())
+        bundle = load_bundle(find_bundle(model_id, output_dir))
+        check_apart(output_path, output_path, {}, not_to_write_into(bundle, None))
+        export_for_diffusers(bundle, output_path, overwrite)
+        files = sorted(p.name for p in output_path.iterdir() if p.name != "manifest.json")
         job.text(f"{output_path}: {', '.join(files)}")
         job.json({"folder": str(output_path), "files": files})
 
 
 @app.command()
 def demo(
-    output_path: Annotated[Path, typer.Option(help="Folder for the demo's picture and bundle.")] = Path("output"),
+    output_path: Annotated[Path | None, path("Folder to write; by default the next number in output/demo/.")] = None,
+    overwrite: Overwrite = False,
     seed: Seed = 0,
     device: Device = "",
     as_json: AsJson = False,
 ) -> None:
     """Learn three look-alike cars from one picture, then put each in its box on two new backgrounds."""
     with running(as_json) as job:
-        check_writable(output_path)
+        place = PLACE / "demo"
+        check_output(output_path, place, "demo", overwrite)
 
         import_libraries()
-        from .demo import run_demo
+        from .demo import draw_demo, save_demo
 
         with Bar() as bar:
-            result = run_demo(output_path, seed, choose_device(device), bar)
+            drawn = draw_demo(output_path.parent if output_path else place, seed, choose_device(device), bar)
+        with numbered_folder(output_path, place) as output:
+            result = save_demo(drawn, output, overwrite)
         job.text(
             f"The three cars were learned in {result['learn_seconds']} s; each picture took {result['synthesize_seconds']} s.",
             f"Look at {result['picture']}",
@@ -374,11 +403,11 @@ def _bundle_name(name: str) -> str:
     return name
 
 
-def _check_targets(targets: list[Path]) -> None:
-    """Raises InputError, before anything long starts, unless each bundle can be written and replaces nothing but a bundle."""
-    for target in targets:
-        check_writable(target.parent)
-        check_replaceable(target, lambda folder: os.path.isfile(folder / "bundle.json"))
+def _check_target(target: Path, folders: list[Path], model_path: str) -> None:
+    """Raises InputError, before anything long starts, unless the bundle can be written, away from all that is read for it."""
+    check_writable(target.parent)
+    closed = {**{f"the instance {f.name}": f for f in folders}, **not_to_write_into(None, model_path)}
+    check_apart(target, target, {}, closed, "the bundle's folder")
 
 
 def _resume_hint(target: Path) -> str:

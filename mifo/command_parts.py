@@ -45,6 +45,13 @@ def import_libraries() -> None:
         gc.enable()
 
 
+def not_to_write_into(bundle: Bundle | None, model_path: str | None) -> dict[str, str | Path | None]:
+    """The folders that a job reads as a whole, by their names for people; see `outputs.check_apart`."""
+    base = model_path or (bundle.base_source if bundle else "")
+    embedded = Path(__file__).parent / "toybox"
+    return {"the bundle": bundle.folder if bundle else None, "the base model": embedded if base == "toybox" else base}
+
+
 def family_of(model_path: str) -> str:
     """As BaseModel.family, before the model is there."""
     return "toybox" if model_path == "toybox" else "stable-diffusion"

@@ -6,22 +6,25 @@ Knows the jobs and how to show their results. Knows nothing of how they work.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .base_model import BaseModel, load_base_model
+from .base_model import load_base_model
 from .boxes import Layout, parse_layout
 from .bundle import attach
-from .checkpoints import Checkpointing
+from .checkpoints import Checkpointing, checkpoint_folder
 from .config import learn_preset, synthesis_preset
-from .files import replace_files
+from .files import write_folder
 from .instance import Instance, load_instance
 from .learn import learn
 from .learn_report import sample_prompts
+from .manifest import remove_ours
 from .pictures import ASSET_COLORS, PAPER, TEXT, caption_below, draw_boxes, enlarge, grid, outline
 from .synthesize import synthesize
 from .toybox.examples import write_example
@@ -30,48 +33,64 @@ BOXES = "[[0.04, 0.08, 0.46, 0.36], [0.54, 0.30, 0.96, 0.58], [0.10, 0.64, 0.52,
 PLACES = ("on the grass", "in the snow")
 GO_ON = Checkpointing(resume=True, strict=False)
 ALONE = "at the beach"
+BUNDLES = ("demo_bundle", "demo_without_penalty")
 SIDE = 192  # pixels of each picture on the sheet
 
 
-def run_demo(output: Path, seed: int, device: str, bar: Any) -> dict[str, Any]:
-    """Learns, draws, and writes `output/demo.png`. Raises InputError when `output` cannot be written."""
-    with replace_files(output / "toy_car") as temporary:
-        write_example("toy_car", temporary)
-    instance = load_instance(output / "toy_car")
+@dataclass(frozen=True)
+class Demo:
+    """What the demo drew, and where it keeps what it learned until that is written."""
+
+    sheet: Image.Image
+    kept: Path
+    """Holds the bundles, learned and whole: `BUNDLES`."""
+    facts: dict[str, Any]
+
+
+def draw_demo(place: Path, seed: int, device: str, bar: Any) -> Demo:
+    """Learns and draws. Interrupted, the same call goes on where it was: what is learned is kept in `place/.checkpoints/demo`.
+
+    Raises InputError when that cannot be written.
+    """
+    kept = checkpoint_folder(place / "demo")
     base = load_base_model("toybox", device)
     config = replace(learn_preset(base.family), seed=seed)
-    bundle = learn(instance, base, config, output / "demo_bundle", bar.learning, None, GO_ON)
+    with tempfile.TemporaryDirectory(prefix="mifo-demo-") as photos:
+        write_example("toy_car", Path(photos) / "toy_car")
+        instance = load_instance(Path(photos) / "toy_car")
+        bundle = learn(instance, base, config, kept / BUNDLES[0], bar.learning, None, GO_ON)
+        none = replace(config.embedding.attention, loss="none")
+        lora = replace(config.lora, attention=replace(config.lora.attention, loss="none"))
+        without = replace(config, embedding=replace(config.embedding, attention=none), lora=lora)
+        blended = learn(instance, base, without, kept / BUNDLES[1], bar.learning, None, GO_ON)
     control = synthesis_preset(base.family)
     plain = replace(control, bounded=False, guidance=replace(control.guidance, enabled=False))
-    prompts = [f"a photo of {' and '.join(bundle.tokens)} {place}" for place in PLACES]
+    prompts = [f"a photo of {' and '.join(bundle.tokens)} {where}" for where in PLACES]
     layout = parse_layout(BOXES, bundle.tokens)
-    seconds = []
     with attach(base, bundle):
         alone = sample_prompts(base, [f"a photo of {t} {ALONE}" for t in bundle.tokens], bundle.tokens, seed)
-        placed = []
-        for prompt in prompts:
-            result = synthesize(base, prompt, layout, bundle.tokens, control, seed, 1, bar.denoising)
-            seconds.append(result.seconds)
-            placed += result.images
+        placed = [synthesize(base, p, layout, bundle.tokens, control, seed, 1, bar.denoising) for p in prompts]
         free = [synthesize(base, p, None, bundle.tokens, plain, seed).images[0] for p in prompts]
-    without = _without_penalty(instance, base, config, output, prompts, layout, seed, bar)
-    sheet = _sheet(instance, bundle.tokens, layout, prompts, alone, placed, free, without)
-    with replace_files(output) as temporary:
-        sheet.save(temporary / "demo.png", "PNG")
-    return {"picture": str(output / "demo.png"), "bundle": str(bundle.folder), "learn_seconds": bundle.facts["seconds"],
-            "synthesize_seconds": round(max(seconds), 1)}  # fmt: skip
+    with attach(base, blended):  # the same boxes with assets learned without any attention loss
+        mixed = [synthesize(base, p, layout, blended.tokens, control, seed, 1).images[0] for p in prompts]
+    sheet = _sheet(instance, bundle.tokens, layout, prompts, alone, [p.images[0] for p in placed], free, mixed)
+    seconds = round(max(p.seconds for p in placed), 1)
+    return Demo(sheet, kept, {"learn_seconds": bundle.facts["seconds"], "synthesize_seconds": seconds})
 
 
-def _without_penalty(instance: Instance, base: BaseModel, config: Any, output: Path, prompts: Sequence[str], layout: Layout,
-                     seed: int, bar: Any) -> list[Image.Image]:  # fmt: skip
-    """The same boxes with assets learned without any attention loss."""
-    none = replace(config.embedding.attention, loss="none")
-    lora = replace(config.lora, attention=replace(config.lora.attention, loss="none"))
-    config = replace(config, embedding=replace(config.embedding, attention=none), lora=lora)
-    bundle = learn(instance, base, config, output / "demo_without_penalty", bar.learning, None, GO_ON)
-    with attach(base, bundle):
-        control = synthesis_preset(base.family)
-        return [synthesize(base, p, layout, bundle.tokens, control, seed, 1).images[0] for p in prompts]
+def save_demo(drawn: Demo, output: Path, overwrite: bool = False) -> dict[str, Any]:
+    """`demo.png`, the instance `toy_car/` and the bundles. The folder appears whole, or not at all; returns what `--json` prints.
+
+    Raises InputError when it cannot be written or has anything in it; with `overwrite` an earlier demo is replaced.
+    """
+    with write_folder(output, "demo", overwrite) as temporary:
+        write_example("toy_car", temporary / "toy_car")
+        for name in BUNDLES:
+            shutil.copytree(drawn.kept / name, temporary / name)
+        drawn.sheet.save(temporary / "demo.png", "PNG")
+    for name in BUNDLES:
+        remove_ours(drawn.kept / name)
+    return {"picture": str(output / "demo.png"), "bundle": str(output / BUNDLES[0]), **drawn.facts}
 
 
 def _sheet(instance: Instance, tokens: Sequence[str], layout: Layout, prompts: Sequence[str], alone: list[Image.Image],

@@ -22,6 +22,7 @@ from .command_parts import (
     import_libraries,
     load_base,
     load_base_of,
+    not_to_write_into,
     override,
     own_base,
     plan_within,
@@ -45,6 +46,7 @@ from .options import (
     Optimize,
     OutputDir,
     OutputPath,
+    Overwrite,
     OwnBase,
     OwnText,
     Precision,
@@ -53,7 +55,10 @@ from .options import (
     Start,
     Steps,
     VramGib,
+    path,
+    path_argument,
 )
+from .outputs import PLACE, check_apart, check_output, numbered_folder
 
 if TYPE_CHECKING:
     from .base_model import BaseModel
@@ -64,16 +69,16 @@ if TYPE_CHECKING:
 
 
 OptionalName = Annotated[
-    str | None, typer.Argument(metavar="[MODEL_ID]", help="A bundle's name under --output-dir, or its folder.")
+    str | None, path_argument("A bundle's name under --output-dir, or its folder.", metavar="[MODEL_ID]")
 ]
 
 
 def edit(
     model: OptionalName = None,
-    init_image: Annotated[Path, typer.Option(help="The picture to edit.")] = ...,  # type: ignore[assignment]
-    mask: Annotated[Path, typer.Option(help="White where the picture may change.")] = ...,  # type: ignore[assignment]
+    init_image: Annotated[Path, path("The picture to edit.")] = ...,  # type: ignore[assignment]
+    mask: Annotated[Path, path("White where the picture may change.")] = ...,  # type: ignore[assignment]
     prompt: Annotated[str, typer.Option(help='Such as "a photo of <asset2>".')] = ...,  # type: ignore[assignment]
-    model_id: Annotated[str | None, typer.Option(help="Instead of MODEL_ID; 'none' edits with the plain base model.")] = None,
+    model_id: Annotated[str | None, path("Instead of MODEL_ID; 'none' edits with the plain base model.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=64, help="Candidates; all are kept, the best first.")] = 1,
     blending_start_percentage: BlendingStart = None,
     background: Annotated[Background, typer.Option(help="How the rest comes back; pixel: its bytes.")] = Background.pixel,
@@ -87,10 +92,11 @@ def edit(
     metadata: Annotated[
         Metadata, typer.Option(help="Of the picture's file; safe: date and camera, no position, owner, serial number.")
     ] = Metadata.safe,
-    boxes: Annotated[str | None, typer.Option(help="A box per asset; one asset alone takes the mask's box.")] = None,
+    boxes: Annotated[str | None, path("A box per asset; one asset alone takes the mask's box.")] = None,
     model_path: OwnBase = None,
     output_dir: OutputDir = Path("Model_ours"),
-    output_path: OutputPath = Path("output"),
+    output_path: OutputPath = None,
+    overwrite: Overwrite = False,
     steps: Steps = None,
     guidance_scale: Scale = None,
     negative_prompt: str = "",
@@ -109,7 +115,7 @@ def edit(
     given = dict(locals())
     with running(as_json) as job:
         name = _model_name(model, model_id)
-        check_writable(output_path)
+        check_writable(output_path or PLACE)
         _run_edit(job, given, name)
 
 
@@ -117,7 +123,8 @@ def decompose(
     model_id: BundleName,
     model_path: OwnBase = None,
     output_dir: OutputDir = Path("Model_ours"),
-    output_path: OutputPath = Path("output/decompose"),
+    output_path: OutputPath = None,
+    overwrite: Overwrite = False,
     steps: Steps = None,
     guidance_scale: Scale = None,
     mixed_precision: Precision = Precision.auto,
@@ -128,7 +135,7 @@ def decompose(
     """Draw what a scene consists of: each asset alone, all in their places, and the background if it was learned."""
     given = dict(locals())
     with running(as_json) as job:
-        check_writable(output_path)
+        check_writable(output_path or PLACE)
 
         from .scenes import decomposition
 
@@ -144,13 +151,14 @@ def variations(
     model_id: BundleName,
     count: Annotated[int, typer.Option(min=1, max=10_000, help="Pictures; the prompts take turns.")] = 8,
     asset: Annotated[str | None, typer.Option(help="One asset, such as 0 or <asset0>; the whole scene by default.")] = None,
-    prompts_file: Annotated[Path | None, typer.Option(help="One prompt a line; {} is the scene or the asset.")] = None,
+    prompts_file: Annotated[Path | None, path("One prompt a line; {} is the scene or the asset.")] = None,
     keep_places: Annotated[
         bool, typer.Option("--keep-places/--free-places", help="Several assets keep to where they stood in the photo.")
     ] = True,
     model_path: OwnBase = None,
     output_dir: OutputDir = Path("Model_ours"),
-    output_path: OutputPath = Path("output/variations"),
+    output_path: OutputPath = None,
+    overwrite: Overwrite = False,
     steps: Steps = None,
     guidance_scale: Scale = None,
     mixed_precision: Precision = Precision.auto,
@@ -161,7 +169,7 @@ def variations(
     """Draw the whole scene, or one asset, in many places and styles."""
     given = dict(locals())
     with running(as_json) as job:
-        check_writable(output_path)
+        check_writable(output_path or PLACE)
 
         from .scenes import VARIATIONS, choose_asset, read_prompts
         from .scenes import variations as list_variations
@@ -200,9 +208,14 @@ def _run_edit(job: Job, given: dict[str, Any], name: str) -> None:
     from .bundle import attach, find_bundle, load_bundle
     from .config import LearnConfig, LoraPhase, MemoryConfig, edit_preset
     from .edit import edit
-    from .edit_files import save_edit
+    from .edit_files import KIND, save_edit
 
     bundle = None if name.lower() == "none" else load_bundle(find_bundle(name, given["output_dir"]))
+    place = PLACE / (bundle.name if bundle else "none")
+    check_apart(given["output_path"], place,
+                {"--init-image": given["init_image"], "--mask": given["mask"], "--boxes": given["boxes"]},
+                not_to_write_into(bundle, given["model_path"] or ("" if bundle else "toybox")))  # fmt: skip
+    check_output(given["output_path"], place, KIND, given["overwrite"])
     tokens = bundle.tokens if bundle else ()
     check_prompt(given["prompt"], tokens)
     check_prompt(given["negative_prompt"], tokens, NEGATIVE)
@@ -230,8 +243,8 @@ def _run_edit(job: Job, given: dict[str, Any], name: str) -> None:
     for note in result.notes:
         say(f"note: {note}")
     facts = {"bundle": bundle.name if bundle else None, "base_model": base.name}
-    output = given["output_path"]
-    paths = save_edit(result, picture, output, facts)
+    with numbered_folder(given["output_path"], place) as output:
+        paths = save_edit(result, picture, output, facts, given["overwrite"])
     seconds, peak = round(result.seconds, 2), round(result.peak_gib, 3)
     contact = output / "contact.png"
     job.text(f"{_count(paths)} in {output}, the best first ({seconds} s, peak {peak} GiB)", f"contact sheet: {contact}")
@@ -266,25 +279,31 @@ def _run_shots(job: Job, given: dict[str, Any], command: str,
     import_libraries()
     from .batch import open_job
     from .bundle import attach, find_bundle, load_bundle
-    from .config import synthesis_preset
+    from .config import synthesis_preset, to_dict
     from .scenes import draw_shots, save_shots
 
     bundle = load_bundle(find_bundle(given["model_id"], given["output_dir"]))
+    place, explicit = PLACE / bundle.name, given["output_path"]
+    check_apart(explicit, place, {"--prompts-file": given.get("prompts_file")},
+                not_to_write_into(bundle, given["model_path"]))  # fmt: skip
+    check_output(explicit, place, command, given["overwrite"])
     chosen = choose_device(given["device"])
     wanted = given["model_path"] or own_base(bundle)
     config = override(synthesis_preset(family_of(wanted)), steps=given["steps"], guidance_scale=given["guidance_scale"])
     check_sampling(wanted, config.scheduler, config.steps)
     base = load_base_of(bundle, given["model_path"], chosen, choose_dtype(given["mixed_precision"], chosen))
     shots = make_shots(bundle, base, config)
-    output = given["output_path"]
     facts = {"bundle": bundle.name, "base_model": base.name, "steps": config.steps, "guidance_scale": config.guidance_scale}
-    with open_job(output, base, bundle) as pictures:
+    recipe = [to_dict(config), [shot.recipe() for shot in shots]]
+    with open_job(explicit, place, command, recipe, base, bundle) as pictures:
         job.hint = pictures.hint
         with attach(base, bundle), Bar() as bar:
             drawn = draw_shots(base, shots, bundle.tokens, config, bar.denoising, pictures.pictures)
         if not drawn:
             end_job(pictures)
-        paths = save_shots(drawn, output, command, {**facts, **({"failed": pictures.failures} if pictures.failures else {})})
+        with numbered_folder(explicit, place) as output:
+            failed = {"failed": pictures.failures} if pictures.failures else {}
+            paths = save_shots(drawn, output, command, {**facts, **failed}, given["overwrite"])
         pictures.clear()
     earlier = f", {pictures.reused} of them drawn before the interruption" if pictures.reused else ""
     job.text(f"{_count(paths)} in {output}{earlier}", f"contact sheet: {output / 'contact.png'}")

@@ -12,18 +12,21 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .edit import Candidate, Edit
-from .files import replace_files
+from .files import write_folder
 from .json_text import record_text
 from .picture_file import Picture
 from .pictures import ASSET_COLORS, caption_below, grid, outline
 
+KIND = "edit"  # of its manifest
 CELL = 256  # pixels of each picture on the contact sheet
 
 
-def save_edit(result: Edit, picture: Picture, output: Path, facts: dict[str, Any] | None = None) -> list[Path]:
+def save_edit(result: Edit, picture: Picture, output: Path, facts: dict[str, Any] | None = None,
+              overwrite: bool = False) -> list[Path]:  # fmt: skip
     """`edit00.png` (the best) and so on, each the whole picture with the recipe in its metadata; `contact.png`; `edit.json`.
 
-    All are written, or none. Raises InputError when the folder cannot be written.
+    The folder appears whole, or not at all. Raises InputError when it cannot be written or has anything in it; with
+    `overwrite` an earlier edit is replaced.
     """
     recipe = {**result.recipe(), **(facts or {})}
     names = [f"edit{k:02d}.png" for k in range(len(result.candidates))]
@@ -35,7 +38,7 @@ def save_edit(result: Edit, picture: Picture, output: Path, facts: dict[str, Any
         "peak_gib": round(result.peak_gib, 3),
     }  # fmt: skip
     cells = [caption_below(_outlined_crop(result), "the mask")]
-    with replace_files(output) as temporary:
+    with write_folder(output, KIND, overwrite) as temporary:
         for k, (name, candidate) in enumerate(zip(names, result.candidates, strict=True)):
             whole = result.picture(k)
             info = PngInfo()

@@ -1,89 +1,70 @@
-"""Writing whole or not at all: a folder or a set of files appears complete, or what was there stays as it was.
-
-Knows paths and what can go wrong with them. Knows nothing of what is written.
+"""Writing whole or not at all: a folder or a file appears complete, or what was there stays as it was; and nothing is replaced
+that we did not write ourselves (its manifest says so) and were not asked to replace.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import re
-import shutil
-import sys
+import stat
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import InputError
+from .manifest import foreign_entries, read_manifest, write_manifest
+from .swap import finish_swaps, flush_names, replace_by
+from .temporary import MARKER, remove_abandoned, temporary_folder
 
-#: The end of a name that is still being written, hidden by a dot at its start.
-PARTIAL = ".partial"
-#: Seconds after which such a name belongs to a run that was killed.
-ABANDONED_AFTER = 3600
 #: What the system says when no more bytes fit; EFBIG is a limit on one file's size.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def replace_folder(folder: Path, is_ours: Callable[[Path], bool] = lambda _: False) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block succeeds, and vanishes when it does not.
+def write_folder(folder: Path, kind: str, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` when the block succeeds, with a manifest inside, and vanishes when it does not.
 
-    A folder of that name is replaced in one step if it is empty or `is_ours` says that we made it; any other is refused.
-    Raises InputError for that, and when the disk is full or the place cannot be written.
+    A folder of that name is replaced if it is empty, or if `overwrite` is true and it is what we wrote as the same `kind`, every
+    entry in it. Raises InputError for any other, and when the disk is full or the place cannot be written.
     """
     folder = Path(os.path.realpath(folder))  # through a link to the folder that it means
-    made: list[Path] = []
-    try:
-        check_replaceable(folder, is_ours)
-        made = _make_folders(folder.parent)
-        _remove_abandoned(folder.parent)
-        temporary = Path(tempfile.mkdtemp(PARTIAL, f".{folder.name}.", folder.parent))
-        try:
+    with _new_parents(folder), _reporting(folder):
+        check_replaceable(folder, kind, overwrite)
+        _make_place(folder.parent)
+        with temporary_folder(folder.parent) as temporary:
             yield temporary
+            write_manifest(temporary, kind, MARKER)
             _make_readable(temporary)
             _flush(temporary)
-            _put(temporary, folder)
-            _flush_names(folder.parent)
-            made = []
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    except Exception as error:
-        if not is_write_error(error):
-            raise
-        raise unwritable(folder, error) from None
-    finally:
-        _remove_empty(made)
+            (temporary / MARKER).unlink()
+            _flush_folder(temporary)
+            _put(temporary, folder, kind, overwrite)
+            flush_names(folder.parent)
 
 
 @contextmanager
-def replace_files(folder: Path) -> Iterator[Path]:
-    """A temporary folder whose files all move into `folder` when the block succeeds; none does when it fails.
+def write_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary file that becomes `path` when the block succeeds, and vanishes when it does not.
 
-    Files of the same names are replaced, others stay. Raises InputError when the disk is full or `folder` cannot be written.
+    Raises InputError when something has that name, unless `overwrite` is true and it is a regular file, and when the disk is full
+    or the place cannot be written.
     """
-    made: list[Path] = []
-    try:
-        made = _make_folders(folder)
-        _remove_abandoned(folder)
-        temporary = Path(tempfile.mkdtemp(PARTIAL, ".", folder))
-        try:
-            yield temporary
+    path = Path(os.path.realpath(path.parent)) / path.name
+    with _new_parents(path), _reporting(path):
+        check_free(path, overwrite)
+        _make_place(path.parent)
+        with temporary_folder(path.parent) as temporary:
+            yield temporary / path.name
             _make_readable(temporary)
             _flush(temporary)
-            _move_all(sorted(temporary.iterdir()), folder)
-            _flush_names(folder)
-            made = []
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    except Exception as error:
-        if not is_write_error(error):
-            raise
-        raise unwritable(folder, error) from None
-    finally:
-        _remove_empty(made)
+            check_free(path, overwrite)
+            if overwrite:
+                os.replace(temporary / path.name, path)
+            else:
+                _move_new(temporary / path.name, path)
+            flush_names(path.parent)
 
 
 # --- before anything long starts ----------------------------------------------------------------
@@ -102,12 +83,59 @@ def check_writable(folder: Path) -> None:
         raise unwritable(folder, error) from None
 
 
-def check_replaceable(folder: Path, is_ours: Callable[[Path], bool]) -> None:
-    """Raises InputError when `folder` is a file, or holds something that we did not put there."""
-    if not os.path.lexists(folder) or (os.path.isdir(folder) and (not os.listdir(folder) or is_ours(folder))):
+def check_replaceable(folder: Path, kind: str, overwrite: bool) -> None:
+    """Raises InputError when `folder` is a file, holds something that we did not put there, or may not be replaced."""
+    folder = Path(os.path.realpath(folder))
+    finish_swaps(folder.parent)
+    if not os.path.lexists(folder):
         return
-    kind = "a folder with other things in it" if os.path.isdir(folder) else "a file"
-    raise InputError(f"{folder} is {kind} and would be replaced; choose another name or output folder, or move it away")
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder} is a file and would be replaced; choose another name or output folder, or move it away")
+    try:
+        if os.listdir(folder):
+            _check_contents(folder, folder, kind, overwrite)
+        else:
+            _check_no_fixed_place(folder)
+    except OSError as error:
+        raise unwritable(folder, error) from None
+
+
+def _check_contents(there: Path, folder: Path, kind: str, overwrite: bool) -> None:
+    """`folder`, which at this moment may have another name `there`, holds nothing but what may be replaced."""
+    foreign, manifest = foreign_entries(there), read_manifest(there)
+    if manifest is None:
+        raise InputError(f"{folder} is a folder with other things in it ({', '.join(foreign)}) and would be replaced; choose "
+                         "another name or output folder, or move it away")  # fmt: skip
+    if foreign:
+        raise InputError(f"{folder} would be replaced, but what is in it is not all as mifo wrote it: {', '.join(foreign)}; move "
+                         "that away, or choose another name or output folder")  # fmt: skip
+    if manifest.kind != kind:
+        raise InputError(f"{folder} holds an earlier run's {manifest.kind}, and would be replaced by another kind of results "
+                         f"({kind}); choose another name or output folder")  # fmt: skip
+    if not overwrite:
+        raise InputError(f"{folder} holds an earlier run's {kind}; give --overwrite to replace it, or choose another name or "
+                         "output folder")  # fmt: skip
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Raises InputError when something stands at `path`, or with `overwrite` when it is no regular file."""
+    if not os.path.lexists(path):
+        return
+    mode = os.lstat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise InputError(f"{path} cannot be written: a folder has this name; choose another name")
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path} is a link or a device, and would be replaced; choose another name")
+    if not overwrite:
+        raise InputError(f"{path} exists already; give --overwrite to replace it, or another name")
+
+
+def _check_no_fixed_place(folder: Path) -> None:
+    """A folder is put in place by renaming, which a disk's root and the folder that somebody works in do not survive."""
+    if os.path.ismount(folder) or (os.path.exists(os.curdir) and os.path.samefile(folder, os.curdir)):
+        what = "the root of a disk" if os.path.ismount(folder) else "the folder that you work in"
+        raise InputError(f"{folder} is {what}, and results are put in place as a whole folder; give one inside it, such as "
+                         f"{folder / '0001'}")  # fmt: skip
 
 
 # --- what went wrong ----------------------------------------------------------------------------
@@ -145,30 +173,36 @@ def _number(error: BaseException) -> int | None:
 # --- steps --------------------------------------------------------------------------------------
 
 
-def _make_folders(folder: Path) -> list[Path]:
-    """Makes `folder` and the parents that it lacks; returns those that are new, the deepest first."""
-    new = [p for p in (folder, *folder.parents) if not os.path.lexists(p)]
+@contextmanager
+def _reporting(path: Path) -> Iterator[None]:
+    """What the system refuses, as InputError."""
+    try:
+        yield
+    except Exception as error:
+        if not is_write_error(error):
+            raise
+        raise unwritable(path, error) from None
+
+
+@contextmanager
+def _new_parents(path: Path) -> Iterator[None]:
+    """Removes the parents that were missing before the block and are empty after it."""
+    new = [p for p in path.parents if not os.path.lexists(p)]
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            for parent in new:
+                parent.rmdir()
+
+
+def _make_place(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    return new
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    for folder in folders:
-        try:
-            folder.rmdir()
-        except OSError:
-            return
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """What a run that was killed left half-written."""
-    for path in folder.iterdir():
-        if path.name.startswith(".") and path.name.endswith(PARTIAL) and time.time() - path.lstat().st_mtime > ABANDONED_AFTER:
-            shutil.rmtree(path, ignore_errors=True)
+    remove_abandoned(folder)
 
 
 def _make_readable(temporary: Path) -> None:
-    """The rights that new files and folders get here; tempfile and safetensors give them to their owner alone."""
+    """The rights that new files and folders get here; safetensors gives them to their owner alone."""
     mask = os.umask(0)
     os.umask(mask)
     temporary.chmod(0o777 & ~mask)
@@ -177,16 +211,18 @@ def _make_readable(temporary: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Onto the disk, so that a power cut right after the rename finds whole files."""
+    """Files and lists of names onto the disk, so that a power cut right after the rename finds all of it."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
+        elif path.is_dir():
+            _flush_folder(path)
+    _flush_folder(folder)
 
 
-def _flush_names(folder: Path) -> None:
-    """The folder's list of names onto the disk too, where the system can: a rename that is not there yet can still be lost."""
-    with suppress(OSError):
+def _flush_folder(folder: Path) -> None:
+    if os.name != "nt":  # where folders cannot be opened
         number = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(number)
@@ -194,33 +230,26 @@ def _flush_names(folder: Path) -> None:
             os.close(number)
 
 
-def _move_all(paths: list[Path], folder: Path) -> None:
-    for path in paths:
-        if (folder / path.name).is_dir():  # seen before the first file moves
-            raise OSError(errno.EISDIR, "a folder has this name", str(folder / path.name))
-    for path in paths:
-        os.replace(path, folder / path.name)
+def _move_new(source: Path, target: Path) -> None:
+    """A rename that never replaces. Where the file system knows no hard links, an empty file holds the name for a moment."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except FileExistsError:
+        check_free(target, overwrite=False)
+        raise
+    except (OSError, NotImplementedError):
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.replace(source, target)
 
 
-def _put(temporary: Path, folder: Path) -> None:
-    """`temporary` becomes `folder`; where both exist they are swapped, and the caller removes `temporary`."""
-    if not folder.exists():
-        os.replace(temporary, folder)
-    elif not _exchange(temporary, folder):
-        aside = temporary.with_suffix(".old")
-        os.replace(folder, aside)
+def _put(temporary: Path, folder: Path, kind: str, overwrite: bool) -> None:
+    """`temporary` becomes `folder`, if that may be replaced still."""
+    if not os.path.lexists(folder) or not os.listdir(folder):
         try:
-            os.replace(temporary, folder)
-        except BaseException:
-            os.replace(aside, folder)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Swaps two folders in one atomic step. False where the platform or the file system cannot."""
-    if sys.platform != "linux":
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    return rename is not None and rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
+            os.rename(temporary, folder)  # fails on a folder that is not empty
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    check_replaceable(folder, kind, overwrite)
+    replace_by(temporary, folder, lambda old: _check_contents(old, folder, kind, overwrite))

@@ -22,6 +22,7 @@ from .attention.record import AttentionRecorder, record_attention, token_maps
 from .attention.sites import Site, choose_sites
 from .base_model import BaseModel
 from .bundle import Bundle, add_adapters, remove_adapter, save_bundle
+from .bundle_target import check_target, photo_digest
 from .checkpoints import Checkpointing, Checkpoints, open_checkpoints
 from .config import AttentionTerms, EmbeddingPhase, LearnConfig, LoraPhase, to_dict
 from .console import say
@@ -78,14 +79,19 @@ class StepLosses:
 
 def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path, report: Report = lambda _: None,
           initializer_words: Sequence[str | None] | None = None, checkpointing: Checkpointing | None = None,
-          judge: CheckpointJudge | None = None) -> Bundle:  # fmt: skip
+          judge: CheckpointJudge | None = None, overwrite: bool = False) -> Bundle:  # fmt: skip
     """Learns `instance` on `base` and writes the bundle to `folder`. The base model is handed back as it was.
+
+    A bundle that stands there is replaced, in the end and whole, if it was learned from the same photo and masks on the same base
+    model, or with `overwrite`; and only if all that is in it is as it was written.
 
     State is kept beside `folder` as `checkpointing` says, until the bundle is written. Ctrl-C and SIGTERM take effect after
     the step that runs, and the state is kept then too. `judge` scores checkpoints where `config.keep` is enabled.
     Raises InputError for input that cannot be learned from (too many assets for a prompt, masks that vanish), when another
-    process learns to `folder`, and when a checkpoint that should be resumed is another run's.
+    process learns to `folder`, when a checkpoint that should be resumed is another run's, and when `folder` holds anything that
+    may not be replaced.
     """
+    check_target(folder, instance, base.fingerprint, overwrite)
     identity = identity_of(instance, base, config, initializer_words)
     with open_checkpoints(folder, identity, checkpointing or Checkpointing()) as checkpoints, PeakMemory(base.device) as peak:
         bundle = _learn(instance, base, config, folder, report, initializer_words, checkpoints, judge, peak)
@@ -124,6 +130,7 @@ def _learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Pat
                 "losses": learner.curve,
                 "skipped_steps": learner.skipped_steps,
                 "memory": to_dict(base.memory),
+                "photo_digest": photo_digest(instance),
                 **({"kept": learner.kept} if learner.kept else {}),
                 **environment(),
             }
@@ -133,7 +140,8 @@ def _learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Pat
                 write_attention_sheet(target / "attention.png", learner.snapshots, instance, tokens)
                 keep_instance(target, instance, config.resolution or base.resolution)
 
-            return save_bundle(folder, base, tokens, instance.words, embedding.rows, adapters, config, facts, write_pictures)
+            return save_bundle(folder, base, tokens, instance.words, embedding.rows, adapters, config, facts, write_pictures,
+                               overwrite=True)  # fmt: skip
 
 
 @contextmanager

@@ -5,7 +5,6 @@ Knows optimizers, schedules and random states. Knows nothing of losses or files.
 
 from __future__ import annotations
 
-import hashlib
 import random
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from .base_model import BaseModel
+from .bundle_target import photo_digest
 from .config import LearnConfig, to_dict
 from .instance import Instance
 
@@ -24,13 +24,10 @@ PHASE_NAMES = {"embedding": "phase 1", "lora": "phase 2"}
 
 def identity_of(instance: Instance, base: BaseModel, config: LearnConfig, words: Sequence[str | None] | None) -> dict[str, Any]:
     """Everything that decides what is learned; a run is resumed only where all of it is the same."""
-    pixels = hashlib.sha256(f"{instance.image.size}".encode() + instance.image.tobytes())
-    for mask in instance.masks:
-        pixels.update(mask.tobytes())
     return {
         "config": to_dict(config),
         "base": {"fingerprint": base.fingerprint, "dtype": str(base.dtype), "device": base.device.type},
-        "instance": pixels.hexdigest()[:32],
+        "instance": photo_digest(instance),
         "initializer_tokens": list(words) if words else None,
     }
 

@@ -22,13 +22,14 @@ from .command_parts import (
     instance_of,
     load_base_of,
     measured_by,
+    not_to_write_into,
     override,
     own_base,
     say_weights,
 )
 from .console import Bar, running
 from .errors import InputError
-from .files import check_replaceable, check_writable
+from .files import check_writable, write_file
 from .options import (
     AsJson,
     Attention,
@@ -44,6 +45,8 @@ from .options import (
     MasksDrawn,
     ModelPath,
     OutputDir,
+    OutputPath,
+    Overwrite,
     OwnBase,
     PlannedJob,
     Precision,
@@ -51,19 +54,22 @@ from .options import (
     Seed,
     Steps,
     VramGib,
+    path,
+    path_argument,
 )
+from .outputs import PLACE, check_apart, check_file, check_output, numbered_file, numbered_folder
 
 
 def evaluate(
     model_id: BundleName,
-    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line; without it, each asset and all.")] = None,
-    boxes: Annotated[str | None, typer.Option(help="JSON file or text, as for synthesize; for all prompts.")] = None,
-    images: Annotated[Path | None, typer.Option(help="Measure this folder's pictures instead of drawing.")] = None,
+    prompts: Annotated[Path | None, path("Text file, one prompt a line; without it, each asset and all.")] = None,
+    boxes: Annotated[str | None, path("JSON file or text, as for synthesize; for all prompts.")] = None,
+    images: Annotated[Path | None, path("Measure this folder's pictures instead of drawing.")] = None,
     samples: Annotated[int, typer.Option(min=1, max=1000, help="Pictures of each prompt.")] = 4,
-    instance: Annotated[Path | None, typer.Option(help="What the bundle was learned from; its own copy by default.")] = None,
-    original: Annotated[Path | None, typer.Option(help="With --edited and --edit-mask: is all outside the mask kept?")] = None,
-    edited: Annotated[Path | None, typer.Option(help="The picture after the edit.")] = None,
-    edit_mask: Annotated[Path | None, typer.Option(help="White where the edit was allowed.")] = None,
+    instance: Annotated[Path | None, path("What the bundle was learned from; its own copy by default.")] = None,
+    original: Annotated[Path | None, path("With --edited and --edit-mask: is all outside the mask kept?")] = None,
+    edited: Annotated[Path | None, path("The picture after the edit.")] = None,
+    edit_mask: Annotated[Path | None, path("White where the edit was allowed.")] = None,
     mask_orientation: MaskOrientation = MasksDrawn.auto,
     backend: JudgedBy = Judge.auto,
     dino: Dino = None,
@@ -71,7 +77,8 @@ def evaluate(
     detector: Detector = None,
     model_path: OwnBase = None,
     output_dir: OutputDir = Path("Model_ours"),
-    output_path: Annotated[Path, typer.Option(help="Folder to write.")] = Path("output/evaluation"),
+    output_path: OutputPath = None,
+    overwrite: Overwrite = False,
     steps: Steps = None,
     mixed_precision: Precision = Precision.auto,
     seed: Seed = 0,
@@ -85,27 +92,32 @@ def evaluate(
         from .batch import open_job
         from .bundle import find_bundle, load_bundle
         from .evaluate.cases import mask_aspects, read_cases, read_pictures
-        from .evaluate.report import is_evaluation, save_evaluation, table
+        from .evaluate.report import KIND, save_evaluation, table
         from .evaluate.run import evaluate as run_evaluate
         from .evaluate.run import measure_edit
 
-        check_writable(output_path.parent)
-        check_replaceable(output_path, is_evaluation)
+        check_writable(output_path or PLACE)
         edit = measure_edit(original, edited, edit_mask, mask_orientation.value)
         bundle = load_bundle(find_bundle(model_id, output_dir))
+        place = PLACE / bundle.name
+        read = {"--prompts": prompts, "--boxes": boxes, "--images": images, "--original": original, "--edited": edited,
+                "--edit-mask": edit_mask, "--dino": dino, "--clip": clip, "--detector": detector}  # fmt: skip
+        check_apart(output_path, place, read, {**not_to_write_into(bundle, model_path), "--instance": instance})
+        check_output(output_path, place, KIND, overwrite)
         source = instance_of(bundle, instance, mask_orientation.value)
         cases = read_cases(prompts, boxes, source.tokens, mask_aspects(source))
         say_weights([case.prompt for case in cases])
         pictures = read_pictures(images, prompts, boxes, bundle.tokens) if images else None
         chosen = choose_device(device)
-        from .config import synthesis_preset
+        from .config import synthesis_preset, to_dict
 
         wanted = model_path or own_base(bundle)
         config = override(synthesis_preset(family_of(wanted)), steps=steps)
         check_sampling(wanted, config.scheduler, config.steps)
         base = load_base_of(bundle, model_path, chosen, choose_dtype(mixed_precision, chosen))
         judge = measured_by(bundle, base, instance, given)
-        with open_job(output_path, base, bundle) as drawing:
+        recipe = [to_dict(config), [case.to_json() for case in cases], seed, samples]
+        with open_job(output_path, place, "evaluate", recipe, base, bundle) as drawing:
             job.hint = drawing.hint
             with Bar() as bar:
                 result = run_evaluate(base, bundle, source, judge, config, cases, pictures, seed, samples, bar.drawing,
@@ -117,7 +129,8 @@ def evaluate(
                 result.record["edit_preservation"] = edit
             if drawing.failures:
                 result.record["failed"] = drawing.failures
-            paths = save_evaluation(result, output_path, keep_pictures=pictures is None)
+            with numbered_folder(output_path, place) as output:
+                paths = save_evaluation(result, output, pictures is None, overwrite)
             drawing.clear()
         job.text(*table(result.record).split("\n"), *(f"{kind.replace('_', ' ')}: {path}" for kind, path in paths.items()))
         job.json({**paths, **{k: v for k, v in result.record.items() if k not in ("pictures", "definitions", "synthesis")}})
@@ -125,28 +138,32 @@ def evaluate(
 
 
 def check(
-    instance: Annotated[str, typer.Argument(help="Folder name under --folder-path, or a folder.")],
-    folder_path: Annotated[Path, typer.Option(help="Holds the instance folders.")] = Path("example"),
+    instance: Annotated[str, path_argument("Folder name under --folder-path, or a folder.")],
+    folder_path: Annotated[Path, path("Holds the instance folders.")] = Path("example"),
     model_path: ModelPath = "toybox",
     resolution: Resolution = None,
     mask_orientation: MaskOrientation = MasksDrawn.auto,
-    output_path: Annotated[Path, typer.Option(help="PNG to write: what the model will really see.")] = Path("output/check.png"),
+    output_path: Annotated[
+        Path | None, path("PNG to write: what the model will really see; output/check-0001.png and so on by default.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file of that name.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Look for what is wrong with an instance's masks before learning it; no model is loaded."""
     with running(as_json) as job:
-        from .files import replace_files
         from .instance import load_instance
         from .mask_check import check_lines, check_masks, check_sheet, sizes_by_name
 
-        if not output_path.name:
-            raise InputError(f"--output-path is '{output_path}', expected a file's name, such as output/check.png")
         (folder,) = instance_folders(instance, folder_path)
+        check_file(output_path, "output/check.png", overwrite)
+        check_apart(output_path, PLACE, {}, {"the instance": folder, **not_to_write_into(None, model_path)})
         report = check_masks(load_instance(folder, mask_orientation.value), sizes_by_name(model_path, resolution))
-        with replace_files(output_path.parent) as temporary:
-            check_sheet(report).save(temporary / output_path.name, "PNG")
-        job.text(*check_lines(report, report.warnings), f"look at {output_path}")
-        job.json({**report.facts, "sheet": str(output_path)})
+        sheet = check_sheet(report)
+        with (numbered_file(output_path, PLACE, "check", ".png", overwrite) as (target, replaced),
+              write_file(target, replaced) as temporary):  # fmt: skip
+            sheet.save(temporary, "PNG")
+        job.text(*check_lines(report, report.warnings), f"look at {target}")
+        job.json({**report.facts, "sheet": str(target)})
 
 
 def plan(

@@ -17,7 +17,7 @@ from .base_model import BaseModel
 from .checkpoints import Damaged, read_header, read_state, write_state
 from .config import PriorConfig
 from .denoise import denoise, initial_latents
-from .files import replace_files
+from .files import write_file
 from .finite import check_latents
 from .json_text import json_text
 from .prompts import check_class_prompt, tokenize_prompt
@@ -71,8 +71,8 @@ def make_prior(base: BaseModel, config: PriorConfig, resolution: int, seed: int,
     latents = torch.cat(rows)
     check_latents(latents, base.parts)
     if cached:
-        with replace_files(cached.parent) as temporary:
-            write_state(temporary / cached.name, latents, "prior", key)
+        with write_file(cached, overwrite=True) as temporary:
+            write_state(temporary, latents, "prior", key)
     return PriorData(prompts, latents)
 
 

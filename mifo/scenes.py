@@ -20,7 +20,7 @@ from .boxes import Layout
 from .config import SynthesisConfig, to_dict
 from .edit_frame import snapped_box
 from .errors import InputError
-from .files import replace_files
+from .files import write_folder
 from .instance import Instance
 from .json_text import record_text
 from .pictures import caption_below, enlarge, grid
@@ -158,11 +158,16 @@ def draw_shots(base: BaseModel, shots: Sequence[Shot], tokens: Sequence[str], co
     return drawn
 
 
-def save_shots(drawn: Mapping[Shot, Image.Image], output: Path, record_name: str, facts: dict[str, Any]) -> list[Path]:
-    """A PNG per shot, `contact.png` and `<record_name>.json`. All are written, or none."""
+def save_shots(drawn: Mapping[Shot, Image.Image], output: Path, record_name: str, facts: dict[str, Any],
+               overwrite: bool = False) -> list[Path]:  # fmt: skip
+    """A PNG per shot, `contact.png` and `<record_name>.json`, which is what its manifest calls the folder.
+
+    The folder appears whole, or not at all. Raises InputError when it cannot be written or has anything in it; with
+    `overwrite` an earlier one of the same kind is replaced.
+    """
     cells = [caption_below(enlarge(i, 256), s.prompt) for s, i in drawn.items()]
     listed = [{"image": f"{s.name}.png", **s.recipe()} for s in drawn]
-    with replace_files(output) as temporary:
+    with write_folder(output, record_name, overwrite) as temporary:
         for shot, image in drawn.items():
             image.save(temporary / f"{shot.name}.png", "PNG")
         grid(cells, columns=min(4, len(cells))).save(temporary / "contact.png", "PNG")

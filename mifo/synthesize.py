@@ -22,7 +22,7 @@ from .base_model import BaseModel
 from .boxes import Layout
 from .config import SynthesisConfig, to_dict
 from .denoise import denoise, seeded_noise
-from .files import replace_files
+from .files import write_folder
 from .guidance import LatentGuidance, MaskRefinement
 from .json_text import record_text
 from .memory import PeakMemory
@@ -150,16 +150,20 @@ def check_boxes(base: BaseModel, layout: Layout, latent_size: tuple[int, int]) -
 # --- files --------------------------------------------------------------------------------------
 
 
-def save_synthesis(result: Synthesis, output: Path, facts: dict[str, Any] | None = None) -> list[Path]:
+KIND = "synthesis"  # of its manifest
+
+
+def save_synthesis(result: Synthesis, output: Path, facts: dict[str, Any] | None = None, overwrite: bool = False) -> list[Path]:
     """PNG per picture (the recipe in its metadata), `contact.png` with the boxes drawn, `synthesis.json`.
 
-    All are written, or none. Raises InputError when the folder cannot be written.
+    The folder appears whole, or not at all. Raises InputError when it cannot be written or has anything in it; with
+    `overwrite` an earlier synthesis is replaced.
     """
     recipe = {**result.recipe(), **(facts or {})}
     names = [f"{result.seed + k:06d}.png" for k in range(len(result.images))]
     record = {**recipe, "images": names, "seconds": round(result.seconds, 2), "peak_gib": round(result.peak_gib, 3),
               "guidance_history": result.guidance_history}  # fmt: skip
-    with replace_files(output) as temporary:
+    with write_folder(output, KIND, overwrite) as temporary:
         for k, (name, image) in enumerate(zip(names, result.images, strict=True)):
             info = PngInfo()
             info.add_text("mifo", record_text({**recipe, "seed": result.seed + k, "batch_size": 1}))

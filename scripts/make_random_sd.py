@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from hub_names import use_hub_names
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from mifo.files import check_writable, replace_folder
+from mifo.files import check_writable, write_folder
 from mifo.json_text import json_text
 from mifo.known_models import VOCABULARY, WIDTH_DIVISORS, shape_of
 from mifo.toybox.architecture import build_tokenizer
@@ -43,12 +43,13 @@ class Weights(str, Enum):
         return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[self.value]
 
 
-def write_random_sd(name: str, folder: Path, width_divisor: int = 1, seed: int = 0, dtype: torch.dtype = torch.float16) -> None:
+def write_random_sd(name: str, folder: Path, width_divisor: int = 1, seed: int = 0, dtype: torch.dtype = torch.float16,
+                    overwrite: bool = False) -> None:  # fmt: skip
     """Whole or absent. Holds one part at a time in memory (sd2.1's UNet: 1.6 GiB in fp16)."""
     shape = shape_of(name, width_divisor)
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
-    with replace_folder(folder, lambda old: (old / "model_index.json").is_file()) as temporary:
+    with write_folder(folder, "random model", overwrite) as temporary:
         torch.set_default_dtype(dtype)  # built in the target dtype: the fp32 weights never exist
         try:
             _save(sharpen(UNet2DConditionModel(**shape["unet"])), temporary / "unet")
@@ -108,15 +109,16 @@ def _index() -> dict[str, Any]:
 
 def main(
     name: Annotated[Shape, typer.Argument(help="Whose shape.")],
-    output: Annotated[Path, typer.Argument(help="Folder to write; an earlier model there is replaced.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
     width_divisor: Annotated[int, typer.Option(help="1 is the real width; 2, 4 or 8 narrows every layer.")] = 1,
     seed: int = 0,
     dtype: Weights = Weights.fp16,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier random model there.")] = False,
 ) -> None:
     if width_divisor not in WIDTH_DIVISORS:
         raise typer.BadParameter(f"{width_divisor} is not one of {', '.join(map(str, WIDTH_DIVISORS))}.")
     check_writable(output.parent)
-    write_random_sd(name.value, output, width_divisor, seed, dtype.dtype)
+    write_random_sd(name.value, output, width_divisor, seed, dtype.dtype, overwrite)
     size = sum(p.stat().st_size for p in output.rglob("*") if p.is_file())
     print(f"{output}: {name.value}'s shape, width / {width_divisor}, random weights in {dtype.value}, {size / 2**30:.2f} GiB")
 

@@ -85,7 +85,7 @@ class Torture:
 
     @staticmethod
     def _bytes(folder: Path) -> dict[str, bytes | None]:
-        return {name: content for name, content in snapshot(folder).items() if name != "bundle.json"}
+        return {name: content for name, content in snapshot(folder).items() if name not in ("bundle.json", "manifest.json")}
 
     def fresh_place(self) -> Path:
         """A folder with the old bundle in it."""

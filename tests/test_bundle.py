@@ -36,8 +36,9 @@ from mifo.bundle import (
 from mifo.config import LearnConfig, LoraPhase
 from mifo.embedding import use_assets
 from mifo.errors import InputError
-from mifo.files import ABANDONED_AFTER, replace_files, replace_folder
+from mifo.files import write_file, write_folder
 from mifo.prompts import tokenize_prompt
+from mifo.temporary import ABANDONED_AFTER
 
 PROMPT = "a photo of <asset0> and <asset1>"
 
@@ -83,7 +84,8 @@ def randomize(adapters: dict[str, PeftModel]) -> None:
 
 
 def save(base: BaseModel, folder: Path, rows: torch.Tensor, adapters: dict[str, PeftModel], **facts: Any) -> Bundle:
-    return save_bundle(folder, base, ("<asset0>", "<asset1>")[: len(rows)], None, rows, adapters, LearnConfig(seed=7), facts)
+    return save_bundle(folder, base, ("<asset0>", "<asset1>")[: len(rows)], None, rows, adapters, LearnConfig(seed=7), facts,
+                       overwrite=True)  # fmt: skip
 
 
 # --- there and back -----------------------------------------------------------------------------
@@ -119,7 +121,8 @@ def test_the_same_adapters_are_saved_as_the_same_bytes(base: BaseModel, tmp_path
     save(base, tmp_path / "b", random_rows(), adapters)
     remove_adapter(adapters["unet_lora"])
     first, second = snapshot(tmp_path / "a"), snapshot(tmp_path / "b")
-    del first["bundle.json"], second["bundle.json"]
+    for name in ("bundle.json", "manifest.json"):  # the name, and its digest
+        del first[name], second[name]
     assert first == second
     targets = json.loads((tmp_path / "a" / "unet_lora" / "adapter_config.json").read_text())["target_modules"]
     assert targets == sorted(targets)  # peft keeps a set, whose order changes from process to process
@@ -135,7 +138,7 @@ def test_a_bundle_without_adapters_has_rows_only(base: BaseModel, tmp_path: Path
 
 def test_files_have_the_rights_that_new_files_get(tmp_path: Path):
     (tmp_path / "plain").touch()
-    with replace_folder(tmp_path / "bundle") as temporary:
+    with write_folder(tmp_path / "bundle", "bundle") as temporary:
         save_file({"x": torch.zeros(1)}, temporary / "x.safetensors")  # its own are the owner's alone
     assert (tmp_path / "bundle" / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
@@ -284,7 +287,7 @@ def test_diffusers_reads_the_export_and_predicts_the_same(base: BaseModel, bundl
 
     export_for_diffusers(bundle, tmp_path / "export")
     names = [f"{n}.safetensors" for n in ("asset0", "asset1", "pytorch_lora_weights")]
-    assert sorted(os.listdir(tmp_path / "export")) == names
+    assert sorted(os.listdir(tmp_path / "export")) == sorted([*names, "manifest.json"])
     exported = load_file(tmp_path / "export" / "pytorch_lora_weights.safetensors")
     text = [name for name in exported if not name.startswith("unet.")]
     assert text and all(name.startswith("text_encoder.text_model.encoder.") for name in text)  # as other programs read them
@@ -308,11 +311,14 @@ def test_diffusers_reads_the_export_and_predicts_the_same(base: BaseModel, bundl
 
 
 def test_an_export_replaces_an_export_and_nothing_else(base: BaseModel, bundle: Bundle, tmp_path: Path):
-    for _ in range(2):
-        export_for_diffusers(bundle, tmp_path / "export")
+    export_for_diffusers(bundle, tmp_path / "export")
     one = save(base, tmp_path / "one", random_rows(1), {})
-    export_for_diffusers(one, tmp_path / "export")
-    assert os.listdir(tmp_path / "export") == ["asset0.safetensors"]
+    before = snapshot(tmp_path / "export")
+    with pytest.raises(InputError, match="holds an earlier run's export; give --overwrite"):
+        export_for_diffusers(one, tmp_path / "export")
+    assert snapshot(tmp_path / "export") == before
+    export_for_diffusers(one, tmp_path / "export", overwrite=True)
+    assert sorted(os.listdir(tmp_path / "export")) == ["asset0.safetensors", "manifest.json"]
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "me.jpg").touch()
     with pytest.raises(InputError, match="other things"):
@@ -332,7 +338,7 @@ def test_a_failure_while_saving_leaves_the_earlier_bundle(base: BaseModel, tmp_p
             raise error
 
         with pytest.raises(InputError if isinstance(error, OSError) else type(error)):
-            save_bundle(folder, base, ("<asset0>",), None, random_rows(1), {}, LearnConfig(), {}, fail)
+            save_bundle(folder, base, ("<asset0>",), None, random_rows(1), {}, LearnConfig(), {}, fail, overwrite=True)
         assert snapshot(tmp_path) == before
 
 
@@ -365,20 +371,20 @@ def test_through_a_link_the_folder_that_it_means_is_replaced(base: BaseModel, tm
 
 
 def test_the_swap_works_where_the_system_cannot_exchange(base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("mifo.files._exchange", lambda first, second: False)
+    monkeypatch.setattr("mifo.swap.exchange", lambda first, second: False)
     folder = copy_bundle(tmp_path)
     save(base, folder, random_rows(1), {})
     assert os.listdir(tmp_path) == [folder.name] and len(load_bundle(folder).tokens) == 1
     before = snapshot(tmp_path)
-    replace, calls = os.replace, []
+    rename, calls = os.rename, []
 
     def fail_once(source: Any, target: Any) -> None:
         calls.append(source)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        replace(source, target)
+        rename(source, target)
 
-    monkeypatch.setattr("os.replace", fail_once)
+    monkeypatch.setattr("os.rename", fail_once)
     with pytest.raises(KeyboardInterrupt):
         save(base, folder, random_rows(), {})
     assert snapshot(tmp_path) == before and len(calls) == 3
@@ -387,7 +393,8 @@ def test_the_swap_works_where_the_system_cannot_exchange(base: BaseModel, tmp_pa
 KILLED_SAVE = """
 import os, signal, sys
 from pathlib import Path
-from mifo import files
+from mifo import files, swap
+from mifo.manifest import MANIFEST
 
 def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -396,11 +403,10 @@ moment, folder = sys.argv[1], Path(sys.argv[2])
 if moment == "before the swap":
     files._put = kill
 if moment == "after the swap":
-    put = files._put
-    files._put = lambda *paths: (put(*paths), kill())
-with files.replace_folder(folder, lambda _: True) as temporary:
+    swap.remove_ours = kill
+with files.write_folder(folder, "bundle", overwrite=True) as temporary:
     for name in os.listdir(folder):
-        if (folder / name).is_file():
+        if (folder / name).is_file() and name != MANIFEST:
             (temporary / name).write_bytes((folder / name).read_bytes())
     if moment == "while writing":
         kill()
@@ -409,8 +415,10 @@ with files.replace_folder(folder, lambda _: True) as temporary:
 
 @pytest.mark.parametrize("moment", ["while writing", "before the swap", "after the swap"])
 def test_kill_9_leaves_the_old_bundle_or_the_new_one(base: BaseModel, tmp_path: Path, moment: str):
-    folder = copy_bundle(tmp_path)
-    edit_json(folder / "bundle.json", adapters=[])  # the new one is the old one without its adapters
+    folder = tmp_path / "two_cups"
+    with write_folder(folder, "bundle") as temporary:
+        shutil.copytree(tiny_bundle_folder(), temporary, dirs_exist_ok=True)
+        edit_json(temporary / "bundle.json", adapters=[])  # the new one is the old one without its adapters
     code = subprocess.run([sys.executable, "-c", KILLED_SAVE, moment, folder], cwd=ROOT).returncode
     assert code == -signal.SIGKILL
     assert load_bundle(folder).adapters == (() if moment == "after the swap" else ("unet_lora", "text_lora"))
@@ -425,21 +433,23 @@ def test_kill_9_leaves_the_old_bundle_or_the_new_one(base: BaseModel, tmp_path: 
     assert sorted(os.listdir(tmp_path)) == ["other", "two_cups"]
 
 
-def test_a_set_of_files_appears_whole_or_not_at_all(tmp_path: Path):
-    folder = tmp_path / "new" / "deep"
-    with pytest.raises(ValueError), replace_files(folder) as temporary:
-        (temporary / "a").write_text("1")
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path):
+    path = tmp_path / "new" / "deep" / "a"
+    with pytest.raises(ValueError), write_file(path) as temporary:
+        temporary.write_text("1")
         raise ValueError
     assert os.listdir(tmp_path) == []
-    with replace_files(folder) as temporary:
-        (temporary / "a").write_text("1")
-        (temporary / "b").write_text("2")
-    (folder / "b").unlink()
-    (folder / "b").mkdir()
+    with write_file(path) as temporary:
+        temporary.write_text("1")
+    with pytest.raises(InputError, match="exists already; give --overwrite"), write_file(path) as temporary:
+        pytest.fail("went on")
+    with write_file(path, overwrite=True) as temporary:
+        temporary.write_text("2")
+    assert path.read_text() == "2"
+    (path.parent / "b").mkdir()
     before = snapshot(tmp_path)
-    with pytest.raises(InputError, match="a folder has this name"), replace_files(folder) as temporary:
-        (temporary / "a").write_text("3")
-        (temporary / "b").write_text("4")
+    with pytest.raises(InputError, match="a folder has this name"), write_file(path.parent / "b", overwrite=True):
+        pytest.fail("went on")
     assert snapshot(tmp_path) == before
 
 

@@ -87,7 +87,7 @@ def test_in_processes_of_their_own_learn_then_synthesize(tmp_path: Path):
     process = start("synthesize", "cups", "--prompt", PROMPT, "--boxes", BOXES, *QUICK, "--json", folder=tmp_path)
     out, err = process.communicate()
     assert process.returncode == 0, err
-    assert out.count("\n") == 1 and json.loads(out)["images"] == ["output/000000.png"]
+    assert out.count("\n") == 1 and json.loads(out)["images"] == ["output/cups/0001/000000.png"]
     assert "denoising" in err and "torchvision" not in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["Model_ours", "output", "photos"]
 
@@ -105,7 +105,8 @@ def test_learn_writes_a_bundle_and_prints_its_summary(learned: Path):
         assert Image.open(facts[name]).width > 200
     assert (bundle.config.seed, bundle.config.lora.rank, bundle.config.embedding.train_steps) == (3, 2, 2)
     assert sorted(p.name for p in bundle.folder.iterdir()) == [
-        "assets.safetensors", "attention.png", "bundle.json", "instance", "preview.png", "text_lora", "unet_lora",
+        "assets.safetensors", "attention.png", "bundle.json", "instance", "manifest.json", "preview.png", "text_lora",
+        "unet_lora",
     ]  # fmt: skip
 
 
@@ -113,7 +114,7 @@ def test_the_same_seed_learns_the_same_bits(learned: Path, tmp_path: Path):
     mifo(*learn_arguments(learned / "cups", tmp_path, "--seed", 3))
     first, second = snapshot(learned / "bundles" / "cups"), snapshot(tmp_path / "cups")
     differ = {name for name in first | second if first.get(name) != second.get(name)}
-    assert differ <= {"bundle.json"}  # it has the seconds
+    assert differ <= {"bundle.json", "manifest.json"}  # the seconds, and their digest
 
 
 def test_a_photo_as_a_camera_makes_it(tmp_path: Path):
@@ -163,10 +164,10 @@ def test_the_prior_is_drawn_once_and_a_damaged_cache_again(tmp_path: Path):
     assert torch.equal(make().latents, first.latents) and drawn == [2] and first.prompts == ("a car", "a fish")
     (cache,) = (tmp_path / ".prior").iterdir()
     whole = cache.read_bytes()
-    for damaged in (whole[:-1], b"", whole.replace(b"latents", b"stnetal")):
+    for damaged in (whole[:-1], b"", whole[:-1] + bytes([whole[-1] ^ 1])):
         cache.write_bytes(damaged)
         assert torch.equal(make().latents, first.latents)
-        assert cache.read_bytes() == whole and os.listdir(tmp_path / ".prior") == [cache.name]
+        assert torch.equal(make().latents, first.latents) and os.listdir(tmp_path / ".prior") == [cache.name]
     assert drawn == [2] * 4
 
 
@@ -174,14 +175,15 @@ def test_the_prior_is_drawn_once_and_a_damaged_cache_again(tmp_path: Path):
 
 
 def test_pictures_are_named_by_seed_and_say_how_they_were_made(tmp_path: Path):
-    facts = synthesize(tmp_path, "--boxes", BOXES, "--seed", 7, "--batch-size", 2)
-    assert facts["images"] == [str(tmp_path / "000007.png"), str(tmp_path / "000008.png")]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["000007.png", "000008.png", "contact.png", "synthesis.json"]
+    facts = synthesize(tmp_path / "p", "--boxes", BOXES, "--seed", 7, "--batch-size", 2)
+    assert facts["images"] == [str(tmp_path / "p" / "000007.png"), str(tmp_path / "p" / "000008.png")]
+    names = ["000007.png", "000008.png", "contact.png", "manifest.json", "synthesis.json"]
+    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == names
     assert Image.open(facts["contact_sheet"]).width > 2 * 256
     record = json.loads(Path(facts["json"]).read_text())
     assert record["images"] == ["000007.png", "000008.png"] and record["guidance_history"]
     for seed in (7, 8):
-        image = Image.open(tmp_path / f"{seed:06d}.png")
+        image = Image.open(tmp_path / "p" / f"{seed:06d}.png")
         recipe = json.loads(image.text["mifo"])  # type: ignore[attr-defined]
         assert (recipe["prompt"], recipe["seed"], recipe["batch_size"]) == (PROMPT, seed, 1)
         assert recipe["boxes"] == {"<asset0>": [0.0, 0.1, 0.5, 0.9], "<asset1>": [0.5, 0.1, 1.0, 0.9]}
@@ -202,7 +204,7 @@ def test_the_same_seed_draws_the_same_pixels_in_a_file_or_a_batch(tmp_path: Path
 
 def test_options_matter(tmp_path: Path):
     def draw(*more: object) -> bytes:
-        return pixels(synthesize(tmp_path, "--boxes", BOXES, *more)["images"][0])
+        return pixels(synthesize(tmp_path / "p", "--boxes", BOXES, *more, "--overwrite")["images"][0])
 
     usual = draw()
     for option in (["--no-guidance"], ["--no-bounded"], ["--no-own-text"], ["--lora-scale", 0],
@@ -236,14 +238,14 @@ def test_boxes_are_drawn_before_anything_runs(tmp_path: Path):
 def test_drawing_boxes_needs_no_torch(tmp_path: Path):
     code = f"import sys, mifo.cli as c\ntry: c.app(['boxes', '{BOXES}'])\nexcept SystemExit: print('torch' in sys.modules)"
     out = subprocess.check_output([sys.executable, "-c", code], env=ENVIRONMENT, cwd=tmp_path, text=True)
-    assert out.splitlines() == ["output/boxes.png", "False"]
+    assert out.splitlines() == ["output/boxes-0001.png", "False"]
 
 
 def test_export_writes_what_diffusers_reads(tmp_path: Path):
     arguments = ("export", tiny_bundle_folder(), "--output-path", tmp_path / "for_diffusers")
     names = ["asset0.safetensors", "asset1.safetensors", "pytorch_lora_weights.safetensors"]
     assert json.loads(mifo(*arguments, "--json").stdout) == {"folder": str(tmp_path / "for_diffusers"), "files": names}
-    assert "asset0.safetensors, asset1.safetensors" in mifo(*arguments).stdout
+    assert "asset0.safetensors, asset1.safetensors" in mifo(*arguments, "--overwrite").stdout
 
 
 # --- stopped ------------------------------------------------------------------------------------

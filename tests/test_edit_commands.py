@@ -73,7 +73,7 @@ def test_candidates_best_first_with_sheet_and_record(place: Path):
         assert json.loads(stored.text["mifo"])["seed"] == candidate["seed"]
     assert Image.open(facts["contact_sheet"]).width > 3 * 256
     best = np.asarray(Image.open(facts["images"][0])).astype(int)
-    mifo(*edit(place, "--seed", record["candidates"][0]["seed"]))
+    mifo(*edit(place, "--seed", record["candidates"][0]["seed"], "--overwrite"))
     assert np.abs(best - np.asarray(Image.open(place / "out" / "edit00.png"))).max() <= 1
 
 
@@ -245,7 +245,7 @@ def background_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_scene_taken_apart_background_included(background_bundle: Path, tmp_path: Path):
     assert load_bundle(background_bundle).tokens == ("<asset0>", "<asset1>", "<background>")
     assert not (background_bundle / "instance" / "mask2.png").exists()  # it follows from the others
-    result = mifo("decompose", background_bundle, "--output-path", tmp_path, "--steps", 1, "--json")
+    result = mifo("decompose", background_bundle, "--output-path", tmp_path / "d", "--steps", 1, "--json")
     facts = json.loads(result.stdout)
     assert [Path(p).stem for p in facts["images"]] == ["asset0", "asset1", "all", "background"]
     assert facts["prompts"][2:] == ["a photo of <asset0> and <asset1>", "a photo of <background>"]
@@ -254,7 +254,7 @@ def test_a_scene_taken_apart_background_included(background_bundle: Path, tmp_pa
     mifo("synthesize", background_bundle, "--prompt", prompt, "--boxes", boxes, "--steps", 1, "--output-path", tmp_path / "s")
     mifo("export", background_bundle, "--output-path", tmp_path / "export")
     assert (tmp_path / "export" / "background.safetensors").is_file()
-    mifo("export", background_bundle, "--output-path", tmp_path / "export")  # recognised as ours, and replaced
+    mifo("export", background_bundle, "--output-path", tmp_path / "export", "--overwrite")  # recognised as ours, and replaced
 
 
 def test_without_the_background_asset_its_word_is_refused(tmp_path: Path):
@@ -322,7 +322,7 @@ def test_an_edit_within_a_budget_gives_up_what_it_must_or_is_refused(place: Path
     said = mifo(*edit(place, *extra, "--vram-gib", (free.largest.peak + RESERVE) / GIB - 1e-5)).stderr
     assert "turned on for" in said and "attention: materialized" in said and used != [MemoryConfig()]
     before = snapshot(place / "out")
-    refused = mifo(*edit(place, *extra, "--vram-gib", 0.5), exit_code=2)
+    refused = mifo(*edit(place, *extra, "--vram-gib", 0.5, "--overwrite"), exit_code=2)
     assert "edit with" in refused.output and "does not fit" in refused.output and snapshot(place / "out") == before
 
 

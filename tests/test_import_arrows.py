@@ -13,8 +13,8 @@ PACKAGE = Path(mifo.__file__).parent
 #: `attention` and `toybox` are folders; inside them, files count as one room here and are looked at below.
 ROWS = (
     ("errors", "checked", "json_text", "read_files"),
-    ("config", "boxes", "prompts", "files", "memory", "console", "interrupts", "terminal", "options"),
-    # above: plain data and the machine
+    ("config", "boxes", "prompts", "memory", "console", "interrupts", "terminal", "options",
+     "files", "manifest", "temporary", "swap", "lock", "outputs"),  # plain data and the machine
     ("memory_trace", "known_models", "quantize", "half_precision", "finite"),
     ("image_file", "image_metadata", "colour_profile", "mask_file", "mask_orientation"),  # picture files
     ("instance", "asset_crops", "references", "pictures", "picture_file", "edit_frame", "blending", "clean_plate",
@@ -22,7 +22,8 @@ ROWS = (
     ("keep_best", "stepper", "embedding", "losses", "mask_sizes", "attention", "guidance", "denoise",
      "samplers"),  # tensors, a bare UNet
     ("base_config", "base_weights", "digest_cache", "single_file", "fingerprint", "base_model"),
-    ("bundle_files", "bundle", "dataset", "prior", "mask_check", "checkpoints", "batch"),  # what a base is dressed and fed with
+    ("bundle_files", "bundle", "bundle_target", "dataset", "prior", "mask_check", "checkpoints",
+     "batch"),  # what a base is dressed and fed with
     ("learn_report", "learn_state", "learn", "synthesize", "edit", "edit_files", "scenes"),
     ("plan_trace", "planner", "plan_report"),  # counts what the jobs above will need
     ("toybox",),  # nothing that works on any base model may know the toybox's world

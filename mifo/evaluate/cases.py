@@ -22,6 +22,7 @@ from ..instance import Instance
 from ..json_text import json_text
 from ..prompts import assets_in, check_characters, check_prompt, join_assets
 from ..read_files import read_regular
+from ..swap import finish_swaps
 
 PLACES = ("at the beach", "in the snow", "on the grass")
 MAX_PROMPTS_BYTES = 1 << 18
@@ -130,6 +131,7 @@ def read_pictures(folder: Path, prompts: Path | None, boxes: str | None, tokens:
 
     Raises InputError when the folder has no pictures, or one that nobody says anything about.
     """
+    finish_swaps(folder.parent)
     if not os.path.isdir(folder):
         raise InputError(f"there is no folder {str(folder)[:300]}; give the folder of pictures that synthesize wrote")
     stated = read_cases(prompts, boxes, tokens, []) if prompts else None

@@ -10,25 +10,26 @@ from typing import Any
 
 from PIL import Image
 
-from ..files import replace_folder
+from ..files import write_folder
 from ..json_text import record_text
 from ..pictures import caption_below, draw_boxes, enlarge, grid
 from .plots import Bar, bar_chart, below, matrix_chart
 from .run import Evaluation
 
 FILE = "evaluation.json"
+KIND = "evaluation"  # of its manifest
 MAX_CELLS = 48
 SHOWN = ("identity", "identity_margin", "right_instance", "confused", "detect_and_compare", "iou", "success_at_0.5",
          "count_right", "prompt_fit")  # fmt: skip
 KINDS = {"alone": "one asset alone", "in_boxes": "in boxes", "free": "without boxes"}
 
 
-def save_evaluation(result: Evaluation, folder: Path, keep_pictures: bool) -> dict[str, str]:
-    """Writes everything or nothing; an earlier evaluation of that folder is replaced. Returns the paths by kind.
+def save_evaluation(result: Evaluation, folder: Path, keep_pictures: bool, overwrite: bool = False) -> dict[str, str]:
+    """Writes everything or nothing; with `overwrite` an earlier evaluation is replaced. Returns the paths by kind.
 
     Raises InputError when the folder holds something else, or cannot be written.
     """
-    with replace_folder(folder, is_evaluation) as temporary:
+    with write_folder(folder, KIND, overwrite) as temporary:
         if keep_pictures:
             (temporary / "pictures").mkdir()
             for picture in result.pictures:
@@ -37,10 +38,6 @@ def save_evaluation(result: Evaluation, folder: Path, keep_pictures: bool) -> di
         plots(result.record).save(temporary / "plots.png", "PNG")
         (temporary / FILE).write_text(record_text(result.record, indent=1) + "\n")
     return {"json": str(folder / FILE), "contact_sheet": str(folder / "contact.png"), "plots": str(folder / "plots.png")}
-
-
-def is_evaluation(folder: Path) -> bool:
-    return (folder / FILE).is_file()
 
 
 def contact_sheet(result: Evaluation) -> Image.Image:

@@ -40,8 +40,8 @@ def config(**changes: Any) -> LearnConfig:
 
 
 def learned(folder: Path) -> dict[str, bytes | None]:
-    """Everything in a bundle but the record, which has the seconds."""
-    return {name: content for name, content in snapshot(folder).items() if name != "bundle.json"}
+    """Everything in a bundle but the record, which has the seconds, and the manifest with its digest."""
+    return {name: content for name, content in snapshot(folder).items() if name not in ("bundle.json", "manifest.json")}
 
 
 def crash_at(phase: str, step: int) -> Callable[[Progress], None]:

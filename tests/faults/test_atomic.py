@@ -11,14 +11,14 @@ import pytest
 from mifo import files
 from mifo.checkpoints import Checkpointing, Checkpoints, latest
 from mifo.errors import InputError
-from mifo.files import replace_files, replace_folder
+from mifo.files import write_file, write_folder
 
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """("flush" or "rename", inode), as they come."""
     found: list[tuple[str, int]] = []
-    fsync, replace, put = os.fsync, os.replace, files._put
+    fsync, link, replace, put = os.fsync, os.link, os.replace, files._put
 
     def flush(number: Any) -> None:
         found.append(("flush", os.fstat(number).st_ino))
@@ -28,12 +28,17 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         found.append(("rename", os.stat(source).st_ino))
         replace(source, target)
 
-    def swap(temporary: Path, folder: Path) -> None:
+    def name(source: Any, target: Any, **options: Any) -> None:
+        found.append(("rename", os.stat(source).st_ino))
+        link(source, target, **options)
+
+    def swap(temporary: Path, folder: Path, *more: Any) -> None:
         found.append(("rename", temporary.stat().st_ino))
-        put(temporary, folder)
+        put(temporary, folder, *more)
 
     monkeypatch.setattr(os, "fsync", flush)
     monkeypatch.setattr(os, "replace", rename)
+    monkeypatch.setattr(os, "link", name)
     monkeypatch.setattr(files, "_put", swap)
     return found
 
@@ -42,13 +47,13 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 def test_every_file_is_flushed_before_its_name_and_the_name_after(tmp_path: Path, events: list[tuple[str, int]], again: bool):
     for _ in range(1 + again):
         events.clear()
-        with replace_files(tmp_path / "set") as temporary:
-            for name in "ab":
-                (temporary / name).write_text(name)
-        with replace_folder(tmp_path / "whole", lambda _: True) as temporary:
+        with write_file(tmp_path / "set" / "a", overwrite=True) as temporary:
+            temporary.write_text("a")
+        with write_folder(tmp_path / "whole", "test", overwrite=True) as temporary:
             (temporary / "inside").mkdir()
             (temporary / "inside" / "c").write_text("c")
-    for folder, names in (("set", ["set/a", "set/b"]), ("whole", ["whole/inside/c"])):
+    whole = ["whole/inside/c", "whole/inside", "whole/manifest.json", "whole"]  # the folders' lists of names too
+    for folder, names in (("set", ["set/a"]), ("whole", whole)):
         written = [os.stat(tmp_path / name).st_ino for name in names]
         renamed = written if folder == "set" else [os.stat(tmp_path / folder).st_ino]
         listing = os.stat(tmp_path / "set" if folder == "set" else tmp_path).st_ino

@@ -146,6 +146,24 @@ def test_variations_killed_and_interrupted_go_on_to_the_same_bytes(tmp_path: Pat
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
 
 
+def test_without_an_output_path_the_same_command_goes_on_and_takes_the_next_number(
+    tmp_path: Path, synthesize: Callable[..., Synthesize], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["variations", tiny_bundle_folder(), "--count", 3, "--steps", 1]
+    place = tmp_path / "output" / "two_cups"
+    synthesize(lambda prompt, calls: KeyboardInterrupt() if calls == 3 else None)
+    mifo(*arguments, exit_code=130)
+    assert [p.name for p in place.iterdir()] == [".checkpoints"]  # no empty number
+    other = synthesize()
+    facts = json.loads(mifo(*arguments, "--seed", 5, "--json").stdout)  # another job neither uses nor forgets what is kept
+    assert len(other.prompts) == 3 and facts["images"][0] == "output/two_cups/0001/variation00.png"
+    again = synthesize()
+    said = mifo(*arguments).stdout
+    assert len(again.prompts) == 1 and "3 pictures in output/two_cups/0002, 2 of them drawn before the interruption" in said
+    assert sorted(p.name for p in place.iterdir()) == ["0001", "0002"]
+
+
 def test_a_bundle_learned_anew_draws_anew(tmp_path: Path, synthesize: Callable[..., Synthesize]):
     from safetensors.torch import load_file, save_file
 
@@ -166,12 +184,13 @@ def test_one_failing_variation_does_not_stop_the_others(tmp_path: Path, synthesi
     assert [Path(p).name for p in facts["images"]] == ["variation00.png", "variation03.png"]
     assert facts["failed"] == record["failed"] and list(facts["failed"]) == ["variation01", "variation02"]
     assert result.stderr.splitlines()[-3:] == [
-        "error: 2 of 4 items failed; the same command tries only them again",
+        "error: 2 of 4 items failed; the same command with --overwrite tries only them again",
         r"  variation01: RuntimeError: CUDA error: an illegal\x1b[2J access",
         r"  variation02: RuntimeError: CUDA error: an illegal\x1b[2J access",
     ]
     again = synthesize()
-    mifo(*variations(tmp_path / "out"))
+    mifo(*variations(tmp_path / "out"), exit_code=2)
+    mifo(*variations(tmp_path / "out", "--overwrite"))
     mifo(*variations(tmp_path / "whole"))
     assert len(again.prompts) == 2 + 4 and snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
 
@@ -199,8 +218,8 @@ def test_an_interrupted_evaluation_goes_on_and_one_failure_does_not_stop_it(
     (tmp_path / "prompts.txt").write_text(f"a photo of <asset1> in the snow\n{NIGHT}\n")
     more = ["--prompts", tmp_path / "prompts.txt", "--samples", 2, "--backend", "toybox", "--steps", 2]
 
-    def evaluate(name: str, status: int = 0) -> dict[str, Any]:
-        said = mifo("evaluate", twins, "--output-path", tmp_path / name, *more, exit_code=status).stderr
+    def evaluate(name: str, status: int = 0, *options: str) -> dict[str, Any]:
+        said = mifo("evaluate", twins, "--output-path", tmp_path / name, *more, *options, exit_code=status).stderr
         with suppress(FileNotFoundError):
             return {**json.loads((tmp_path / name / "evaluation.json").read_text()), "said": said}
         return {"said": said}
@@ -218,7 +237,7 @@ def test_an_interrupted_evaluation_goes_on_and_one_failure_does_not_stop_it(
     assert found["failed"] == {name: "RuntimeError: out of luck"} and f"  {name}: RuntimeError: out of luck" in found["said"]
     assert [p["name"] for p in found["pictures"]] == ["00-000000.png", "00-000001.png"]
     last = synthesize()
-    again = evaluate("out")
+    again = evaluate("out", 0, "--overwrite")
     assert last.prompts == [NIGHT]
     assert {**again, "said": ""} == {**whole, "said": ""}
     shutil.rmtree(tmp_path / "whole")

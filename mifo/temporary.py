@@ -1,0 +1,87 @@
+"""Folders that are still being written: hidden beside where they will stand, known by a random name and a marker inside.
+
+    .mifo-<token>.partial/  .mifo-writing {"token": ..., "pid": ..., "host": ...}, ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from .manifest import is_ours, remove_ours
+
+MARKER = ".mifo-writing"
+#: What is being written, and a folder that another has replaced and that is about to be removed.
+NAME = re.compile(r"\.mifo-([0-9a-f]{16})\.(?:partial|old)")
+#: Seconds after which such a folder, of a process that is no longer there, belongs to a run that was killed.
+ABANDONED_AFTER = 3600
+
+
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """A new folder in `parent` for as long as the block lasts; what was renamed until then stays. Raises OSError."""
+    token = secrets.token_hex(8)
+    path = parent / f".mifo-{token}.partial"
+    path.mkdir(mode=0o700)
+    made = os.lstat(path)
+    try:
+        (path / MARKER).write_text(json.dumps(owner(token)))
+        yield path
+    finally:
+        with suppress(OSError):
+            if os.path.samestat(os.lstat(path), made):  # another folder may have this name by now: the one that was replaced
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_abandoned(folder: Path, after: float = ABANDONED_AFTER) -> None:
+    """Removes what killed runs left half-written in `folder`: by its name, its marker or its manifest, and its process's end."""
+    for path in folder.iterdir():
+        named = NAME.fullmatch(path.name)
+        with suppress(OSError):
+            found = os.lstat(path)
+            if not named or not stat.S_ISDIR(found.st_mode) or time.time() - found.st_mtime < after:
+                continue
+            there = read_owner(path / MARKER)
+            if there is not None and there["token"] == named[1] and not is_running(there):
+                shutil.rmtree(path, ignore_errors=True)
+            elif is_ours(path):
+                remove_ours(path)
+
+
+def owner(token: str) -> dict[str, Any]:
+    """Who writes: this process, on this machine."""
+    return {"token": token, "pid": os.getpid(), "host": platform.node()}
+
+
+def read_owner(path: Path) -> dict[str, Any] | None:
+    """What `owner` gave, with whatever was added to it; None for any other file."""
+    try:
+        if not stat.S_ISREG(os.lstat(path).st_mode) or os.lstat(path).st_size > 4096:
+            return None
+        record = json.loads(path.read_bytes())
+        return record if isinstance(record["token"], str) and isinstance(record["pid"], int) and record["host"] else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def is_running(who: dict[str, Any]) -> bool:
+    """Whether the process is there still. One of another machine, or on Windows, cannot be asked: its folder's age decides."""
+    if who["host"] != platform.node() or os.name == "nt" or not 0 < who["pid"] < 1 << 31:
+        return False
+    try:
+        os.kill(who["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
