@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import diffusers
@@ -90,6 +91,11 @@ class BaseModel:
         check_steps(name, self.own_scheduler or self.scheduler, steps)
 
     @property
+    def public_name(self) -> str:
+        """What outputs may say of it; see `public_name`."""
+        return public_name(self.name, self.source)
+
+    @property
     def family(self) -> str:
         """Whose presets fit: 'toybox' or 'stable-diffusion'."""
         return "toybox" if self.source == "toybox" else "stable-diffusion"
@@ -157,6 +163,17 @@ class BaseModel:
             pixels = torch.cat([vae.decode(row[None]).sample for row in scaled])
         check_pixels(pixels, self.parts)
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+
+def public_name(name: str, source: str) -> str:
+    """A known name or a hub id as it is; of a local folder or file only the last part: pictures and bundles are passed on, and
+    need not tell whose home the model lay in."""
+    return re.split(r"[\\/]", source.rstrip("\\/"))[-1] if is_local(source) else name
+
+
+def is_local(source: str) -> bool:
+    """Whether `source` is a path, of whatever system."""
+    return PurePosixPath(source).is_absolute() or PureWindowsPath(source).is_absolute()
 
 
 def load_base_model(name: str = "toybox", device: str = "cpu", dtype: torch.dtype = torch.float32,

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -29,14 +30,43 @@ from .errors import InputError, NotFinite
 from .files import write_file
 from .json_text import json_text
 
+#: The folders of an absolute path, POSIX or Windows; no address of the web.
+FOLDERS = re.compile(r"(?<![\w.:/\\])(?:[A-Za-z]:)?[\\/](?:[^\\/\s'\"]+[\\/])+")
 Draw = Callable[[], list[Image.Image]]
 #: (name for people, recipe, number of pictures, how to draw them) -> the pictures, or None where drawing them failed
-Keep = Callable[[str, Mapping[str, Any], int, Draw], "list[Image.Image] | None"]
+Keep = Callable[[str, Mapping[str, Any], int, Draw], "Sequence[Image.Image] | None"]
 
 
-def draw_now(name: str, recipe: Mapping[str, Any], count: int, draw: Draw) -> list[Image.Image] | None:
+def draw_now(name: str, recipe: Mapping[str, Any], count: int, draw: Draw) -> Sequence[Image.Image] | None:
     """Keeps nothing and catches nothing."""
     return draw()
+
+
+class Kept(Sequence[Image.Image]):
+    """The pictures of one item: read from its file whenever they are looked at, so that a long job need not hold them all."""
+
+    def __init__(self, path: Path, count: int):
+        self.path, self.length = path, count
+
+    def __len__(self) -> int:
+        return self.length
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Image.Image]: ...
+    def __getitem__(self, index: int | slice) -> Image.Image | list[Image.Image]:
+        """Raises InputError when the file has gone or changed since it was written."""
+        return self._read()[index]
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        return iter(self._read())
+
+    def _read(self) -> list[Image.Image]:
+        images = _read(self.path)
+        if images is None or len(images) != self.length:
+            raise InputError(f"{self.path} was removed or changed while the job ran; give the same command again")
+        return images
 
 
 class PictureJob:
@@ -52,7 +82,7 @@ class PictureJob:
         """Name of an item -> why it is missing."""
         self._only_input = True
 
-    def pictures(self, name: str, recipe: Mapping[str, Any], count: int, draw: Draw) -> list[Image.Image] | None:
+    def pictures(self, name: str, recipe: Mapping[str, Any], count: int, draw: Draw) -> Sequence[Image.Image] | None:
         """The `count` pictures (RGB) of `recipe`, plain JSON that holds all that decides them beside the job's own facts: those
         that are kept, or else what `draw` returns, which are then kept. None when `draw` fails; the reason is noted.
 
@@ -75,7 +105,12 @@ class PictureJob:
                 pixels = [torch.from_numpy(np.array(image)) for image in images]  # (H, W, 3), 0 .. 255
                 write_state(temporary, pixels, name, recipe)
         self.done += 1
-        return images
+        return Kept(path, count)
+
+    def failed(self) -> dict[str, str]:
+        """`failures` for a record that is passed on: of paths in the reasons, the last part alone."""
+        own = re.compile("|".join(re.escape(f"{place}{os.sep}") for place in (Path.cwd(), Path.home())))
+        return {name: FOLDERS.sub("", own.sub("", reason)) for name, reason in self.failures.items()}
 
     @property
     def status(self) -> int:

@@ -23,7 +23,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 
-from .base_model import HUB_MODELS, BaseModel, has_layout, identify
+from .base_model import HUB_MODELS, BaseModel, has_layout, identify, is_local, public_name
 from .bundle_files import (
     ADAPTERS,
     AGAIN,
@@ -72,7 +72,7 @@ class Bundle:
     folder: Path
     base_name: str
     base_source: str
-    """Hub id or folder that the base model came from."""
+    """Hub id or folder that the base model came from; empty for a folder that the bundle does not name."""
     base_fingerprint: str
     tokens: tuple[str, ...]
     words: tuple[str, ...] | None
@@ -198,22 +198,27 @@ def base_of_bundle(bundle: Bundle) -> str:
     in it has the bundle's own fingerprint; nothing relative is followed. Raises InputError otherwise.
     """
     source = bundle.base_source
+    if source == "toybox":
+        return source
     if not os.path.isabs(source):
-        if source == "toybox":
-            return source
         for name, mirrors in HUB_MODELS.items():
-            if name == bundle.base_name or source in (repo for repo, _ in mirrors):
+            if source and (name == bundle.base_name or source in (repo for repo, _ in mirrors)):
                 return name
-        if HUB_ID.fullmatch(source):
-            raise InputError(f"{source[:200]!r} is no model that mifo knows, and is not fetched only because a bundle names it; "
-                             "if you trust it, give it with --model-path")  # fmt: skip
-        raise InputError(f"{source[:200]!r} is neither toybox nor a hub id; give it with --model-path")
-    folder = Path(bundle.base_source)
-    if not os.path.exists(folder):
-        raise InputError(f"{str(folder)[:300]!r} is no base model: there is no such folder; give it with --model-path")
-    if not has_layout(folder) or not identify(folder)(bundle.base_fingerprint):
-        raise InputError(f"{str(folder)[:300]!r} is no base model, or another one than it was; give it with --model-path")
-    return bundle.base_source
+    elif has_layout(Path(source)) and identify(Path(source))(bundle.base_fingerprint):
+        return source
+    asked_for = f"{bundle.base_name[:200]!r} (fingerprint {bundle.base_fingerprint[:10]})"
+    raise InputError(f"{asked_for}, and {_why_not_found(source)}; give it with --model-path")
+
+
+def _why_not_found(source: str) -> str:
+    if not source:
+        return "the bundle does not say where that local folder or file lies"
+    if os.path.isabs(source):
+        there = "what is there is no base model, or another one than it was"
+        return f"the bundle names {source[:300]!r}, but {there if os.path.exists(source) else 'there is no such folder'}"
+    if HUB_ID.fullmatch(source):
+        return f"{source[:200]!r} is no model that mifo knows, which is not fetched only because a bundle names it"
+    return f"{source[:200]!r} is neither toybox nor a hub id"
 
 
 def check_base(base: BaseModel, bundle: Bundle) -> None:
@@ -231,30 +236,34 @@ def check_base(base: BaseModel, bundle: Bundle) -> None:
 
 def save_bundle(folder: Path, base: BaseModel, tokens: tuple[str, ...], words: tuple[str, ...] | None, rows: torch.Tensor,
                 adapters: dict[str, PeftModel], config: LearnConfig, facts: dict[str, Any],
-                write_pictures: Callable[[Path], None] | None = None, overwrite: bool = False) -> Bundle:  # fmt: skip
+                write_pictures: Callable[[Path], None] | None = None, overwrite: bool = False,
+                keep_base_path: bool = False) -> Bundle:  # fmt: skip
     """Writes everything into a temporary folder beside `folder` and renames it; with `overwrite` a bundle of that name, in which
     all is as it was written, is replaced whole.
 
-    Raises InputError when the disk is full, the folder cannot be written or holds anything else, or a learned value is not
-    finite; what was there before is then untouched.
+    Where a local base model lies is not written unless `keep_base_path`: its last name and its fingerprint find it again.
+
+    `facts` are written after `write_pictures` has run, which may add to them. Raises InputError when the disk is full, the folder
+    cannot be written or holds anything else, or a learned value is not finite; what was there before is then untouched.
     """
-    record = {
-        "schema": SCHEMA,
-        "name": folder.name,
-        "base": {"name": base.name, "source": base.source, "revision": base.revision, "fingerprint": base.fingerprint},
-        "tokens": list(tokens),
-        "words": list(words) if words else None,
-        "adapters": sorted(adapters),
-        "config": to_dict(config),
-        **facts,
-    }
+    source = "" if is_local(base.source) and not keep_base_path else base.source
     with write_folder(folder, KIND, overwrite) as temporary:
         save_file({t: r.detach().float().cpu().clone() for t, r in zip(tokens, rows, strict=True)},
                   temporary / "assets.safetensors")  # fmt: skip
         for name, adapter in adapters.items():
-            _save_adapter(adapter, temporary / name, base.source)
+            _save_adapter(adapter, temporary / name, source or base.public_name)
         if write_pictures:
             write_pictures(temporary)
+        record = {
+            "schema": SCHEMA,
+            "name": folder.name,
+            "base": {"name": base.public_name, "source": source, "revision": base.revision, "fingerprint": base.fingerprint},
+            "tokens": list(tokens),
+            "words": list(words) if words else None,
+            "adapters": sorted(adapters),
+            "config": to_dict(config),
+            **facts,
+        }
         (temporary / RECORD).write_text(json_text(record, indent=2) + "\n")
         load_bundle(temporary)  # what cannot be read again replaces nothing
     return load_bundle(folder)
@@ -308,6 +317,7 @@ def load_bundle(folder: Path) -> Bundle:
             raise InputError(f"{folder} has bundle schema {schema}, this version reads up to {SCHEMA}; update mifo")
         tokens, words = _read_tokens(record), _read_words(record)
         base = {k: str(record["base"][k]) for k in ("name", "source", "fingerprint")}
+        base["name"] = public_name(base["name"], base["source"])  # older bundles have the path
         config = from_dict(LearnConfig, record["config"], native_latents=16 if base["source"] == "toybox" else 64)
         listed = [str(a) for a in record.get("adapters", ())]
     except InputError as error:

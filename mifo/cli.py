@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +19,12 @@ import typer
 
 from . import __version__, edit_commands, measure_commands
 from .command_parts import (
+    base_facts,
     check_sampling,
     choose_attention,
     choose_device,
     choose_dtype,
+    end_job,
     family_of,
     import_libraries,
     instance_folders,
@@ -32,6 +36,8 @@ from .command_parts import (
     own_base,
     plan_within,
     say_weights,
+    sheet_facts,
+    sheet_line,
 )
 from .console import Bar, leave, running, say, waiting
 from .errors import InputError
@@ -77,9 +83,13 @@ if TYPE_CHECKING:
     import torch
 
     from .base_model import BaseModel
+    from .batch import PictureJob
+    from .boxes import Layout
     from .bundle import Bundle
     from .config import LearnConfig, SynthesisConfig
+    from .evaluate.backend import Backend as MeasuredBy
     from .instance import Instance
+    from .synthesize import Synthesis
 
 app = typer.Typer(
     name="mifo",
@@ -127,6 +137,7 @@ def learn(
     mixed_precision: Precision = Precision.auto,
     vram_gib: VramGib = None,
     attention_backend: AttentionBackend = Attention.auto,
+    keep_base_path: Annotated[bool, typer.Option("--keep-base-path", help="Write into the bundle where the base lies.")] = False,
     seed: Seed = 0,
     device: Device = "",
     as_json: AsJson = False,
@@ -143,7 +154,8 @@ def learn(
         if name and len(folders) > 1:
             raise InputError(f"--name {name} fits one instance, but {len(folders)} would be learned; name the INSTANCE too")
         # all input is checked before anything long starts
-        instances = [load_instance(folder, mask_orientation.value) for folder in folders]
+        with waiting("reading the photo"):
+            instances = [load_instance(folder, mask_orientation.value) for folder in folders]
         words = [_initializers(initializer_tokens, each.count) for each in instances]
         if background_asset:
             words = [[*(initial or [None] * each.count), "background"] for initial, each in zip(words, instances, strict=True)]
@@ -175,7 +187,8 @@ def learn(
             config = plan.settings.learn if plan else config
             if config.resolution is not None:
                 base.check_side("the resolution", config.resolution)
-            report = check_masks(each, sizes_of(base, config))
+            with waiting("looking at the masks"):
+                report = check_masks(each, sizes_of(base, config))
             for line in (*report.notes, *report.warnings):
                 say(f"note: {line}")
             judge = _checkpoint_judge(config, each, base, given)
@@ -185,8 +198,11 @@ def learn(
             _say_what_is_resumed(target, resume)
             with use_backend(base.unet, attention), Bar() as bar, job.keeping(target if os.path.lexists(target) else None):
                 bundle = run_learn(each, base, config, target, bar.learning, initial, checkpointing, judge,
-                                   overwrite)  # fmt: skip
+                                   overwrite, keep_base_path)  # fmt: skip
             job.kept.append(target)
+            if not bundle.base_source:
+                say(f"note: the bundle has the base model's name, {bundle.base_name}, and fingerprint, but not where it lies: "
+                    "give the commands that draw --model-path, or learn with --keep-base-path")  # fmt: skip
             results.append(_learn_summary(bundle))
             job.text(*_learned_text(results[-1]))
         job.json(results[0] if instance is not None else {"bundles": results})
@@ -240,8 +256,9 @@ def synthesize(
 
         import_libraries()
         from .attention.backend import use_backend
+        from .batch import open_job
         from .bundle import attach, find_bundle, load_bundle
-        from .config import synthesis_preset
+        from .config import synthesis_preset, to_dict
         from .synthesize import KIND, save_synthesis
         from .synthesize import synthesize as run_synthesize
 
@@ -263,28 +280,33 @@ def synthesize(
                      bundle.config, config, len(bundle.tokens), batch_size)  # fmt: skip
         base = load_base_of(bundle, model_path, chosen, dtype, plan.settings.memory if plan else None)
         judge = measured_by(bundle, base, None, given) if best_of else None
-        facts: dict[str, Any] = {"bundle": bundle.name, "base_model": base.name}
-        with use_backend(base.unet, attention), attach(base, bundle, config.lora_scale), Bar() as bar:
-            if best_of and judge:
-                from .evaluate.best_of import draw_best
-
-                result, facts["best_of"] = draw_best(base, prompt, layout, bundle.tokens, config, seed, best_of, judge,
-                                                     bar.drawing)  # fmt: skip
+        facts: dict[str, Any] = {"bundle": bundle.name, **base_facts(base)}
+        recipe = [prompt, layout.to_json() if layout else None, to_dict(config), seed, best_of, attention.name]
+        opened = open_job(output_path, place, "best-of", recipe, base, bundle) if best_of else nullcontext()
+        with use_backend(base.unet, attention), attach(base, bundle, config.lora_scale), opened as kept:
+            if best_of and judge and kept:
+                job.hint = kept.hint
+                result, more = _draw_best(base, prompt, layout, bundle.tokens, config, seed, best_of, judge, kept)
+                facts.update(more)
             else:
-                result = run_synthesize(base, prompt, layout, bundle.tokens, config, seed, batch_size, bar.denoising)
-        with numbered_folder(output_path, place) as output:
-            paths = save_synthesis(result, output, facts, overwrite)
-        contact = output / "contact.png"
+                with Bar() as bar:
+                    result = run_synthesize(base, prompt, layout, bundle.tokens, config, seed, batch_size, bar.denoising)
+            with numbered_folder(output_path, place) as output, waiting("writing the pictures"):
+                paths = save_synthesis(result, output, facts, overwrite)
+            if kept:
+                kept.clear()
         seconds, peak = round(result.seconds, 2), round(result.peak_gib, 3)
         pictures = f"{len(paths)} picture{'s' if len(paths) > 1 else ''}"
         if best_of:
             best = facts["best_of"][0]
             worst = facts["best_of"][-1]["score"]
-            job.text(f"the best of {best_of} is seed {best['seed']}, score {best['score']} (the worst has {worst})")
-        job.text(f"{pictures} in {output} ({seconds} s, peak {peak} GiB)", f"contact sheet: {contact}")
-        job.json({"images": [str(p) for p in paths], "contact_sheet": str(contact), "json": str(output / "synthesis.json"),
+            job.text(f"the best of {len(facts['best_of'])} is seed {best['seed']}, score {best['score']} (the worst has {worst})")
+        job.text(f"{pictures} in {output} ({seconds} s, peak {peak} GiB)", sheet_line(output))
+        job.json({"images": [str(p) for p in paths], **sheet_facts(output), "json": str(output / "synthesis.json"),
                   "seconds": seconds, "peak_gib": peak,
-                  **({"best_of": facts["best_of"]} if best_of else {})})  # fmt: skip
+                  **{name: facts[name] for name in ("best_of", "failed") if name in facts}})  # fmt: skip
+        if kept:
+            end_job(kept)
 
 
 @app.command()
@@ -337,7 +359,8 @@ def export(
 
         bundle = load_bundle(find_bundle(model_id, output_dir))
         check_apart(output_path, output_path, {}, not_to_write_into(bundle, None))
-        export_for_diffusers(bundle, output_path, overwrite)
+        with waiting("writing the files"):
+            export_for_diffusers(bundle, output_path, overwrite)
         files = sorted(p.name for p in output_path.iterdir() if p.name != "manifest.json")
         job.text(f"{output_path}: {', '.join(files)}")
         job.json({"folder": str(output_path), "files": files})
@@ -395,6 +418,20 @@ def _checkpoint_judge(config: LearnConfig, instance: Instance, base: BaseModel, 
     with waiting("loading the models that measure"):
         backend = make_backend(given["backend"].value, base.family, without_background(instance), str(base.device), *models)
     return checkpoint_judge(backend, config.keep.samples)
+
+
+def _draw_best(base: BaseModel, prompt: str, layout: Layout | None, tokens: Sequence[str], config: SynthesisConfig, seed: int,
+               count: int, judge: MeasuredBy, kept: PictureJob) -> tuple[Synthesis, dict[str, Any]]:  # fmt: skip
+    """The best of `count` seeds, and what its record says of the others. Ends the command where none could be drawn."""
+    from .evaluate.best_of import draw_best
+
+    with Bar() as bar:
+        best = draw_best(base, prompt, layout, tokens, config, seed, count, judge, bar.drawing, kept.pictures)
+    if best is None:
+        end_job(kept)
+        raise typer.Exit(1)
+    result, ranking = best
+    return result, {"best_of": ranking, **({"failed": kept.failed()} if kept.failures else {})}
 
 
 def _bundle_name(name: str) -> str:

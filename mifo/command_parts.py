@@ -82,7 +82,8 @@ def plan_within(job: str, model_path: str, device: str, dtype: torch.dtype, reso
     side = model.check_side(resolution)
     settings = Settings(job, side, dtype, learn, synthesis or SynthesisConfig(), assets, batch, backend=backend,
                         edit=edit or EditConfig())  # fmt: skip
-    plan = make_plan(model, settings, vram_gib)
+    with waiting("counting the memory"):
+        plan = make_plan(model, settings, vram_gib)
     plan.check()
     say(*plan_text(plan).split("\n"))
     limit_gpu(plan, device)
@@ -96,6 +97,11 @@ def own_base(bundle: Bundle) -> str:
         return base_of_bundle(bundle)
     except InputError as error:
         raise InputError(f"the bundle '{bundle.name}' needs its own base model: {error}") from None
+
+
+def base_facts(base: BaseModel) -> dict[str, str]:
+    """What a record or a picture's metadata says of the base model: never where it lies."""
+    return {"base_model": base.public_name, "base_fingerprint": base.fingerprint}
 
 
 def load_base(model_path: str, device: str, dtype: torch.dtype, memory: MemoryConfig) -> BaseModel:
@@ -180,6 +186,20 @@ def say_weights(prompts: Sequence[str], what: str = "prompt") -> None:
 
     for note in [note for prompt in prompts for note in weight_notes(prompt, what)][:3]:
         say(f"note: {note}")
+
+
+def sheet_facts(folder: Path) -> dict[str, Any]:
+    """The first page of a folder's contact sheet, and all of them."""
+    from .pictures import sheets_in
+
+    sheets = sheets_in(folder)
+    return {"contact_sheet": sheets[0], "contact_sheets": sheets}
+
+
+def sheet_line(folder: Path) -> str:
+    """The same for people."""
+    first, *others = sheet_facts(folder)["contact_sheets"]
+    return f"contact sheet: {first}" + (f", and on to {Path(others[-1]).name}" if others else "")
 
 
 def end_job(pictures: PictureJob) -> None:

@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -121,16 +121,22 @@ def leave(status: int) -> NoReturn:
 
 
 class Bar:
-    """Progress on standard error, with the loss's parts and the time left."""
+    """Progress on standard error, with the loss's parts and the time left; between what can be counted, the seconds."""
 
     def __init__(self) -> None:
         self._bar: Any = None
         self._label = ""
+        self._uncounted = ExitStack()
 
     def __enter__(self) -> Bar:
+        self._uncounted.enter_context(waiting("getting ready"))
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._uncounted.close()
+        self._close()
+
+    def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -139,17 +145,19 @@ class Bar:
         from tqdm import tqdm
 
         if self._bar is None or label != self._label or done <= self._bar.n:
-            self.__exit__()
+            self._uncounted.close()
+            self._close()
             self._bar, self._label = tqdm(total=total, desc=label, file=sys.stderr, mininterval=0.5), label
         if losses:
             self._bar.set_postfix({k: f"{v:.4f}" for k, v in losses.items()}, refresh=False)
         self._bar.update(done - self._bar.n)
         if done >= total:
-            self.__exit__()  # what follows is not the last step's time
+            self._close()  # what follows is not the last step's time
+            self._uncounted.enter_context(waiting("working"))
 
     def learning(self, progress: Any) -> None:
-        label = {"prior": "drawing the prior", "embedding": "phase 1, tokens", "lora": "phase 2, LoRA"}[progress.phase]
-        self._show(label, progress.step, progress.total, progress.losses)
+        label = {"prior": "drawing the prior", "embedding": "phase 1, tokens", "lora": "phase 2, LoRA", "previews": "previews"}
+        self._show(label[progress.phase], progress.step, progress.total, progress.losses)
 
     def denoising(self, done: int, total: int) -> None:
         self._show("denoising", done, total, {})
@@ -160,7 +168,20 @@ class Bar:
 
 def say(*lines: str) -> None:
     """To standard error, beside progress: one printable line each."""
-    print(*map(shown, lines), sep="\n", file=sys.stderr)
+    with _beside_bars():
+        print(*map(shown, lines), sep="\n", file=sys.stderr)
+
+
+@contextmanager
+def _beside_bars() -> Iterator[None]:
+    """Bars that are shown make room for a line, where there are any."""
+    if "tqdm" not in sys.modules:
+        yield
+        return
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode(file=sys.stderr):
+        yield
 
 
 @contextmanager

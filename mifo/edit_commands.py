@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .command_parts import (
+    base_facts,
     check_sampling,
     choose_attention,
     choose_device,
@@ -27,8 +28,10 @@ from .command_parts import (
     own_base,
     plan_within,
     say_weights,
+    sheet_facts,
+    sheet_line,
 )
-from .console import Bar, Job, running, say
+from .console import Bar, Job, running, say, waiting
 from .errors import InputError
 from .files import check_writable
 from .options import (
@@ -197,9 +200,10 @@ def _run_edit(job: Job, given: dict[str, Any], name: str) -> None:
     from .picture_file import load_edit_mask, load_picture
     from .prompts import NEGATIVE, assets_in, check_prompt
 
-    picture = load_picture(given["init_image"], given["metadata"].value)
-    mask, reading = load_edit_mask(given["mask"], picture.image, given["init_image"].name, given["resize_mask"],
-                                   given["invert_mask"], picture.orientation, given["mask_orientation"].value)  # fmt: skip
+    with waiting("reading the picture"):
+        picture = load_picture(given["init_image"], given["metadata"].value)
+        mask, reading = load_edit_mask(given["mask"], picture.image, given["init_image"].name, given["resize_mask"],
+                                       given["invert_mask"], picture.orientation, given["mask_orientation"].value)  # fmt: skip
     for note in (*picture.notes, *reading):
         say(f"note: {note}")
 
@@ -242,13 +246,12 @@ def _run_edit(job: Job, given: dict[str, Any], name: str) -> None:
                       _crops(bundle), bar.denoising)  # fmt: skip
     for note in result.notes:
         say(f"note: {note}")
-    facts = {"bundle": bundle.name if bundle else None, "base_model": base.name}
-    with numbered_folder(given["output_path"], place) as output:
+    facts = {"bundle": bundle.name if bundle else None, **base_facts(base)}
+    with numbered_folder(given["output_path"], place) as output, waiting("writing the pictures"):
         paths = save_edit(result, picture, output, facts, given["overwrite"])
     seconds, peak = round(result.seconds, 2), round(result.peak_gib, 3)
-    contact = output / "contact.png"
-    job.text(f"{_count(paths)} in {output}, the best first ({seconds} s, peak {peak} GiB)", f"contact sheet: {contact}")
-    job.json({"images": [str(p) for p in paths], "contact_sheet": str(contact), "json": str(output / "edit.json"),
+    job.text(f"{_count(paths)} in {output}, the best first ({seconds} s, peak {peak} GiB)", sheet_line(output))
+    job.json({"images": [str(p) for p in paths], **sheet_facts(output), "json": str(output / "edit.json"),
               "scores": [c.scores for c in result.candidates], "seconds": seconds, "peak_gib": peak})  # fmt: skip
 
 
@@ -293,7 +296,7 @@ def _run_shots(job: Job, given: dict[str, Any], command: str,
     check_sampling(wanted, config.scheduler, config.steps)
     base = load_base_of(bundle, given["model_path"], chosen, choose_dtype(given["mixed_precision"], chosen))
     shots = make_shots(bundle, base, config)
-    facts = {"bundle": bundle.name, "base_model": base.name, "steps": config.steps, "guidance_scale": config.guidance_scale}
+    facts = {"bundle": bundle.name, **base_facts(base), "steps": config.steps, "guidance_scale": config.guidance_scale}
     recipe = [to_dict(config), [shot.recipe() for shot in shots]]
     with open_job(explicit, place, command, recipe, base, bundle) as pictures:
         job.hint = pictures.hint
@@ -301,14 +304,14 @@ def _run_shots(job: Job, given: dict[str, Any], command: str,
             drawn = draw_shots(base, shots, bundle.tokens, config, bar.denoising, pictures.pictures)
         if not drawn:
             end_job(pictures)
-        with numbered_folder(explicit, place) as output:
-            failed = {"failed": pictures.failures} if pictures.failures else {}
+        with numbered_folder(explicit, place) as output, waiting("writing the pictures"):
+            failed = {"failed": pictures.failed()} if pictures.failures else {}
             paths = save_shots(drawn, output, command, {**facts, **failed}, given["overwrite"])
         pictures.clear()
     earlier = f", {pictures.reused} of them drawn before the interruption" if pictures.reused else ""
-    job.text(f"{_count(paths)} in {output}{earlier}", f"contact sheet: {output / 'contact.png'}")
+    job.text(f"{_count(paths)} in {output}{earlier}", sheet_line(output))
     job.json({"images": [str(p) for p in paths], "prompts": [s.prompt for s in drawn], "failed": pictures.failures,
-              "contact_sheet": str(output / "contact.png"), "json": str(output / f"{command}.json")})  # fmt: skip
+              **sheet_facts(output), "json": str(output / f"{command}.json")})  # fmt: skip
     end_job(pictures)
 
 

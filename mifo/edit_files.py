@@ -15,7 +15,7 @@ from .edit import Candidate, Edit
 from .files import write_folder
 from .json_text import record_text
 from .picture_file import Picture
-from .pictures import ASSET_COLORS, caption_below, grid, outline
+from .pictures import ASSET_COLORS, caption_below, outline, save_sheets
 
 KIND = "edit"  # of its manifest
 CELL = 256  # pixels of each picture on the contact sheet
@@ -23,7 +23,7 @@ CELL = 256  # pixels of each picture on the contact sheet
 
 def save_edit(result: Edit, picture: Picture, output: Path, facts: dict[str, Any] | None = None,
               overwrite: bool = False) -> list[Path]:  # fmt: skip
-    """`edit00.png` (the best) and so on, each the whole picture with the recipe in its metadata; `contact.png`; `edit.json`.
+    """`edit00.png` (the best) and so on, each the whole picture with the recipe in its metadata; contact sheets; `edit.json`.
 
     The folder appears whole, or not at all. Raises InputError when it cannot be written or has anything in it; with
     `overwrite` an earlier edit is replaced.
@@ -46,7 +46,7 @@ def save_edit(result: Edit, picture: Picture, output: Path, facts: dict[str, Any
             picture.save(temporary / name, whole, result.mask, pnginfo=info)
             scores = ", ".join(f"{n} {v:.2f}" for n, v in _rounded(candidate).items())
             cells.append(caption_below(_cell(result, whole), f"{k + 1}. seed {candidate.seed}, {scores}"))
-        grid(cells, columns=min(4, len(cells))).save(temporary / "contact.png", "PNG")
+        save_sheets(temporary, cells, columns=4)
         (temporary / "edit.json").write_text(record_text(record, indent=2) + "\n")
     return [output / name for name in names]
 

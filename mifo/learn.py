@@ -50,7 +50,7 @@ class Progress:
     """What a progress bar needs to know after each step."""
 
     phase: str
-    """'prior', 'embedding' or 'lora'"""
+    """'prior', 'embedding', 'lora' or 'previews'"""
     step: int
     total: int
     losses: dict[str, float] = field(default_factory=dict)
@@ -79,7 +79,7 @@ class StepLosses:
 
 def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path, report: Report = lambda _: None,
           initializer_words: Sequence[str | None] | None = None, checkpointing: Checkpointing | None = None,
-          judge: CheckpointJudge | None = None, overwrite: bool = False) -> Bundle:  # fmt: skip
+          judge: CheckpointJudge | None = None, overwrite: bool = False, keep_base_path: bool = False) -> Bundle:  # fmt: skip
     """Learns `instance` on `base` and writes the bundle to `folder`. The base model is handed back as it was.
 
     A bundle that stands there is replaced, in the end and whole, if it was learned from the same photo and masks on the same base
@@ -87,6 +87,7 @@ def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path
 
     State is kept beside `folder` as `checkpointing` says, until the bundle is written. Ctrl-C and SIGTERM take effect after
     the step that runs, and the state is kept then too. `judge` scores checkpoints where `config.keep` is enabled.
+    `keep_base_path` writes into the bundle where a local base model lies.
     Raises InputError for input that cannot be learned from (too many assets for a prompt, masks that vanish), when another
     process learns to `folder`, when a checkpoint that should be resumed is another run's, and when `folder` holds anything that
     may not be replaced.
@@ -94,14 +95,14 @@ def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path
     check_target(folder, instance, base.fingerprint, overwrite)
     identity = identity_of(instance, base, config, initializer_words)
     with open_checkpoints(folder, identity, checkpointing or Checkpointing()) as checkpoints, PeakMemory(base.device) as peak:
-        bundle = _learn(instance, base, config, folder, report, initializer_words, checkpoints, judge, peak)
+        bundle = _learn(instance, base, config, folder, report, initializer_words, checkpoints, judge, peak, keep_base_path)
         checkpoints.clear()
     return bundle
 
 
 def _learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path, report: Report,
            initializer_words: Sequence[str | None] | None, checkpoints: Checkpoints,
-           judge: CheckpointJudge | None, peak: PeakMemory) -> Bundle:  # fmt: skip
+           judge: CheckpointJudge | None, peak: PeakMemory, keep_base_path: bool) -> Bundle:  # fmt: skip
     started = time.monotonic()
     resumed = checkpoints.load()
     stepper = Stepper(base.device, config.mixed_precision)
@@ -122,9 +123,7 @@ def _learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Pat
         with lend_adapters(base, config.lora, config.seed) as adapters:
             learner.train_adapters(adapters, report)
             shares = attention_shares(base, data, tokens, config.lora.attention)
-            facts = {
-                "seconds": round(learner.seconds(), 1),
-                "peak_gib": round(peak.gib, 3),
+            facts: dict[str, Any] = {
                 "peak_of": peak.of,
                 "attention_inside_mask": {t: round(s, 4) for t, s in zip(tokens, shares, strict=True)},
                 "losses": learner.curve,
@@ -136,12 +135,21 @@ def _learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Pat
             }
 
             def write_pictures(target: Path) -> None:
-                write_preview(target / "preview.png", instance, base, tokens, config.seed)
+                write_preview(target / "preview.png", instance, base, tokens, config.seed, config.resolution,
+                              lambda k, n: report(Progress("previews", k, n)))  # fmt: skip
                 write_attention_sheet(target / "attention.png", learner.snapshots, instance, tokens)
                 keep_instance(target, instance, config.resolution or base.resolution)
+                facts.update(seconds=round(learner.seconds(), 1), peak_gib=round(peak.gib, 3))  # the pictures included
 
             return save_bundle(folder, base, tokens, instance.words, embedding.rows, adapters, config, facts, write_pictures,
-                               overwrite=True)  # fmt: skip
+                               overwrite=True, keep_base_path=keep_base_path)  # fmt: skip
+
+
+def snapshot_steps(train_steps: int, first_phase: bool) -> set[int]:
+    """The steps before which attention maps are kept, beside those after the last: thirds of a phase, each once. A later phase
+    starts where the one before it ended, which is shown already."""
+    steps = {k * train_steps // 3 for k in range(3)}
+    return steps if first_phase else steps - {0}
 
 
 @contextmanager
@@ -241,12 +249,13 @@ class Learner:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.keeper = self._make_keeper(name, phase.attention, parameters)
         first = self._resume(name, parameters, optimizer, scheduler)
+        shown = snapshot_steps(phase.train_steps, first_phase=not self.snapshots)
         ended = first > 0 and self.keeper is not None and self.keeper.has_stopped_improving()
         with stop_between_steps() as stop, record_attention(self.base.unet, sites) as recorder:
             if self.keeper and first == 0:
                 self.keeper.after(0, False)
             for step in range(first, first if ended else phase.train_steps):
-                if step % max(1, phase.train_steps // 3) == 0:
+                if step in shown:
                     self._keep_snapshot(f"{name} {step}", phase.attention)
                 losses = self._losses(phase, step, sites, recorder, prior)
                 parts = losses.as_floats()

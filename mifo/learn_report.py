@@ -6,7 +6,7 @@ Knows pictures and maps. Knows nothing of optimizers.
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -102,30 +102,46 @@ def _heat(attention: torch.Tensor, side: int) -> Image.Image:
     return Image.merge("RGB", (red, red.point(lambda v: v * v // 255), red.point(lambda v: v // 3)))
 
 
-def write_preview(path: Path, instance: Instance, base: BaseModel, tokens: Sequence[str], seed: int) -> None:
-    """The picture with its masks outlined, and one sample per asset."""
+def write_preview(path: Path, instance: Instance, base: BaseModel, tokens: Sequence[str], seed: int,
+                  resolution: int | None = None, on_progress: Callable[[int, int], None] | None = None) -> None:  # fmt: skip
+    """The picture with its masks outlined, and one sample per asset, at the resolution that was learned."""
     side = 192
     cells = [caption_below(_outlined(instance, range(len(tokens)), side), instance.name)]
-    images = sample_prompts(base, [f"a photo of {t}" for t in tokens], tokens, seed)
+    prompts = [f"a photo of {t}" for t in tokens]
+    images = sample_prompts(base, prompts, tokens, seed, PREVIEW_STEPS, resolution, on_progress)
     cells += [caption_below(image.resize((side, side), NEAREST), t) for image, t in zip(images, tokens, strict=True)]
     grid(cells, columns=len(cells)).save(path)
 
 
 def sample_prompts(base: BaseModel, prompts: Sequence[str], tokens: Sequence[str], seed: int,
-                   steps: int = PREVIEW_STEPS) -> list[Image.Image]:  # fmt: skip
-    """One plain sample per prompt, as a quick look; no boxes."""
-    side = base.native_latents
-    latents = initial_latents((int(base.unet.config["in_channels"]), side, side), seed, len(prompts), base.device)
+                   steps: int = PREVIEW_STEPS, resolution: int | None = None,
+                   on_progress: Callable[[int, int], None] | None = None) -> list[Image.Image]:  # fmt: skip
+    """One plain sample per prompt, as a quick look; no boxes. `resolution`: the side in pixels, the model's own by default."""
+    side = (resolution or base.resolution) // base.vae_factor
     most = base.memory.max_batch
-    if len(prompts) > most:  # picture k has seed `seed + k` however they are grouped
-        groups = [(k, prompts[k : k + most]) for k in range(0, len(prompts), most)]
-        return [image for k, group in groups for image in sample_prompts(base, group, tokens, seed + k, steps)]
+    images: list[Image.Image] = []
+    total = steps * -(-len(prompts) // most)
+    for first in range(0, len(prompts), most):  # picture k has seed `seed + k` however they are grouped
+
+        def progress(step: int, of: int, first: int = first) -> None:
+            if on_progress:
+                on_progress(min(total, steps * (first // most) + step * steps // of), total)
+
+        group = prompts[first : first + most]
+        images += _sample_together(base, group, tokens, seed + first, steps, side, progress)
+    return images
+
+
+def _sample_together(base: BaseModel, prompts: Sequence[str], tokens: Sequence[str], seed: int, steps: int, side: int,
+                     on_progress: Callable[[int, int], None]) -> list[Image.Image]:  # fmt: skip
+    """`side` is that of the latents."""
+    latents = initial_latents((int(base.unet.config["in_channels"]), side, side), seed, len(prompts), base.device)
     with torch.no_grad():
         ids = [tokenize_prompt(base.tokenizer, p, [t for t in tokens if t in p]).input_ids for p in prompts]
         states = base.encode_prompt(torch.tensor(ids))
         empty = base.encode_prompt(torch.tensor([tokenize_prompt(base.tokenizer, "", []).input_ids]))
         scale = synthesis_preset(base.family).guidance_scale
-        latents = denoise(base.unet, base.sampler("ddim"), latents, states, empty, steps, scale)
+        latents = denoise(base.unet, base.sampler("ddim"), latents, states, empty, steps, scale, on_progress=on_progress)
         return to_images(base.decode(latents))
 
 

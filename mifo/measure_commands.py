@@ -26,8 +26,9 @@ from .command_parts import (
     override,
     own_base,
     say_weights,
+    sheet_facts,
 )
-from .console import Bar, running
+from .console import Bar, running, waiting
 from .errors import InputError
 from .files import check_writable, write_file
 from .options import (
@@ -128,12 +129,13 @@ def evaluate(
             if edit:
                 result.record["edit_preservation"] = edit
             if drawing.failures:
-                result.record["failed"] = drawing.failures
-            with numbered_folder(output_path, place) as output:
+                result.record["failed"] = drawing.failed()
+            with numbered_folder(output_path, place) as output, waiting("writing the pictures"):
                 paths = save_evaluation(result, output, pictures is None, overwrite)
             drawing.clear()
         job.text(*table(result.record).split("\n"), *(f"{kind.replace('_', ' ')}: {path}" for kind, path in paths.items()))
-        job.json({**paths, **{k: v for k, v in result.record.items() if k not in ("pictures", "definitions", "synthesis")}})
+        shown = {k: v for k, v in result.record.items() if k not in ("pictures", "definitions", "synthesis")}
+        job.json({**paths, **sheet_facts(Path(paths["json"]).parent), **shown})
         end_job(drawing)
 
 
@@ -157,8 +159,9 @@ def check(
         (folder,) = instance_folders(instance, folder_path)
         check_file(output_path, "output/check.png", overwrite)
         check_apart(output_path, PLACE, {}, {"the instance": folder, **not_to_write_into(None, model_path)})
-        report = check_masks(load_instance(folder, mask_orientation.value), sizes_by_name(model_path, resolution))
-        sheet = check_sheet(report)
+        with waiting("looking at the masks"):
+            report = check_masks(load_instance(folder, mask_orientation.value), sizes_by_name(model_path, resolution))
+            sheet = check_sheet(report)
         with (numbered_file(output_path, PLACE, "check", ".png", overwrite) as (target, replaced),
               write_file(target, replaced) as temporary):  # fmt: skip
             sheet.save(temporary, "PNG")
@@ -203,7 +206,8 @@ def plan(
         settings = Settings(job.value, model.check_side(resolution), dtypes.get(mixed_precision.value, torch.bfloat16), config,
                             synthesis_preset(family), assets, batch_size, backend=backend,
                             edit=replace(edit_preset(family), background=background.value))  # fmt: skip
-        found = make_plan(model, settings, vram_gib)
+        with waiting("counting the memory"):
+            found = make_plan(model, settings, vram_gib)
         out.text(*plan_text(found).split("\n"))
         out.json(plan_facts(found))
         found.check()

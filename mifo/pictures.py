@@ -1,12 +1,14 @@
 """Small drawing helpers for sheets that explain themselves: grids, captions, boxes, outlines.
 
-Knows pixels only.
+Knows pixels only, and how sheets of them are named.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
@@ -20,6 +22,10 @@ RGB = tuple[int, int, int]
 ASSET_COLORS: tuple[RGB, ...] = (
     (230, 57, 70), (29, 120, 220), (42, 157, 80), (244, 162, 20), (150, 70, 200), (20, 180, 190), (240, 100, 170), (120, 90, 60),
 )  # fmt: skip
+#: The pages of a contact sheet.
+SHEET_NAME = re.compile(r"contact(-\d+)?\.png")
+CELLS_A_PAGE = 64
+MAX_CELL = 512  # pixels of a cell's longer side
 PAPER: RGB = (255, 255, 255)
 TEXT: RGB = (40, 40, 48)
 
@@ -78,3 +84,38 @@ def enlarge(image: Image.Image, side: int) -> Image.Image:
     """At least `side` pixels wide: small pictures grow by a whole factor, so that pixels stay sharp."""
     factor = max(1, round(side / image.width))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def thumbnail(image: Image.Image, side: int = 256) -> Image.Image:
+    """For a cell of a sheet: small pictures enlarged as `enlarge` does, large ones shrunk to MAX_CELL."""
+    scale = MAX_CELL / max(image.size)
+    if scale >= 1:
+        return enlarge(image, side)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def save_sheets(folder: Path, cells: Iterable[Image.Image], columns: int) -> list[Path]:
+    """`contact.png`, `contact-2.png` and so on, CELLS_A_PAGE cells each; no more than one page's cells are held at a time."""
+    paths = []
+    for number, page in enumerate(_pages(cells), 1):
+        paths.append(folder / ("contact.png" if number == 1 else f"contact-{number}.png"))
+        grid(page, columns=min(columns, len(page))).save(paths[-1], "PNG")
+    return paths
+
+
+def sheets_in(folder: Path) -> list[str]:
+    """The pages of the contact sheet in a folder of results, in order."""
+    names = [path.name for path in folder.iterdir() if SHEET_NAME.fullmatch(path.name)]
+    return [str(folder / name) for name in sorted(names, key=lambda name: (len(name), name))]
+
+
+def _pages(cells: Iterable[Image.Image]) -> Iterator[list[Image.Image]]:
+    page: list[Image.Image] = []
+    for cell in cells:
+        page.append(cell)
+        if len(page) == CELLS_A_PAGE:
+            yield page
+            page = []
+    if page:
+        yield page

@@ -172,9 +172,8 @@ def _learn_phases(model: Model, s: Settings) -> tuple[Phase, ...]:
     if preserved:
         drawn = trace_drawing(model, s.resolution, s.dtype, 2 * min(memory.max_batch, config.prior.num_class_images), s.backend)
         phases.append(Phase("prior", _merge(resident, drawn)))
-    native = model.native_resolution
-    shown = trace_drawing(model, native, s.dtype, 2 * min(memory.max_batch, s.assets), s.backend)
-    decoded = trace_vae(model, native, s.dtype, True, memory.tiled_vae)
+    shown = trace_drawing(model, s.resolution, s.dtype, 2 * min(memory.max_batch, s.assets), s.backend)
+    decoded = trace_vae(model, s.resolution, s.dtype, True, memory.tiled_vae)
     text = not memory.text_encoder_on_cpu
     for name, phase in (("phase 1", config.embedding), ("phase 2", config.lora)):
         if not phase.train_steps:

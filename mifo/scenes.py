@@ -5,7 +5,7 @@ Knows bundles' tokens, prompts, and where things stood in the photo. Knows nothi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from .errors import InputError
 from .files import write_folder
 from .instance import Instance
 from .json_text import record_text
-from .pictures import caption_below, enlarge, grid
+from .pictures import caption_below, save_sheets, thumbnail
 from .prompts import ASSET_PATTERN, BACKGROUND_TOKEN, assets_in, check_prompt, join_assets, things_among, tokenize_prompt
 from .read_files import read_regular
 from .synthesize import latent_shape, synthesize
@@ -132,17 +132,34 @@ def read_prompts(path: Path, tokens: Sequence[str]) -> list[str]:
     return [line for _, line in lines]
 
 
+class Drawn(Mapping[Shot, Image.Image]):
+    """The picture of each shot, taken from its item when it is looked at."""
+
+    def __init__(self, items: Mapping[Shot, Sequence[Image.Image]]):
+        self._items = dict(items)
+
+    def __getitem__(self, shot: Shot) -> Image.Image:
+        return self._items[shot][0]
+
+    def __iter__(self) -> Iterator[Shot]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
 def draw_shots(base: BaseModel, shots: Sequence[Shot], tokens: Sequence[str], config: SynthesisConfig,
                on_progress: Callable[[int, int], None] | None = None,
-               keep: Keep = draw_now) -> dict[Shot, Image.Image]:  # fmt: skip
-    """One picture per shot; those that `keep` has are not drawn again, those that fail are left out.
+               keep: Keep = draw_now) -> Mapping[Shot, Image.Image]:  # fmt: skip
+    """One picture per shot; those that `keep` has are not drawn again, those that fail are left out. Where `keep` writes them to
+    the disk, they are read from there again when they are looked at.
 
     Raises InputError for a prompt that is too long, before anything is drawn.
     """
     for shot in shots:
         assets = [t for t in tokens if t in shot.prompt.lower()]
         tokenize_prompt(base.tokenizer, shot.prompt, assets, f"prompt {shot.prompt[:60]!r}")
-    drawn = {}
+    drawn: dict[Shot, Sequence[Image.Image]] = {}
     for k, shot in enumerate(shots):
 
         def progress(done: int, total: int, k: int = k) -> None:
@@ -154,22 +171,26 @@ def draw_shots(base: BaseModel, shots: Sequence[Shot], tokens: Sequence[str], co
 
         recipe = {**shot.recipe(), "tokens": list(tokens), "config": to_dict(config)}
         if found := keep(shot.name, recipe, 1, draw):
-            drawn[shot] = found[0]
-    return drawn
+            drawn[shot] = found
+    return Drawn(drawn)
 
 
 def save_shots(drawn: Mapping[Shot, Image.Image], output: Path, record_name: str, facts: dict[str, Any],
                overwrite: bool = False) -> list[Path]:  # fmt: skip
-    """A PNG per shot, `contact.png` and `<record_name>.json`, which is what its manifest calls the folder.
+    """A PNG per shot, contact sheets and `<record_name>.json`, which is what its manifest calls the folder.
 
     The folder appears whole, or not at all. Raises InputError when it cannot be written or has anything in it; with
     `overwrite` an earlier one of the same kind is replaced.
     """
-    cells = [caption_below(enlarge(i, 256), s.prompt) for s, i in drawn.items()]
     listed = [{"image": f"{s.name}.png", **s.recipe()} for s in drawn]
     with write_folder(output, record_name, overwrite) as temporary:
-        for shot, image in drawn.items():
-            image.save(temporary / f"{shot.name}.png", "PNG")
-        grid(cells, columns=min(4, len(cells))).save(temporary / "contact.png", "PNG")
+        save_sheets(temporary, _save_each(drawn, temporary), columns=4)
         (temporary / f"{record_name}.json").write_text(record_text({**facts, "images": listed}, indent=2) + "\n")
     return [output / f"{s.name}.png" for s in drawn]
+
+
+def _save_each(drawn: Mapping[Shot, Image.Image], folder: Path) -> Iterator[Image.Image]:
+    """Writes each picture, and yields its cell of the contact sheet; one picture at a time."""
+    for shot, image in drawn.items():
+        image.save(folder / f"{shot.name}.png", "PNG")
+        yield caption_below(thumbnail(image), shot.prompt)

@@ -6,7 +6,7 @@ Knows the base model with a bundle attached, prompts and layouts. Knows nothing 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from .files import write_folder
 from .guidance import LatentGuidance, MaskRefinement
 from .json_text import record_text
 from .memory import PeakMemory
-from .pictures import caption_below, draw_boxes, enlarge, grid, to_images
+from .pictures import caption_below, draw_boxes, save_sheets, thumbnail, to_images
 from .prompts import NEGATIVE, TokenizedPrompt, check_prompt, tokenize_prompt
 
 
@@ -154,7 +154,7 @@ KIND = "synthesis"  # of its manifest
 
 
 def save_synthesis(result: Synthesis, output: Path, facts: dict[str, Any] | None = None, overwrite: bool = False) -> list[Path]:
-    """PNG per picture (the recipe in its metadata), `contact.png` with the boxes drawn, `synthesis.json`.
+    """PNG per picture (the recipe in its metadata), contact sheets with the boxes drawn, `synthesis.json`.
 
     The folder appears whole, or not at all. Raises InputError when it cannot be written or has anything in it; with
     `overwrite` an earlier synthesis is replaced.
@@ -168,15 +168,13 @@ def save_synthesis(result: Synthesis, output: Path, facts: dict[str, Any] | None
             info = PngInfo()
             info.add_text("mifo", record_text({**recipe, "seed": result.seed + k, "batch_size": 1}))
             image.save(temporary / name, "PNG", pnginfo=info)
-        contact_sheet(result).save(temporary / "contact.png", "PNG")
+        save_sheets(temporary, _cells(result), columns=4)
         (temporary / "synthesis.json").write_text(record_text(record, indent=2) + "\n")
     return [output / name for name in names]
 
 
-def contact_sheet(result: Synthesis) -> Image.Image:
+def _cells(result: Synthesis) -> Iterator[Image.Image]:
     """All pictures with their seeds, the boxes drawn over them."""
-    cells = []
     for k, image in enumerate(result.images):
-        large = enlarge(image, 256)
-        cells.append(caption_below(draw_boxes(large, result.layout) if result.layout else large, f"seed {result.seed + k}"))
-    return grid(cells, columns=min(4, len(cells)))
+        large = thumbnail(image)
+        yield caption_below(draw_boxes(large, result.layout) if result.layout else large, f"seed {result.seed + k}")

@@ -45,7 +45,7 @@ from mifo.toybox.examples import write_example  # noqa: E402
 
 BOXES = "[[0.0, 0.1, 0.5, 0.9], [0.5, 0.1, 1.0, 0.9]]"
 PROMPT = "a photo of <asset0> and <asset1>"
-LEARN = ["--phase1-train-steps", "1", "--phase2-train-steps", "0", "--checkpoint-every", "0"]
+LEARN = ["--phase1-train-steps", "1", "--phase2-train-steps", "0", "--checkpoint-every", "0", "--keep-base-path"]
 OLD = 100_000  # seconds: long enough for a half-written folder to count as left behind
 OURS = ("Model_ours/cups", "Model_ours/twins", "out/own")
 """Folders that mifo wrote, all of them as it wrote them."""

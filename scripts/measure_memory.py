@@ -259,7 +259,7 @@ def jobs_under_caps(shape: str, caps: list[float]) -> list[dict[str, Any]]:
                      "--num-class-images", "2"]  # fmt: skip
             place = ["synthesize", "toy_car", "--prompt", "a photo of <asset0> and <asset1> and <asset2>", "--steps", "5",
                      "--boxes", "[[0,0.3,0.3,0.8],[0.35,0.3,0.65,0.8],[0.7,0.3,1,0.8]]", "--output-path",
-                     scratch + "/pictures"]  # fmt: skip
+                     scratch + "/pictures", "--overwrite", "--model-path", str(folder)]  # fmt: skip
             for job in (learn, place):
                 started = time.perf_counter()
                 done = subprocess.run([sys.executable, "cli.py", *job, *common], capture_output=True, text=True, cwd=ROOT)

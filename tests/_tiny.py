@@ -19,7 +19,8 @@ from typer.testing import CliRunner, Result
 from mifo.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
-FAST = ["--phase1-train-steps", "2", "--phase2-train-steps", "2", "--num-class-images", "1", "--lora-rank", "2"]
+FAST = ["--phase1-train-steps", "2", "--phase2-train-steps", "2", "--num-class-images", "1", "--lora-rank", "2",
+        "--keep-base-path"]  # fmt: skip
 
 
 @functools.cache
@@ -88,7 +89,7 @@ def tiny_bundle_folder() -> Path:
         prior=replace(config.prior, num_class_images=1, sampling_steps=2),
     )
     instance = load_instance(write_instance(_scratch() / "two_cups"))
-    return learn(instance, load_base(), config, _scratch() / "bundles" / "two_cups").folder
+    return learn(instance, load_base(), config, _scratch() / "bundles" / "two_cups", keep_base_path=True).folder
 
 
 def copy_bundle(parent: Path, name: str = "two_cups") -> Path:

@@ -359,7 +359,8 @@ def test_a_bundle_whose_base_model_is_gone(place: Path):
     folder = copy_bundle(place)
     record = json.loads((folder / "bundle.json").read_text())
     edit_json(folder / "bundle.json", base={**record["base"], "name": "gone", "source": str(place / "gone")})
-    refused(place, r"the bundle 'two_cups' needs its own base model: .*gone' is no base model", *synthesize(place, bundle=folder))
+    asked = r"the bundle 'two_cups' needs its own base model: .*gone', but there is no such folder; give it with --model-path"
+    refused(place, asked, *synthesize(place, bundle=folder))
 
 
 # --- places that cannot be written --------------------------------------------------------------

@@ -85,7 +85,7 @@ def randomize(adapters: dict[str, PeftModel]) -> None:
 
 def save(base: BaseModel, folder: Path, rows: torch.Tensor, adapters: dict[str, PeftModel], **facts: Any) -> Bundle:
     return save_bundle(folder, base, ("<asset0>", "<asset1>")[: len(rows)], None, rows, adapters, LearnConfig(seed=7), facts,
-                       overwrite=True)  # fmt: skip
+                       overwrite=True, keep_base_path=True)  # fmt: skip
 
 
 # --- there and back -----------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def test_rows_and_adapters_come_back_bit_equal(base: BaseModel, tmp_path: Path):
     again = load_bundle(tmp_path / "cups")
     assert again.tokens == ("<asset0>", "<asset1>") and again.config == LearnConfig(seed=7) and again.facts["seconds"] == 1.5
     assert torch.equal(again.rows, rows) and torch.equal(saved.rows, rows) and again.rows.dtype == torch.float32
-    assert (again.base_name, again.base_source, again.base_fingerprint) == (base.name, base.source, base.fingerprint)
+    assert (again.base_name, again.base_source, again.base_fingerprint) == (base.public_name, base.source, base.fingerprint)
     for name in adapters:
         weights = load_file(tmp_path / "cups" / name / "adapter_model.safetensors")
         assert {k: v.dtype for k, v in weights.items()} == dict.fromkeys(expected[name], torch.float16)

@@ -56,6 +56,8 @@ def test_the_background_is_learned_but_not_measured_as_a_thing(folder: Path, tmp
          "--keep", "best", "--backend", "toybox")  # fmt: skip
     assert load_bundle(learned).tokens == ("<asset0>", "<asset1>", "<background>")
     found = evaluate(learned, tmp_path / "out", "--samples", 1)
+    assert found["base_model"]["name"] == tiny_base_folder().name  # and nowhere where it lies
+    assert str(tiny_base_folder().parent) not in (tmp_path / "out" / "evaluation.json").read_text()
     assert found["tokens"] == ["<asset0>", "<asset1>"] == list(found["attention_outside"])
     assert len(found["leakage_matrix"]) == 2 and not any("<background>" in case["prompt"] for case in found["cases"])
     assert instance_of(load_bundle(learned), folder / "twins").tokens == ("<asset0>", "<asset1>")
@@ -168,6 +170,7 @@ def test_photo_back_end_wiring(photo_models: dict[str, str], tmp_path: Path):
     (record,) = measure_pictures([picture], backend, TOKENS[:2])
     assert all(record["crops"])  # a detector that misses is no proof that nothing is there
     assert backend.facts()["revisions"] == {"dino": None, "clip": None, "detector": None}  # local folders
+    assert backend.facts()["models"] == {"dino": "dino", "clip": "clip", "detector": "owl"}  # not where they lie
     models = {**photo_models, "clip": str(tmp_path)}
     words = [w for kind, path in models.items() for w in (f"--{kind}", path)]
     result = mifo("evaluate", copy_bundle(tmp_path / "bundle"), "--output-path", tmp_path / "out", *words, exit_code=2)

@@ -99,7 +99,7 @@ def test_a_bundle_replaced_after_it_was_read_draws_what_was_read(tmp_path: Path)
     assert all(torch.equal(a, b) for a, b in zip(before, states(base, bundle), strict=True))
     export_for_diffusers(bundle, tmp_path / "after")
     assert snapshot(tmp_path / "before") == snapshot(tmp_path / "after")
-    with batch.open_job(tmp_path / "out", base, bundle) as job:
+    with batch.open_job(tmp_path / "out", tmp_path, "variations", [], base, bundle) as job:
         assert job.facts["bundle"] == digest
     assert load_bundle(folder).digest != digest
     for use in (kept_instance, kept_crops):
@@ -159,7 +159,7 @@ def test_what_a_bundle_has_beside_its_own_files_is_never_read(tmp_path: Path, na
     (folder / name).parent.mkdir(exist_ok=True)
     os.mkfifo(folder / name)
     bundle = load_bundle(folder)
-    with batch.open_job(tmp_path / "out", load_base(), bundle) as job:
+    with batch.open_job(tmp_path / "out", tmp_path, "variations", [], load_base(), bundle) as job:
         assert job.facts["bundle"] == digest
     assert kept_instance(folder, bundle.tokens, bundle.instance).count == 2
 

@@ -16,14 +16,14 @@ from _tiny import FAST, ROOT, learn_arguments, mifo, tiny_base_folder, write_ins
 from typer.testing import CliRunner
 
 from mifo.cli import app
-from mifo.console import Job, say, waiting
+from mifo.console import Bar, Job, say, waiting
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 COMMANDS = ["learn", "synthesize", "boxes", "export", "demo", "edit", "decompose", "variations", "evaluate", "check", "plan"]
 #: Every line that a command may write to standard error.
 OURS = re.compile(r"|".join([
     r"attention: .*", r"note: .*", r"(drawing the prior|phase \d, \w+|previews|denoising|pictures):? .*\|.*\|.*",
-    r"loading the [\w ]+: [\d:]+", r"\s*",
+    r"((loading|reading|writing|looking at|counting) the [\w ]+|getting ready|working): [\d:]+", r"\s*",
 ]))  # fmt: skip
 
 
@@ -102,6 +102,19 @@ def test_a_wait_is_shown_once_it_is_long(capsys: pytest.CaptureFixture[str], mon
     with waiting("loading"):
         time.sleep(0.3)
     assert "loading: 00:00" in capsys.readouterr().err
+
+
+def test_what_cannot_be_counted_shows_its_seconds(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Before the first step, and after the last: decoding, measuring, saving."""
+    monkeypatch.setattr("mifo.console.SHOW_AFTER", 0.01)
+    with Bar() as bar:
+        time.sleep(0.2)
+        bar.denoising(1, 2)
+        bar.denoising(2, 2)
+        time.sleep(0.2)
+        say("note: beside it")
+    ready, _, rest = capsys.readouterr().err.partition("denoising: ")
+    assert "getting ready: 00:00" in ready and "2/2" in rest and "working: 00:00" in rest and "\rnote: beside it\n" in rest
 
 
 # --- help ---------------------------------------------------------------------------------------

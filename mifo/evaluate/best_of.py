@@ -7,15 +7,18 @@ The margin alone would not do: a smear that has nothing but the instance's own p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ..base_model import BaseModel
+from ..batch import Keep, draw_now
 from ..boxes import Layout
-from ..config import SynthesisConfig
+from ..config import SynthesisConfig, to_dict
 from ..synthesize import Synthesis, synthesize
 from .backend import Backend
 from .cases import Case, Picture
@@ -26,23 +29,40 @@ COUNT_BONUS = 0.5
 
 
 def draw_best(base: BaseModel, prompt: str, layout: Layout | None, tokens: Sequence[str], config: SynthesisConfig, seed: int,
-              count: int, backend: Backend,
-              on_progress: Callable[[int, int], None] | None = None) -> tuple[Synthesis, list[dict[str, Any]]]:  # fmt: skip
-    """Draws the seeds from `seed` on one by one, so that the best is bit for bit what its seed alone draws.
+              count: int, backend: Backend, on_progress: Callable[[int, int], None] | None = None,
+              keep: Keep = draw_now) -> tuple[Synthesis, list[dict[str, Any]]] | None:  # fmt: skip
+    """Draws the seeds from `seed` on one by one, so that the best is bit for bit what its seed alone draws. Those that `keep` has
+    are not drawn again, those that fail are left out; one picture and the best so far are held at a time.
 
     Returns the best, with its own seed and the seconds of all, and every seed's scores, best first; equal scores keep the order
-    of their seeds.
+    of their seeds. None when every seed failed.
     """
-    results = []
-    for k in range(count):
-        results.append(synthesize(base, prompt, layout, tokens, config, seed + k, 1))
+    ranking: list[dict[str, Any]] = []
+    drawn: list[Synthesis] = []  # the best so far, unless `keep` had it
+    seconds, peak_gib = 0.0, 0.0
+    recipe = {"prompt": prompt, "boxes": layout.to_json() if layout else None, "tokens": list(tokens), "config": to_dict(config)}
+    for each in range(seed, seed + count):
+        new: list[Synthesis] = []
+
+        def draw(each: int = each, new: list[Synthesis] = new) -> list[Image.Image]:
+            new.append(synthesize(base, prompt, layout, tokens, config, each, 1))
+            return new[0].images
+
+        images = keep(f"seed {each}", {**recipe, "seed": each}, 1, draw)
+        if images:
+            picture = Picture(Case(prompt, layout), each, images[0], f"{each:06d}.png")
+            ranking += map(score, measure_pictures([picture], backend, tokens))
+            if ranking[-1]["score"] > max((e["score"] for e in ranking[:-1]), default=-math.inf):
+                drawn = new
+        seconds, peak_gib = seconds + sum(r.seconds for r in new), max([peak_gib, *(r.peak_gib for r in new)])
         if on_progress:
-            on_progress(k + 1, count)
-    case = Case(prompt, layout)
-    pictures = [Picture(case, r.seed, r.images[0], f"{r.seed:06d}.png") for r in results]
-    ranking = sorted(map(score, measure_pictures(pictures, backend, tokens)), key=lambda e: (-e["score"], e["seed"]))
-    best = results[ranking[0]["seed"] - seed]
-    return replace(best, seconds=sum(r.seconds for r in results), peak_gib=max(r.peak_gib for r in results)), ranking
+            on_progress(each - seed + 1, count)
+    if not ranking:
+        return None
+    ranking.sort(key=lambda entry: (-entry["score"], entry["seed"]))
+    # a picture kept by an interrupted run has no record of how it was drawn
+    best = drawn[0] if drawn else synthesize(base, prompt, layout, tokens, config, ranking[0]["seed"], 1)
+    return replace(best, seconds=seconds or best.seconds, peak_gib=peak_gib or best.peak_gib), ranking
 
 
 def score(record: Record) -> dict[str, Any]:

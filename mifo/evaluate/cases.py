@@ -20,6 +20,7 @@ from ..errors import InputError
 from ..image_file import DECODE_ERRORS, load_image
 from ..instance import Instance
 from ..json_text import json_text
+from ..pictures import SHEET_NAME
 from ..prompts import assets_in, check_characters, check_prompt, join_assets
 from ..read_files import read_regular
 from ..swap import finish_swaps
@@ -137,7 +138,7 @@ def read_pictures(folder: Path, prompts: Path | None, boxes: str | None, tokens:
     stated = read_cases(prompts, boxes, tokens, []) if prompts else None
     if stated and len(stated) > 1:
         raise InputError(f"{prompts} has {len(stated)} prompts; for pictures that exist give one, which holds for all of them")
-    names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in PICTURES and p.name != "contact.png")
+    names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in PICTURES and not SHEET_NAME.fullmatch(p.name))
     pictures = [_read_picture(folder / name, number, stated[0] if stated else None, tokens) for number, name in enumerate(names)]
     if not pictures:
         raise InputError(f"{folder} has no pictures (PNG, JPEG or WebP); give the folder that synthesize wrote")

@@ -35,9 +35,10 @@ def checkpoint_judge(backend: Backend, samples: int) -> Callable[[BaseModel, Ins
     def judge(base: BaseModel, data: InstanceData, tokens: Sequence[str], terms: AttentionTerms) -> dict[str, float]:
         outside, in_others = attention_leakage(base, data, tokens, terms)
         things, pictures = things_among(tokens), []
+        resolution = data.moments[False][0].shape[-1] * base.vae_factor  # that of the learning
         for k in range(samples):
             prompts = [join_assets([token]) for token in things]
-            images = sample_prompts(base, prompts, tokens, CHECK_SEED + 100 * k, SAMPLE_STEPS)
+            images = sample_prompts(base, prompts, tokens, CHECK_SEED + 100 * k, SAMPLE_STEPS, resolution)
             pictures += [Picture(Case(p, None), k, image, f"{k}") for p, image in zip(prompts, images, strict=True)]
         records: list[dict[str, Any]] = measure_pictures(pictures, backend, things)
         margins = [m for r in records for m in r["identity_margin"] if m is not None]

@@ -6,6 +6,7 @@ folders; only configurations and safetensors are read, never pickles or code.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from ..base_model import public_name
 from ..errors import InputError
 from ..instance import Instance
 from ..prompts import ASSET_PATTERN
@@ -56,7 +58,8 @@ class PhotoBackend:
         self.sources = self._embed(crops)  # (N, D)
 
     def facts(self) -> dict[str, Any]:
-        return {"name": self.name, "models": self.models, "revisions": self.revisions,
+        models = {kind: _public(name) for kind, name in self.models.items()}
+        return {"name": self.name, "models": models, "revisions": self.revisions,
                 "min_detection_score": self.min_score, "words": list(self.words),
                 "similarity": "cosine of DINOv2 class tokens; the source crop is masked, the other is cut by its box",
                 "distance": "1 - cosine of DINOv2 class tokens of the whole pictures",
@@ -106,6 +109,11 @@ class PhotoBackend:
         squares = [_to_square(image) for image in images]
         inputs = self.dino_pixels(images=squares, return_tensors="pt").to(self.device)
         return F.normalize(self.dino(**inputs).last_hidden_state[:, 0].float(), dim=-1)
+
+
+def _public(name: str) -> str:
+    """A hub id as it is, of a local folder the last part: records are passed on."""
+    return public_name(name, os.path.realpath(name)) if os.path.isdir(name) else name
 
 
 def source_crop(image: Image.Image, mask: Image.Image) -> Image.Image:

@@ -5,6 +5,7 @@ Knows an evaluation's record. Knows nothing of models.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,12 @@ from PIL import Image
 
 from ..files import write_folder
 from ..json_text import record_text
-from ..pictures import caption_below, draw_boxes, enlarge, grid
+from ..pictures import caption_below, draw_boxes, enlarge, save_sheets
 from .plots import Bar, bar_chart, below, matrix_chart
 from .run import Evaluation
 
 FILE = "evaluation.json"
 KIND = "evaluation"  # of its manifest
-MAX_CELLS = 48
 SHOWN = ("identity", "identity_margin", "right_instance", "confused", "detect_and_compare", "iou", "success_at_0.5",
          "count_right", "prompt_fit")  # fmt: skip
 KINDS = {"alone": "one asset alone", "in_boxes": "in boxes", "free": "without boxes"}
@@ -34,18 +34,15 @@ def save_evaluation(result: Evaluation, folder: Path, keep_pictures: bool, overw
             (temporary / "pictures").mkdir()
             for picture in result.pictures:
                 picture.image.save(temporary / "pictures" / picture.name, "PNG")
-        contact_sheet(result).save(temporary / "contact.png", "PNG")
+        save_sheets(temporary, _cells(result), columns=8)
         plots(result.record).save(temporary / "plots.png", "PNG")
         (temporary / FILE).write_text(record_text(result.record, indent=1) + "\n")
     return {"json": str(folder / FILE), "contact_sheet": str(folder / "contact.png"), "plots": str(folder / "plots.png")}
 
 
-def contact_sheet(result: Evaluation) -> Image.Image:
-    """The pictures with their boxes; under each, its seed and what was measured. Evenly chosen where there are many."""
-    pairs = list(zip(result.pictures, result.record["pictures"], strict=True))
-    step = max(1, -(-len(pairs) // MAX_CELLS))
-    cells = []
-    for picture, record in pairs[::step]:
+def _cells(result: Evaluation) -> Iterator[Image.Image]:
+    """The pictures with their boxes; under each, its seed and what was measured."""
+    for picture, record in zip(result.pictures, result.record["pictures"], strict=True):
         image = picture.image
         height = max(1, round(192 * image.height / image.width))
         large = enlarge(image, 192) if image.width < 192 else image.resize((192, height))
@@ -53,8 +50,7 @@ def contact_sheet(result: Evaluation) -> Image.Image:
         margins = [m for m in record["identity_margin"] if m is not None]
         shown = [f"seed {picture.seed}", *([f"margin {sum(margins) / len(margins):.2f}"] if margins else [])]
         shown += [f"IoU {sum(record['ious']) / len(record['ious']):.2f}"] if record.get("ious") else []
-        cells.append(caption_below(caption_below(large, ", ".join(shown), 12), picture.case.prompt, 11))
-    return grid(cells, columns=min(8, len(cells)))
+        yield caption_below(caption_below(large, ", ".join(shown), 12), picture.case.prompt, 11)
 
 
 def plots(record: dict[str, Any]) -> Image.Image:

@@ -68,7 +68,7 @@ def draw_prompts(base: BaseModel, prompts: Sequence[str], tokens: Sequence[str],
 
 
 def _draw(base: BaseModel, case: Case, tokens: Sequence[str], config: SynthesisConfig, seed: int, count: int,
-          keep: Keep) -> list[Image.Image]:  # fmt: skip
+          keep: Keep) -> Sequence[Image.Image]:  # fmt: skip
     """`count` pictures drawn together, or none where that failed."""
     recipe = {**case.to_json(), "tokens": list(tokens), "config": to_dict(config), "seed": seed, "count": count}
     seeds = f"seed {seed}" if count == 1 else f"seeds {seed} to {seed + count - 1}"

@@ -19,6 +19,7 @@ from PIL import Image
 from mifo import scenes
 from mifo.batch import PictureJob
 from mifo.errors import InputError
+from mifo.evaluate import best_of
 from mifo.evaluate import run as evaluation
 from mifo.toybox.examples import write_example
 
@@ -109,7 +110,7 @@ def synthesize(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
 
     def replaced(*breaks: Any) -> Synthesize:
         stand_in = Synthesize(real, *breaks)
-        for module in (scenes, evaluation):
+        for module in (scenes, evaluation, best_of):
             monkeypatch.setattr(module, "synthesize", stand_in)
         return stand_in
 
@@ -245,6 +246,34 @@ def test_an_interrupted_evaluation_goes_on_and_one_failure_does_not_stop_it(
     (tmp_path / "prompts.txt").write_text("a photo of <asset1>\na photo of <asset0> " + "and a car " * 40)
     none = synthesize()
     assert "tokens too long" in evaluate("new", 2)["said"] and none.prompts == []
+
+
+def test_best_of_goes_on_to_the_same_picture(tmp_path: Path, twins: Path, synthesize: Callable[..., Synthesize]):
+    """Killed by Ctrl-C at the last seed; the best among those kept is drawn once more for its record, the others are not."""
+
+    def best(name: str, status: int = 0, *options: str) -> Any:
+        return mifo("synthesize", twins, "--prompt", "a photo of <asset0> and <asset1>", "--steps", 2, "--best-of", 4,
+                    "--backend", "toybox", "--output-path", tmp_path / name, "--json", *options, exit_code=status)  # fmt: skip
+
+    whole = json.loads(best("whole").stdout)
+    synthesize(lambda prompt, calls: KeyboardInterrupt() if calls == 4 else None)
+    assert "; 3 items are kept: the same command goes on from there" in best("out", 130).stderr
+    assert not (tmp_path / "out").exists() and len(list((tmp_path / ".checkpoints" / "out").glob("item-*"))) == 3
+    again = synthesize()
+    found = json.loads(best("out").stdout)
+    is_kept = found["best_of"][0]["seed"] < 3
+    assert len(again.prompts) == 1 + is_kept and found["best_of"] == whole["best_of"]
+    records = [json.loads((tmp_path / name / "synthesis.json").read_text()) for name in ("out", "whole")]
+    assert len({json.dumps({**r, "seconds": 0, "peak_gib": 0}) for r in records}) == 1
+    (name,) = records[0]["images"]
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (tmp_path / ".checkpoints").exists()
+    synthesize(lambda prompt, calls: RuntimeError("out of luck") if calls in (1, 2) else None)
+    result = best("less", 1)
+    assert [e["seed"] for e in sorted(json.loads(result.stdout)["best_of"], key=lambda e: e["seed"])] == [2, 3]
+    assert "error: 2 of 4 items failed" in result.stderr and "  seed 0: RuntimeError: out of luck" in result.stderr
+    synthesize(lambda prompt, calls: InputError("not this size"))
+    assert best("none", 2).stdout == "" and not (tmp_path / "none").exists()
 
 
 def test_drift_leaves_out_a_prompt_that_one_side_lacks(tmp_path: Path, twins: Path, synthesize: Callable[..., Synthesize]):
