@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .json_text import json_text
+
 MANIFEST = "manifest.json"
 MAX_BYTES = 1 << 24
 
@@ -32,7 +34,7 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         files = {name: {"size": size, "sha256": digest} for name, (size, digest) in sorted(self.files.items())}
-        return (json.dumps({"written_by": "mifo", "kind": self.kind, "files": files}, indent=1) + "\n").encode()
+        return (json_text({"written_by": "mifo", "kind": self.kind, "files": files}, indent=1) + "\n").encode()
 
 
 def write_manifest(folder: Path, kind: str, without: str = "") -> None:

@@ -10,7 +10,6 @@ Whoever reads or writes there next finishes what a kill cut in two.
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import re
 import secrets
@@ -21,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from .json_text import json_text
 from .manifest import is_ours, remove_ours
 from .temporary import NAME, is_running, owner, read_owner
 
@@ -60,7 +60,7 @@ def _in_two_steps(temporary: Path, folder: Path, check: Callable[[Path], None]) 
     old, journal = (folder.parent / f".mifo-{token}.{end}" for end in ("old", "swap"))
     record = {**owner(token), "folder": folder.name, "new": temporary.name, "old": old.name}
     try:
-        _write_flushed(journal, json.dumps(record))
+        _write_flushed(journal, json_text(record))
         flush_names(folder.parent)
         os.rename(folder, old)
         check(old)

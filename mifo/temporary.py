@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from .json_text import json_text
 from .manifest import is_ours, remove_ours
 
 MARKER = ".mifo-writing"
@@ -35,7 +36,7 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
     path.mkdir(mode=0o700)
     made = os.lstat(path)
     try:
-        (path / MARKER).write_text(json.dumps(owner(token)))
+        (path / MARKER).write_text(json_text(owner(token)))
         yield path
     finally:
         with suppress(OSError):
