@@ -32,6 +32,7 @@ from .read_files import UnusableFile, check_regular
 from .temporary import remove_abandoned
 
 SCHEMA = "1"
+HEADER = "mifo"
 KEPT = 2
 #: Of one checkpoint: ten times Stable Diffusion's adapters at rank 256 with their optimizer.
 MAX_BYTES = 1 << 34
@@ -202,7 +203,8 @@ def write_state(path: Path, state: Any, where: str, identity: Any) -> None:
     tensors: dict[str, torch.Tensor] = {}
     tree = json_text(_pack(state, tensors))
     header = {"schema": SCHEMA, "where": where, "identity": json_text(identity), "tree": tree}
-    save_file(tensors, path, metadata={**header, "checksum": _checksum(tree, tensors)})
+    header["checksum"] = _checksum(tree, tensors)
+    save_file(tensors, path, metadata={HEADER: json_text(header)})  # one entry: safetensors writes several in any order
 
 
 def remove_state(path: Path) -> None:
@@ -217,7 +219,7 @@ def read_header(path: Path) -> Saved:
     try:
         _check_file(path)
         with safe_open(path, "pt") as file:
-            header = file.metadata()
+            header = _metadata(file)
         if header["schema"] != SCHEMA:
             raise ValueError(header["schema"])
         return Saved(path, header["where"], json.loads(header["identity"]))
@@ -230,13 +232,18 @@ def read_state(path: Path) -> Any:
     try:
         _check_file(path)
         with safe_open(path, "pt") as file:
-            header = file.metadata()
+            header = _metadata(file)
             tensors = {k: file.get_tensor(k).clone() for k in file.keys()}  # noqa: SIM118
         if header["checksum"] != _checksum(header["tree"], tensors):
             raise ValueError("checksum")
         return _unpack(json.loads(header["tree"]), tensors)
     except Exception as error:
         raise Damaged from error
+
+
+def _metadata(file: Any) -> dict[str, str]:
+    found = file.metadata()
+    return json.loads(found[HEADER]) if HEADER in found else found  # older files have an entry for each value
 
 
 def _checksum(tree: str, tensors: dict[str, torch.Tensor]) -> str:

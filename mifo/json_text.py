@@ -15,6 +15,17 @@ def json_text(value: Any, indent: int | None = None, **options: Any) -> str:
     return json.dumps(value, indent=indent, allow_nan=False, **options)
 
 
+def named_infinities(value: Any) -> Any:
+    """`value` with each number that is not finite as a string, "-inf": settings of schedulers have such numbers by right."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))
+    if isinstance(value, Mapping):
+        return {k: named_infinities(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [named_infinities(v) for v in value]
+    return value
+
+
 def record_text(record: Mapping[str, Any], indent: int | None = None) -> str:
     """A record of measurements as JSON: what is not finite becomes null, and the key `not_finite` lists where and what it was."""
     found: list[str] = []

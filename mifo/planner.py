@@ -15,7 +15,7 @@ import torch
 from .base_model import TOYBOX_FOLDER, model_configs
 from .config import EditConfig, LearnConfig, MemoryConfig, RefinementConfig, SynthesisConfig
 from .errors import InputError
-from .json_text import json_text
+from .json_text import json_text, named_infinities
 from .known_models import SHAPES, shape_of
 from .memory_trace import Peak
 from .plan_trace import Model, spread_boxes, trace_drawing, trace_learning, trace_placing, trace_tuning, trace_vae
@@ -150,6 +150,7 @@ def read_model(name: str) -> Model:
                          " file")  # fmt: skip
     shape = {part: {k: v for k, v in found.items() if k == "_diffusers_version" or not k.startswith("_")}
              for part, found in model_configs(folder).items()}  # fmt: skip
+    shape["scheduler"] = named_infinities(shape["scheduler"])  # DPM-Solver's least lambda is minus infinity by right
     try:
         return Model(name, json_text(shape))
     except ValueError:

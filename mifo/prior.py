@@ -19,7 +19,7 @@ from .config import PriorConfig
 from .denoise import denoise, initial_latents
 from .files import write_file
 from .finite import check_latents
-from .json_text import json_text
+from .json_text import json_text, named_infinities
 from .prompts import check_class_prompt, tokenize_prompt
 
 
@@ -49,8 +49,8 @@ def make_prior(base: BaseModel, config: PriorConfig, resolution: int, seed: int,
     scheduler = base.sampler("ddim")
     sampler = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}  # other settings draw other pictures
     weights = f"{base.dtype} {'nf4' if base.memory.nf4 else ''}".strip()
-    key = json_text([base.fingerprint, asdict(config), resolution, seed, weights, base.device.type, sampler],
-                     sort_keys=True, default=str)  # fmt: skip
+    key = json_text([base.fingerprint, asdict(config), resolution, seed, weights, base.device.type,
+                     named_infinities(sampler)], sort_keys=True, default=str)  # fmt: skip
     cached = cache_folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors" if cache_folder else None
     size = resolution // base.vae_factor
     shape = (int(base.unet.config["in_channels"]), size, size)

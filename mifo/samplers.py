@@ -7,7 +7,6 @@ defaults hold; everything else (the training schedule, and the samplers on offer
 from __future__ import annotations
 
 import json
-import math
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from .errors import InputError
-from .json_text import json_text
+from .json_text import json_text, named_infinities
 from .read_files import read_regular
 
 SCHEDULERS: dict[str, Any] = {
@@ -105,12 +104,7 @@ def make_scheduler(name: str, source: Any) -> Any:
 def check_steps(name: str, source: Any, steps: int) -> None:
     """Raises InputError for a number of steps that this sampler cannot take on this schedule, with a number that it can."""
     known = {k: v for k, v in source.config.items() if k != "_use_default_values"}
-    try:
-        settings = json_text(known, sort_keys=True, default=str)
-    except ValueError:
-        bad = ", ".join(f"{k} {v}" for k, v in known.items() if isinstance(v, float) and not math.isfinite(v))
-        raise InputError(f"the base model's scheduler has {bad or 'a setting'}, which is not finite; fetch or copy it again"
-                         ) from None  # fmt: skip
+    settings = json_text(named_infinities(known), sort_keys=True, default=str)
     refusal = _refusal(name, _Source(source, settings), steps)
     if refusal:
         raise InputError(refusal)

@@ -69,6 +69,25 @@ def test_stable_diffusion_2_at_768_is_planned_for(folder_at_768: Path, job: str)
     assert found["resolution"] == 768 and found["peak_gib"] > 0
 
 
+def test_a_folder_with_dpm_solver_as_diffusers_saves_it_learns_draws_and_is_planned_for(tmp_path: Path) -> None:
+    """Its least lambda is minus infinity, which strict JSON does not have."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    base = Path(shutil.copytree(tiny_base_folder(), tmp_path / "base"))
+    own = json.loads((base / "scheduler" / "scheduler_config.json").read_text())
+    settings = {k: own[k] for k in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")}
+    DPMSolverMultistepScheduler(**settings).save_pretrained(base / "scheduler")
+    edit_json(base / "model_index.json", scheduler=["diffusers", "DPMSolverMultistepScheduler"])
+    assert "-Infinity" in (base / "scheduler" / "scheduler_config.json").read_text()
+    instance = write_instance(tmp_path / "instances" / "pair")
+    mifo("learn", instance, "--model-path", base, "--output-dir", tmp_path / "bundles", *FAST,
+         "--class-prompt", "a photo of a cup")  # fmt: skip
+    mifo("synthesize", "pair", "--output-dir", tmp_path / "bundles", "--prompt", "a photo of <asset0>", "--steps", 2,
+         "--scheduler", "own", "--output-path", tmp_path / "drawn")  # fmt: skip
+    assert list((tmp_path / "drawn").rglob("*000000.png"))
+    assert json.loads(mifo("plan", "--model-path", base, "--vram-gib", 64, "--json").stdout)["peak_gib"] > 0
+
+
 # --- what cannot be right, and other kinds of model ---------------------------------------------
 
 
