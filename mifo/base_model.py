@@ -152,6 +152,13 @@ class BaseModel:
         finally:
             self.vae.to(home)
 
+    def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, 3, H, W) in [-1, 1] -> mean and standard deviation of the scaled latents, each (B, C, h, w), fp32."""
+        with torch.no_grad(), self.lend_vae() as vae:
+            posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        scale = self.vae.config["scaling_factor"]
+        return posterior.mean.float() * scale, posterior.std.float() * scale
+
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, C, h, w) latents -> (B, 3, H, W) pixels in [0, 1], fp32, one picture at a time to bound the memory.
 

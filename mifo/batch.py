@@ -24,11 +24,12 @@ from PIL import Image
 from . import __version__
 from .base_model import BaseModel
 from .bundle import Bundle
-from .checkpoints import Damaged, checkpoint_folder, open_folder, read_state, remove_state, write_state
 from .config import to_dict
 from .errors import InputError, NotFinite
 from .files import write_file
 from .json_text import json_text
+from .lock import checkpoint_folder, open_folder
+from .tensor_file import Damaged, read_state, remove_state, write_state
 
 #: The folders of an absolute path, POSIX or Windows; no address of the web.
 FOLDERS = re.compile(r"(?<![\w.:/\\])(?:[A-Za-z]:)?[\\/](?:[^\\/\s'\"]+[\\/])+")

@@ -11,56 +11,29 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel
 from safetensors.torch import save_file
 
 from .base_model import HUB_MODELS, BaseModel, has_layout, identify, is_local, public_name
-from .bundle_files import (
-    ADAPTERS,
-    AGAIN,
-    LORA_CONFIG,
-    LORA_WEIGHTS,
-    RECORD,
-    ROWS,
-    Files,
-    parse_json,
-    parse_tensors,
-    read_bundle_files,
-    weights_digest,
-)
+from .bundle_files import ADAPTERS, RECORD, ROWS, Files, parse_json, parse_tensors, read_bundle_files, weights_digest
 from .config import LearnConfig, from_dict, to_dict
 from .embedding import use_assets
 from .errors import InputError
 from .files import write_folder
-from .half_precision import follow_input_dtype
 from .instance import MAX_ASSETS
 from .json_text import json_text
+from .lora import AGAIN, LORA_CONFIG, LORA_WEIGHTS, Adapter, lend_adapter, lora_config, save_adapter
 from .prompts import BACKGROUND_TOKEN, add_asset_tokens, asset_token
 from .swap import finish_swaps
 
 SCHEMA = 1
 KIND = "bundle"  # of its manifest
-UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
-TARGETS = (sorted(UNET_TARGETS), sorted(TEXT_TARGETS))
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """One LoRA as it was read. The tensors are shared; never write into them."""
-
-    config: LoraConfig
-    weights: Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -94,24 +67,7 @@ class Bundle:
         return tuple(a for a in ADAPTERS if a in self.lora)
 
 
-# --- adapters -----------------------------------------------------------------------------------
-
-
-def add_adapters(base: BaseModel, rank: int, text_encoder: bool, seed: int = 0) -> dict[str, PeftModel]:
-    """Fresh LoRA in every attention projection, fp32 whatever the base's dtype; the base's modules are changed in place.
-
-    Starts from `seed` alone; PyTorch's own random state stays as it was.
-    """
-    unet: Any = base.unet
-    with torch.random.fork_rng([base.device] if base.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        adapters = {"unet_lora": get_peft_model(unet, LoraConfig(r=rank, lora_alpha=rank, target_modules=UNET_TARGETS))}
-        if text_encoder:
-            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TEXT_TARGETS)
-            adapters["text_lora"] = get_peft_model(base.text_encoder, config)
-    for adapter in adapters.values():
-        follow_input_dtype(adapter)
-    return adapters
+# --- on a base model ----------------------------------------------------------------------------
 
 
 @contextmanager
@@ -135,60 +91,8 @@ def attach(base: BaseModel, bundle: Bundle, lora_scale: float = 1.0) -> Iterator
     with ExitStack() as stack:
         stack.enter_context(use_assets(base.text_encoder, ids, bundle.rows))
         for name in bundle.adapters:
-            stack.enter_context(_lend_adapter(parts[name], bundle.lora[name], bundle.folder / name, lora_scale))
+            stack.enter_context(lend_adapter(parts[name], bundle.lora[name], bundle.folder / name, lora_scale))
         yield base
-
-
-@contextmanager
-def _lend_adapter(part: Any, adapter: Adapter, folder: Path, scale: float) -> Iterator[None]:
-    """A bundle's adapter in `part`, frozen and fp32, for as long as the block lasts.
-
-    Only rank, alpha and targets are taken from its configuration; the rest could name code to run. Raises InputError when
-    the weights are not those of this model's layers.
-    """
-    model = get_peft_model(part, copy(adapter.config))
-    try:
-        _fill_adapter(model, adapter.weights, folder)
-        follow_input_dtype(model)
-        for module in model.modules():
-            if isinstance(module, LoraLayer):
-                module.set_scale("default", scale)
-        yield
-    finally:
-        remove_adapter(model)
-
-
-def remove_adapter(adapter: PeftModel) -> None:
-    """Gives the module its own layers back, and leaves nothing of the adapter in it."""
-    module = adapter.unload()
-    vars(module).pop("peft_config", None)  # peft before 0.20 leaves it, and warns of it when the next adapter comes
-
-
-def _published_name(name: str) -> str:
-    """Newer transformers have no `text_model` in a CLIPTextModel; older ones, and adapters as other programs read them, do.
-
-    A bundle has the names of the versions that learned it, as PEFT's own loading wants them.
-    """
-    return name.replace("base_model.model.encoder.", "base_model.model.text_model.encoder.")
-
-
-def _lora_config(record: Mapping[str, Any], path: Path) -> LoraConfig:
-    rank, alpha, targets = record.get("r"), record.get("lora_alpha"), record.get("target_modules")
-    known = isinstance(targets, list) and sorted(map(str, targets)) in TARGETS
-    if type(rank) is not int or type(alpha) is not int or not (0 < rank <= 1024 and 0 < alpha <= 1024 and known):
-        shown = f"r {rank!r}, lora_alpha {alpha!r}, target_modules {targets!r}"[:200]
-        raise InputError(f"{path} has {shown}, which is no adapter that mifo writes; learn the bundle again")
-    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, inference_mode=True)
-
-
-def _fill_adapter(model: PeftModel, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Loads every weight of the adapter, and nothing else."""
-    expected = {k: v.shape for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
-    own_names = {_published_name(name): name for name in expected}
-    named = {own_names.get(_published_name(name), name): weight for name, weight in weights.items()}
-    if {k: v.shape for k, v in named.items()} != expected:
-        raise InputError(f"{folder / LORA_WEIGHTS} does not fit the base model's layers; {AGAIN}")
-    set_peft_model_state_dict(model, named)
 
 
 def base_of_bundle(bundle: Bundle) -> str:
@@ -251,7 +155,7 @@ def save_bundle(folder: Path, base: BaseModel, tokens: tuple[str, ...], words: t
         save_file({t: r.detach().float().cpu().clone() for t, r in zip(tokens, rows, strict=True)},
                   temporary / "assets.safetensors")  # fmt: skip
         for name, adapter in adapters.items():
-            _save_adapter(adapter, temporary / name, source or base.public_name)
+            save_adapter(adapter, temporary / name, source or base.public_name)
         if write_pictures:
             write_pictures(temporary)
         record = {
@@ -272,19 +176,6 @@ def save_bundle(folder: Path, base: BaseModel, tokens: tuple[str, ...], words: t
 def is_bundle(folder: Path) -> bool:
     """True for a folder that has a bundle in it, whoever put it there."""
     return os.path.isfile(folder / "bundle.json")
-
-
-def _save_adapter(adapter: PeftModel, folder: Path, base_source: str) -> None:
-    """PEFT's own format, weights in fp16: half the size, and far finer than a learning step."""
-    folder.mkdir()
-    state = get_peft_model_state_dict(adapter, save_embedding_layers=False)
-    weights = {k: v.detach().half().cpu().contiguous() for k, v in state.items()}
-    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config: Any = copy(adapter.peft_config["default"])
-    config.base_model_name_or_path = base_source
-    config.inference_mode = True
-    config.target_modules = sorted(config.target_modules)  # a set's order would change from run to run
-    config.save_pretrained(str(folder))
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -329,8 +220,8 @@ def load_bundle(folder: Path) -> Bundle:
     for name in ADAPTERS:
         if any(file.startswith(f"{name}/") for file in files):
             config_file = f"{name}/{LORA_CONFIG}"
-            lora_config = _lora_config(parse_json(files, folder, config_file), folder / config_file)
-            lora[name] = Adapter(lora_config, parse_tensors(files, folder, f"{name}/{LORA_WEIGHTS}"))
+            read = lora_config(parse_json(files, folder, config_file), folder / config_file)
+            lora[name] = Adapter(read, parse_tensors(files, folder, f"{name}/{LORA_WEIGHTS}"))
         elif name in listed:
             raise InputError(f"{folder} is missing {name}/; {AGAIN}")
     facts = {k: v for k, v in record.items() if k not in ("schema", "base", "tokens", "words", "config")}
@@ -365,28 +256,3 @@ def _read_rows(files: Files, folder: Path, tokens: tuple[str, ...]) -> torch.Ten
     if any(v.ndim != 1 or v.shape != vectors[0].shape for v in vectors):
         raise InputError(f"{path} holds something else than finite vectors of one length; {AGAIN}")
     return torch.stack(vectors)
-
-
-# --- for other tools ----------------------------------------------------------------------------
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
-ROW_FILE = "{}.safetensors"
-EXPORT = "export"  # of its manifest
-
-
-def export_for_diffusers(bundle: Bundle, output: Path, overwrite: bool = False) -> None:
-    """`pytorch_lora_weights.safetensors` for `load_lora_weights`, and one file per asset for `load_textual_inversion`.
-
-    Raises InputError when `output` cannot be written or has other things in it; with `overwrite` an earlier export is replaced.
-    """
-    prefixes = {"unet_lora": "unet", "text_lora": "text_encoder"}
-    weights = {}
-    for adapter in bundle.adapters:
-        saved = bundle.lora[adapter].weights
-        own = {_published_name(k).removeprefix("base_model.model."): v for k, v in saved.items()}
-        weights.update({f"{prefixes[adapter]}.{k}": v for k, v in convert_state_dict_to_diffusers(own).items()})
-    with write_folder(output, EXPORT, overwrite) as temporary:
-        if weights:
-            save_file(weights, temporary / LORA_FILE, metadata={"format": "pt"})
-        for token, row in zip(bundle.tokens, bundle.rows, strict=True):
-            save_file({token: row.contiguous()}, temporary / ROW_FILE.format(token.strip("<>")))

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load
 
 from .errors import InputError
+from .lora import AGAIN, LORA_CONFIG, LORA_WEIGHTS
 from .read_files import leads_out, read_regular
 from .references import instance_digest
 
 ADAPTERS = ("unet_lora", "text_lora")
-RECORD, ROWS, LORA_CONFIG, LORA_WEIGHTS = ("bundle.json", "assets.safetensors", "adapter_config.json",
-                                           "adapter_model.safetensors")  # fmt: skip
+RECORD, ROWS = "bundle.json", "assets.safetensors"
 WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Five times the adapters of Stable Diffusion at rank 256.
 MAX_WEIGHTS_BYTES = 1 << 29
@@ -30,7 +30,6 @@ MAX_ENTRIES = 10_000
 #: Learned values are below 10. Beyond this the layers overflow, or normalize everything else away.
 MAX_WEIGHT = 1e4
 TRIES = 5  # at a bundle that is being replaced
-AGAIN = "learn the bundle again"
 
 Files = Mapping[str, bytes]
 

@@ -355,7 +355,8 @@ def export(
         check_output(output_path, output_path, "export", overwrite)
 
         import_libraries()
-        from .bundle import export_for_diffusers, find_bundle, load_bundle
+        from .bundle import find_bundle, load_bundle
+        from .export import export_for_diffusers
 
         bundle = load_bundle(find_bundle(model_id, output_dir))
         check_apart(output_path, output_path, {}, not_to_write_into(bundle, None))

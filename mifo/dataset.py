@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 
 from .base_model import BaseModel
 from .clean_plate import clean_plate
 from .instance import FittedInstance
 from .mask_sizes import union_at_latents
+from .pictures import pixels_to_tensor
 from .prompts import BACKGROUND_TOKEN, join_assets
 
 PLATE_SHARE = 0.75  # of the steps with <background>
@@ -66,7 +66,7 @@ class InstanceData:
         image = pixels_to_tensor(fitted.image)
         masks = torch.stack([torch.from_numpy(np.asarray(m).copy()).float() / 255 for m in fitted.masks])[:, None]
         self.masks = {False: masks.to(base.device), True: masks.flip(-1).to(base.device)}  # (N, 1, H, W)
-        self.moments = {False: encode(base, image), True: encode(base, image.flip(-1))}
+        self.moments = {False: base.encode(image), True: base.encode(image.flip(-1))}
         everything = frozenset(range(self.count))
         self.views = {flip: [View(*self.moments[flip], self.masks[flip], everything)] for flip in (False, True)}
         for dx, dy in random_shifts(masks, placements, np.random.default_rng([seed, 1])):
@@ -74,7 +74,7 @@ class InstanceData:
             whole = frozenset(i for i in everything if float(moved_masks[i].sum()) == float(masks[i].sum()))
             for flip in (False, True):
                 turned, their_masks = (x.flip(-1) if flip else x for x in (moved, moved_masks))
-                self.views[flip].append(View(*encode(base, turned), their_masks.to(base.device), whole))
+                self.views[flip].append(View(*base.encode(turned), their_masks.to(base.device), whole))
 
         self.background = self.tokens.index(BACKGROUND_TOKEN) if BACKGROUND_TOKEN in self.tokens else None
         self.plate = None if self.background is None else self._plate(fitted, base)
@@ -84,7 +84,7 @@ class InstanceData:
         pixels, views = pixels_to_tensor(clean_plate(fitted.image, fitted.masks[: self.background])), {}
         for flip in (False, True):
             valid = self.masks[flip].amax(0, keepdim=True).expand_as(self.masks[flip])
-            views[flip] = View(*encode(base, pixels.flip(-1) if flip else pixels), valid, frozenset())
+            views[flip] = View(*base.encode(pixels.flip(-1) if flip else pixels), valid, frozenset())
         return views
 
     def sample(self, rng: np.random.Generator, generator: torch.Generator, draws: int, union_sampling: bool,
@@ -127,17 +127,3 @@ def shift(pixels: torch.Tensor, dx: int, dy: int, fill: float | None = None) -> 
     from_rows, from_columns = slice(max(0, -dy), height - max(0, dy)), slice(max(0, -dx), width - max(0, dx))
     moved[..., to_rows, to_columns] = pixels[..., from_rows, from_columns]
     return moved
-
-
-def encode(base: BaseModel, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, 3, H, W) in [-1, 1] -> mean and standard deviation of the scaled latents, each (B, C, h, w), fp32."""
-    with torch.no_grad(), base.lend_vae() as vae:
-        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-    scale = base.vae.config["scaling_factor"]
-    return posterior.mean.float() * scale, posterior.std.float() * scale
-
-
-def pixels_to_tensor(image: Image.Image) -> torch.Tensor:
-    """RGB image -> (1, 3, H, W) in [-1, 1]."""
-    array = torch.from_numpy(np.asarray(image.convert("RGB")).copy())
-    return array.permute(2, 0, 1)[None].float() / 127.5 - 1

@@ -18,14 +18,15 @@ from PIL import Image, ImageDraw, ImageFont
 from .base_model import load_base_model
 from .boxes import Layout, parse_layout
 from .bundle import attach
-from .checkpoints import Checkpointing, checkpoint_folder
+from .checkpoints import Checkpointing
 from .config import learn_preset, synthesis_preset
 from .files import write_folder
 from .instance import Instance, load_instance
 from .learn import learn
-from .learn_report import sample_prompts
+from .lock import checkpoint_folder
 from .manifest import remove_ours
 from .pictures import ASSET_COLORS, PAPER, TEXT, caption_below, draw_boxes, enlarge, grid, outline
+from .sample import sample_prompts
 from .synthesize import synthesize
 from .toybox.examples import write_example
 

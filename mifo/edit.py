@@ -23,17 +23,17 @@ from .base_model import BaseModel
 from .blending import clone, paste, paste_around, tune_to_source
 from .boxes import Box, Layout
 from .config import EditConfig, to_dict
-from .dataset import encode, pixels_to_tensor
 from .denoise import denoise, initial_latents
 from .edit_frame import BoolArray, EditFrame, latent_mask, make_frame, shrinking_masks, snapped_box, thickness, within_length
 from .errors import InputError
 from .finite import check_pixels
 from .guidance import LatentGuidance
+from .layout_control import check_boxes, encode_texts
 from .mask_file import Island, islands_in_words, without_islands
 from .memory import PeakMemory
+from .pictures import pixels_to_tensor
 from .prompts import NEGATIVE, TokenizedPrompt, assets_in, check_prompt, tokenize_prompt
 from .ranking import asset_similarity, best_first, prompt_similarity
-from .synthesize import check_boxes, encode_texts
 
 FloatPixels = npt.NDArray[np.float32]
 WORDS = "words"  # stands for the content words of a prompt without assets, where attention asks for an asset's token
@@ -127,7 +127,7 @@ def edit(base: BaseModel, image: Image.Image, mask: BoolArray, prompt: str, toke
     masks = shrinking_masks(inside, config.mask_dilation, config.steps - first_step + 1)
     on_canvas = _layout_on_canvas(base, prompt, frame, image.size, masks[0], layout)
     canvas = frame.to_canvas(image)
-    source = encode(base, pixels_to_tensor(Image.fromarray(canvas)))[0]  # (1, C, h, w)
+    source = base.encode(pixels_to_tensor(Image.fromarray(canvas)))[0]  # (1, C, h, w)
     noise = initial_latents((source.shape[1], side, side), seed, count, base.device)
 
     assets = [t for t in tokens if t in prompt.lower()]

@@ -5,6 +5,7 @@ Knows the control's maps and the losses. Knows nothing of schedulers or prompts'
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +15,30 @@ from .attention.bounded import BoundedAttention, StopForward
 from .attention.refine import refine_masks
 from .attention.sites import Site, choose_sites
 from .config import GuidanceConfig, RefinementConfig
-from .losses import alpha_schedule, box_guidance_loss
 
 
 def step_size(step: int, config: GuidanceConfig) -> float:
     """Linear from the first guided step to the last."""
     progress = step / max(1, config.steps - 1)
     return config.step_size_start + (config.step_size_end - config.step_size_start) * progress
+
+
+def alpha_schedule(step: int, guidance_steps: int = 15) -> float:
+    """Weight of the background term: 0.4 -> 0.1 in a line over 3 steps, then a half cosine to 0.01 at `guidance_steps`."""
+    if step < 3:
+        return 0.4 + (0.1 - 0.4) * step / 3
+    progress = min(1.0, (step - 3) / max(1, guidance_steps - 3))
+    return 0.01 + (0.1 - 0.01) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def box_guidance_loss(foreground: torch.Tensor, background: torch.Tensor, alpha: float) -> torch.Tensor:
+    """(1 - fg / (fg + bg))^2 + alpha log(1 + bg), summed over subjects (Bounded Attention, section 4.2).
+
+    `foreground`, `background`: (..., subjects) attention mass that each subject's context receives from the pixels inside
+    its box and from the pixels outside all boxes. Returns (...,).
+    """
+    inside = foreground / (foreground + background).clamp(min=1e-8)
+    return ((1 - inside) ** 2 + alpha * torch.log1p(background)).sum(-1)
 
 
 def attention_masses(probabilities: torch.Tensor, subjects: torch.Tensor,

@@ -21,7 +21,7 @@ from peft import PeftModel
 from .attention.record import AttentionRecorder, record_attention, token_maps
 from .attention.sites import Site, choose_sites
 from .base_model import BaseModel
-from .bundle import Bundle, add_adapters, remove_adapter, save_bundle
+from .bundle import Bundle, save_bundle
 from .bundle_target import check_target, photo_digest
 from .checkpoints import Checkpointing, Checkpoints, open_checkpoints
 from .config import AttentionTerms, EmbeddingPhase, LearnConfig, LoraPhase, to_dict
@@ -35,6 +35,7 @@ from .interrupts import stop_between_steps
 from .keep_best import KeepBest
 from .learn_report import attention_shares, environment, snapshot_maps, write_attention_sheet, write_preview
 from .learn_state import capture, identity_of, place, restore
+from .lora import add_adapters, remove_adapter
 from .losses import masked_diffusion_loss, match_loss, penalty_loss, reward_loss, separation_loss
 from .mask_sizes import mask_at_map
 from .memory import PeakMemory

@@ -19,16 +19,15 @@ from PIL import Image
 from .attention.record import record_attention, token_maps
 from .attention.sites import choose_sites
 from .base_model import BaseModel
-from .config import AttentionTerms, synthesis_preset
+from .config import AttentionTerms
 from .dataset import InstanceData
-from .denoise import denoise, initial_latents
 from .finite import blame
 from .instance import Instance, fit
-from .pictures import ASSET_COLORS, PAPER, caption_below, grid, outline, to_images
+from .pictures import ASSET_COLORS, PAPER, caption_below, grid, outline
 from .prompts import join_assets, tokenize_prompt
+from .sample import PREVIEW_STEPS, sample_prompts
 
 PROBE_TIMESTEPS = (100, 250, 400)  # below 500, where the attention terms apply
-PREVIEW_STEPS = 20
 NEAREST = Image.Resampling.NEAREST
 
 
@@ -111,38 +110,6 @@ def write_preview(path: Path, instance: Instance, base: BaseModel, tokens: Seque
     images = sample_prompts(base, prompts, tokens, seed, PREVIEW_STEPS, resolution, on_progress)
     cells += [caption_below(image.resize((side, side), NEAREST), t) for image, t in zip(images, tokens, strict=True)]
     grid(cells, columns=len(cells)).save(path)
-
-
-def sample_prompts(base: BaseModel, prompts: Sequence[str], tokens: Sequence[str], seed: int,
-                   steps: int = PREVIEW_STEPS, resolution: int | None = None,
-                   on_progress: Callable[[int, int], None] | None = None) -> list[Image.Image]:  # fmt: skip
-    """One plain sample per prompt, as a quick look; no boxes. `resolution`: the side in pixels, the model's own by default."""
-    side = (resolution or base.resolution) // base.vae_factor
-    most = base.memory.max_batch
-    images: list[Image.Image] = []
-    total = steps * -(-len(prompts) // most)
-    for first in range(0, len(prompts), most):  # picture k has seed `seed + k` however they are grouped
-
-        def progress(step: int, of: int, first: int = first) -> None:
-            if on_progress:
-                on_progress(min(total, steps * (first // most) + step * steps // of), total)
-
-        group = prompts[first : first + most]
-        images += _sample_together(base, group, tokens, seed + first, steps, side, progress)
-    return images
-
-
-def _sample_together(base: BaseModel, prompts: Sequence[str], tokens: Sequence[str], seed: int, steps: int, side: int,
-                     on_progress: Callable[[int, int], None]) -> list[Image.Image]:  # fmt: skip
-    """`side` is that of the latents."""
-    latents = initial_latents((int(base.unet.config["in_channels"]), side, side), seed, len(prompts), base.device)
-    with torch.no_grad():
-        ids = [tokenize_prompt(base.tokenizer, p, [t for t in tokens if t in p]).input_ids for p in prompts]
-        states = base.encode_prompt(torch.tensor(ids))
-        empty = base.encode_prompt(torch.tensor([tokenize_prompt(base.tokenizer, "", []).input_ids]))
-        scale = synthesis_preset(base.family).guidance_scale
-        latents = denoise(base.unet, base.sampler("ddim"), latents, states, empty, steps, scale, on_progress=on_progress)
-        return to_images(base.decode(latents))
 
 
 def _outlined(instance: Instance, indices: Sequence[int] | range, side: int) -> Image.Image:

@@ -13,9 +13,23 @@ from typing import IO
 
 from .errors import InputError
 from .files import check_writable, unwritable
+from .temporary import remove_abandoned
 
 TRIES = 200
 PROCESS = re.compile(r"\s*[0-9]{0,12}\s*")
+
+
+def checkpoint_folder(target: Path) -> Path:
+    """Where the checkpoints of the run that writes `target` are kept."""
+    return target.parent / ".checkpoints" / target.name
+
+
+@contextmanager
+def open_folder(folder: Path, what: str, instead: str) -> Iterator[None]:
+    """`hold_lock`, without what a killed run left half-written in `folder`: the lock says that nobody writes it any more."""
+    with hold_lock(folder, what, instead):
+        remove_abandoned(folder, after=0)
+        yield
 
 
 @contextmanager

@@ -5,7 +5,6 @@ Attention maps are (h, w), probabilities averaged over heads; masks are (h, w) i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -49,21 +48,3 @@ def separation_loss(attentions: Sequence[torch.Tensor]) -> torch.Tensor:
     flat = F.normalize(torch.stack([a.float().flatten() for a in attentions]), dim=1)  # (N, h*w)
     upper = torch.triu_indices(len(flat), len(flat), offset=1)
     return (flat @ flat.T)[upper[0], upper[1]].mean()
-
-
-def alpha_schedule(step: int, guidance_steps: int = 15) -> float:
-    """Weight of the background term: 0.4 -> 0.1 in a line over 3 steps, then a half cosine to 0.01 at `guidance_steps`."""
-    if step < 3:
-        return 0.4 + (0.1 - 0.4) * step / 3
-    progress = min(1.0, (step - 3) / max(1, guidance_steps - 3))
-    return 0.01 + (0.1 - 0.01) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def box_guidance_loss(foreground: torch.Tensor, background: torch.Tensor, alpha: float) -> torch.Tensor:
-    """(1 - fg / (fg + bg))^2 + alpha log(1 + bg), summed over subjects (Bounded Attention, section 4.2).
-
-    `foreground`, `background`: (..., subjects) attention mass that each subject's context receives from the pixels inside
-    its box and from the pixels outside all boxes. Returns (...,).
-    """
-    inside = foreground / (foreground + background).clamp(min=1e-8)
-    return ((1 - inside) ** 2 + alpha * torch.log1p(background)).sum(-1)

@@ -36,6 +36,15 @@ def to_images(pixels: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(a) for a in arrays]
 
 
+def pixels_to_tensor(image: Image.Image) -> torch.Tensor:
+    """RGB image -> (1, 3, H, W) in [-1, 1]."""
+    import numpy as np
+    import torch
+
+    array = torch.from_numpy(np.asarray(image.convert("RGB")).copy())
+    return array.permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
 def caption_below(image: Image.Image, text: str, size: int = 13) -> Image.Image:
     """The image on white, its caption centred below, cut to the image's width."""
     font = ImageFont.load_default(size)

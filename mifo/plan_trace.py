@@ -25,11 +25,11 @@ from .attention.sites import Site, choose_sites, use_processors
 from .base_model import BaseModel, tile_vae
 from .blending import tune_to_source
 from .boxes import Box, Layout
-from .bundle import add_adapters
 from .config import AttentionTerms, SynthesisConfig
 from .embedding import use_assets
 from .guidance import LatentGuidance, MaskRefinement
 from .known_models import native_latents
+from .lora import add_adapters
 from .losses import masked_diffusion_loss, penalty_loss
 from .memory_trace import LiveBytes, Peak, fused_attention_cost
 from .prompts import TokenizedPrompt, asset_token

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 
 from .base_model import BaseModel
-from .checkpoints import Damaged, read_header, read_state, write_state
 from .config import PriorConfig
 from .denoise import denoise, initial_latents
 from .files import write_file
 from .finite import check_latents
 from .json_text import json_text, named_infinities
 from .prompts import check_class_prompt, tokenize_prompt
+from .tensor_file import Damaged, read_header, read_state, write_state
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,11 @@ from .errors import InputError
 from .files import write_folder
 from .instance import Instance
 from .json_text import record_text
+from .layout_control import latent_shape
 from .pictures import caption_below, save_sheets, thumbnail
 from .prompts import ASSET_PATTERN, BACKGROUND_TOKEN, assets_in, check_prompt, join_assets, things_among, tokenize_prompt
 from .read_files import read_regular
-from .synthesize import latent_shape, synthesize
+from .synthesize import synthesize
 
 MAX_PROMPTS_BYTES = 1 << 20
 #: `{}` stands for the scene or the asset. The toybox model knows its own few places only.

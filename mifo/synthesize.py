@@ -16,18 +16,17 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from .attention.bounded import BoundedAttention, bound_attention
-from .attention.sites import smallest_map
+from .attention.bounded import bound_attention
 from .base_model import BaseModel
 from .boxes import Layout
 from .config import SynthesisConfig, to_dict
 from .denoise import denoise, seeded_noise
 from .files import write_folder
-from .guidance import LatentGuidance, MaskRefinement
 from .json_text import record_text
+from .layout_control import LayoutHooks, check_boxes, encode_texts, latent_shape, layout_control
 from .memory import PeakMemory
 from .pictures import caption_below, draw_boxes, save_sheets, thumbnail, to_images
-from .prompts import NEGATIVE, TokenizedPrompt, check_prompt, tokenize_prompt
+from .prompts import NEGATIVE, check_prompt, tokenize_prompt
 
 
 @dataclass(frozen=True)
@@ -72,11 +71,11 @@ def synthesize(base: BaseModel, prompt: str, layout: Layout | None, tokens: Sequ
     negative = tokenize_prompt(base.tokenizer, config.negative_prompt, [], NEGATIVE)
     if layout:
         check_boxes(base, layout, latent_size)
-    control = _control(base, config, tokenized, layout, latent_size, count)
+    control = layout_control(base, config, tokenized, layout, latent_size, count)
     states, negative_states = encode_texts(base, control.texts if control else [tokenized.input_ids], negative.input_ids)
     channels = int(base.unet.config["in_channels"])
     latents, generators = seeded_noise((channels, *latent_size), seed, count, base.device)
-    run = _Run(base, config, control, states[:, : len(tokenized.input_ids)])
+    run = LayoutHooks(base, config, control, states[:, : len(tokenized.input_ids)])
     with PeakMemory(base.device) as peak:
         with bound_attention(base.unet, control) if control else nullcontext():
             sampler = base.sampler(config.scheduler)
@@ -86,65 +85,6 @@ def synthesize(base: BaseModel, prompt: str, layout: Layout | None, tokens: Sequ
             images = to_images(base.decode(latents))
     history = run.guidance.history if run.guidance else []
     return Synthesis(images, prompt, layout, config, seed, time.monotonic() - started, peak.gib, history)
-
-
-def encode_texts(base: BaseModel, texts: Sequence[Sequence[int]], negative: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (T, L), (L,) -> encoder hidden states (1, T * L, D) of the texts, one behind another, and as many of the negative
-    prompt's: repeated, so that its half of the attention is what it is for one."""
-    with torch.no_grad():
-        states = base.encode_prompt(torch.tensor([*texts, negative]))
-    return states[:-1].flatten(0, 1)[None], states[-1:].repeat(1, len(texts), 1)
-
-
-def _control(base: BaseModel, config: SynthesisConfig, prompt: TokenizedPrompt, layout: Layout | None,
-             latent_size: tuple[int, int], count: int) -> BoundedAttention | None:  # fmt: skip
-    if layout is None or not (config.bounded or config.guidance.enabled):
-        return None
-    control = BoundedAttention(prompt, layout, latent_size, base.device, config.own_text and config.bounded)
-    control.images, control.halves, control.bounded = count, 1 if config.guidance_scale == 1.0 else 2, config.bounded
-    return control
-
-
-class _Run:
-    """The hooks of one run: box guidance before a step, mask refinement around it."""
-
-    def __init__(self, base: BaseModel, config: SynthesisConfig, control: BoundedAttention | None, states: torch.Tensor):
-        self.guidance: LatentGuidance | None = None
-        self.refinement: MaskRefinement | None = None
-        if control is None:
-            return
-        self.guidance = LatentGuidance(base.unet, control, config.guidance, states)
-        if config.bounded and config.refinement.enabled:
-            self.refinement = MaskRefinement(base.unet, control, config.refinement, config.guidance.steps)
-
-    def before_step(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        if self.guidance:
-            latents = self.guidance.guide(step, timestep, latents)
-        if self.refinement:
-            self.refinement.before(step)
-        return latents
-
-    def after_step(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        if self.refinement:
-            self.refinement.after(step)
-        return latents
-
-
-def latent_shape(base: BaseModel, config: SynthesisConfig) -> tuple[int, int]:
-    """(h, w) of the latents. Raises InputError unless width and height are multiples that the UNet can halve and double."""
-    sides = []
-    for name, value in (("height", config.height), ("width", config.width)):
-        pixels = value if value is not None else base.resolution
-        base.check_side(f"--{name}", pixels)
-        sides.append(pixels // base.vae_factor)
-    return sides[0], sides[1]
-
-
-def check_boxes(base: BaseModel, layout: Layout, latent_size: tuple[int, int]) -> None:
-    """Raises InputError for a box that has no pixel on the model's smallest attention map."""
-    smallest = smallest_map(base.unet, *latent_size)
-    for _, box in layout:
-        box.check_visible(*smallest)
 
 
 # --- files --------------------------------------------------------------------------------------

@@ -30,11 +30,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from mifo.attention.bounded import BoundedAttention, bound_attention
 from mifo.base_model import BaseModel
 from mifo.config import GuidanceConfig, SynthesisConfig
-from mifo.dataset import pixels_to_tensor
 from mifo.guidance import LatentGuidance
 from mifo.instance import fit_instance
 from mifo.json_text import json_text, record_text
 from mifo.memory_trace import LiveBytes
+from mifo.pictures import pixels_to_tensor
 from mifo.prompts import add_asset_tokens, asset_token, join_assets, tokenize_prompt
 from mifo.synthesize import synthesize
 

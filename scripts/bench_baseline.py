@@ -18,9 +18,9 @@ from mifo.attention.sites import Processor, Site, attention_probabilities, atten
 from mifo.base_model import BaseModel
 from mifo.config import LearnConfig, SynthesisConfig
 from mifo.denoise import denoise, initial_latents
-from mifo.guidance import LatentGuidance, step_size
+from mifo.guidance import LatentGuidance, alpha_schedule, step_size
 from mifo.learn import attention_terms, diffusion_target
-from mifo.losses import alpha_schedule, masked_diffusion_loss
+from mifo.losses import masked_diffusion_loss
 from mifo.prompts import tokenize_prompt
 
 

@@ -32,10 +32,10 @@ from mifo.config import EditConfig, edit_preset, learn_preset, synthesis_preset
 from mifo.edit import edit
 from mifo.instance import load_instance, with_background
 from mifo.learn import learn
-from mifo.learn_report import sample_prompts
 from mifo.pictures import caption_below, enlarge, grid
 from mifo.prompts import things_among
 from mifo.references import kept_crops
+from mifo.sample import sample_prompts
 from mifo.toybox.draw import BACKGROUNDS, COLORS
 from mifo.toybox.judge import Verdict, judge_images, load_judge, match
 from mifo.toybox.scoring import best_in_box, compare, nearest

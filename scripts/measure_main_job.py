@@ -27,8 +27,8 @@ from mifo.config import LearnConfig, SynthesisConfig, learn_preset, synthesis_pr
 from mifo.instance import load_instance
 from mifo.json_text import json_text, record_text
 from mifo.learn import learn
-from mifo.learn_report import sample_prompts
 from mifo.pictures import caption_below, draw_boxes, enlarge, grid
+from mifo.sample import sample_prompts
 from mifo.synthesize import synthesize
 from mifo.toybox.judge import Finding, Verdict, judge_images, load_judge
 from mifo.toybox.scoring import best_in_box, compare, nearest, surest

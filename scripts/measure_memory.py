@@ -35,11 +35,11 @@ from results import write_result
 from mifo.attention.record import record_attention
 from mifo.attention.sites import choose_sites
 from mifo.base_model import BaseModel
-from mifo.bundle import add_adapters
 from mifo.config import LearnConfig, learn_preset
 from mifo.embedding import use_assets
 from mifo.json_text import json_text, record_text
 from mifo.known_models import shape_of
+from mifo.lora import add_adapters
 from mifo.losses import masked_diffusion_loss, penalty_loss
 from mifo.memory import process_peak_gib
 from mifo.memory_trace import LiveBytes

@@ -2,9 +2,9 @@
 
     python scripts/same_bytes.py main~1
 
-The earlier commit is checked out into a temporary folder, and both run the same short commands with the embedded model, one thread
-each. Weights must be equal byte for byte, pictures pixel for pixel; records may say more than they did. Exit status 1 where
-anything differs.
+The earlier commit is checked out into a temporary folder, and both run the same short commands with the embedded model, one
+thread each. Weights must be equal byte for byte, pictures pixel for pixel; records may say more than they did. Exit status 1
+where anything differs.
 """
 
 from __future__ import annotations

@@ -26,13 +26,14 @@ from PIL import Image
 from mifo.base_model import BaseModel
 from mifo.bundle import Bundle, attach, load_bundle
 from mifo.config import AttentionTerms, LearnConfig, PriorConfig, SynthesisConfig, learn_preset
-from mifo.dataset import Batch, InstanceData, encode, pixels_to_tensor
+from mifo.dataset import Batch, InstanceData
 from mifo.embedding import initial_rows, use_assets
 from mifo.evaluate.backend import Backend
 from mifo.evaluate.checkpoints import checkpoint_judge
 from mifo.instance import FittedInstance, Instance, fit_instance
 from mifo.json_text import record_text
 from mifo.learn import Learner, learn, lend_adapters
+from mifo.pictures import pixels_to_tensor
 from mifo.prior import make_prior
 from mifo.prompts import add_asset_tokens, join_assets
 from mifo.stepper import Stepper
@@ -277,7 +278,7 @@ class PairData(InstanceData):
             size = int(rng.integers(1, self.count + 1))
             assets = tuple(int(i) for i in rng.permutation(self.count)[:size])
             color = tuple(int(v) for v in rng.integers(0, 256, 3))
-            self.pairs.append((assets, encode(base, pixels_to_tensor(pair_picture(fitted, assets, color, rng.random() < 0.5)))))
+            self.pairs.append((assets, base.encode(pixels_to_tensor(pair_picture(fitted, assets, color, rng.random() < 0.5)))))
 
     def sample(self, rng: np.random.Generator, generator: torch.Generator, draws: int, union_sampling: bool,
                flip_probability: float) -> Batch:  # fmt: skip

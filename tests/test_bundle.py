@@ -23,20 +23,13 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from mifo.base_model import BaseModel, load_base_model
-from mifo.bundle import (
-    Bundle,
-    add_adapters,
-    attach,
-    export_for_diffusers,
-    find_bundle,
-    load_bundle,
-    remove_adapter,
-    save_bundle,
-)
+from mifo.bundle import Bundle, attach, find_bundle, load_bundle, save_bundle
 from mifo.config import LearnConfig, LoraPhase
 from mifo.embedding import use_assets
 from mifo.errors import InputError
+from mifo.export import export_for_diffusers
 from mifo.files import write_file, write_folder
+from mifo.lora import add_adapters, remove_adapter
 from mifo.prompts import tokenize_prompt
 from mifo.temporary import ABANDONED_AFTER
 

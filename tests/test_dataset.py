@@ -12,9 +12,10 @@ from _tiny import load_base, write_instance
 
 from mifo.clean_plate import clean_plate
 from mifo.config import learn_preset
-from mifo.dataset import InstanceData, encode, pixels_to_tensor, random_shifts, shift
+from mifo.dataset import InstanceData, random_shifts, shift
 from mifo.instance import fit_instance, load_instance, with_background
 from mifo.learn import Learner
+from mifo.pictures import pixels_to_tensor
 from mifo.prompts import tokenize_prompt
 from mifo.toybox.examples import EXAMPLES
 from mifo.toybox.world import Scene, draw_scene
@@ -77,7 +78,7 @@ def test_the_background_alone_is_learned_in_the_whole_picture_on_the_clean_plate
     assert whole[0].union_mask[0, 0, 0].sum() == 0  # the padding
     assert data.plate is not None
     plate = pixels_to_tensor(clean_plate(fitted.image, fitted.masks[:2]))
-    assert torch.equal(data.plate[True].mean, encode(base, plate.flip(-1))[0])  # and not the picture's own latents
+    assert torch.equal(data.plate[True].mean, base.encode(plate.flip(-1))[0])  # and not the picture's own latents
     drawn = torch.cat([b.latents for b in whole]).mean(0) - data.plate[False].mean[0]
     assert (drawn.abs() < 5 * data.plate[False].std[0] / len(whole) ** 0.5).all()  # five standard errors
 

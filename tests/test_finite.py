@@ -26,12 +26,13 @@ from safetensors.torch import load_file, save_file
 
 from mifo.base_model import BaseModel
 from mifo.bundle import attach, load_bundle
-from mifo.checkpoints import Checkpointing, Damaged, latest, open_checkpoints, read_state, write_state
+from mifo.checkpoints import Checkpointing, latest, open_checkpoints
 from mifo.config import PriorConfig
 from mifo.errors import InputError, NotFinite
 from mifo.finite import LIMIT
 from mifo.json_text import json_text, record_text
 from mifo.prior import make_prior
+from mifo.tensor_file import Damaged, read_state, write_state
 
 WEIGHTS = {"unet": "unet/diffusion_pytorch_model.safetensors", "vae": "vae/diffusion_pytorch_model.safetensors"}
 PRIOR = PriorConfig(num_class_images=2, sampling_steps=2)

@@ -15,7 +15,7 @@ ROWS = (
     ("errors", "checked", "json_text", "read_files"),
     ("config", "boxes", "prompts", "memory", "console", "interrupts", "terminal", "options",
      "files", "manifest", "temporary", "swap", "lock", "outputs"),  # plain data and the machine
-    ("memory_trace", "known_models", "quantize", "half_precision", "finite"),
+    ("tensor_file", "memory_trace", "known_models", "quantize", "half_precision", "finite"),
     ("image_file", "image_metadata", "colour_profile", "mask_file", "mask_orientation"),  # picture files
     ("instance", "asset_crops", "references", "pictures", "picture_file", "edit_frame", "blending", "clean_plate",
      "ranking"),  # pixels
@@ -23,7 +23,7 @@ ROWS = (
      "samplers"),  # tensors, a bare UNet
     ("base_config", "base_weights", "digest_cache", "single_file", "fingerprint", "base_model"),
     ("bundle_files", "bundle", "bundle_target", "dataset", "prior", "mask_check", "checkpoints",
-     "batch"),  # what a base is dressed and fed with
+     "batch", "lora", "export", "sample", "layout_control"),  # what a base is dressed and fed with
     ("learn_report", "learn_state", "learn", "synthesize", "edit", "edit_files", "scenes"),
     ("plan_trace", "planner", "plan_report"),  # counts what the jobs above will need
     ("toybox",),  # nothing that works on any base model may know the toybox's world

@@ -20,7 +20,6 @@ from mifo.attention.record import record_attention
 from mifo.attention.sites import choose_sites
 from mifo.base_model import BaseModel, load_base_model
 from mifo.blending import tune_to_source
-from mifo.bundle import add_adapters
 from mifo.config import LearnConfig, MemoryConfig, SynthesisConfig, learn_preset
 from mifo.dataset import InstanceData
 from mifo.embedding import use_assets
@@ -28,6 +27,7 @@ from mifo.errors import InputError
 from mifo.half_precision import follow_input_dtype
 from mifo.instance import fit_instance, load_instance
 from mifo.learn import Learner, gradient_checkpointing, lend_adapters, make_optimizer
+from mifo.lora import add_adapters
 from mifo.memory_trace import LiveBytes
 from mifo.plan_trace import trace_learning, trace_tuning
 from mifo.planner import GIB, RESERVE, Settings, make_plan, phases_of, read_model

@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 from mifo import batch, command_parts
 from mifo.base_model import load_base_model, resolve
 from mifo.boxes import parse_layout
-from mifo.bundle import attach, base_of_bundle, export_for_diffusers, load_bundle
+from mifo.bundle import attach, base_of_bundle, load_bundle
 from mifo.errors import InputError
 from mifo.evaluate.cases import read_cases
 from mifo.evaluate.toybox_backend import load_truth
+from mifo.export import export_for_diffusers
 from mifo.instance import MAX_ASSETS, load_instance
 from mifo.read_files import UnusableFile, read_regular
 from mifo.references import keep_instance, kept_crops, kept_instance

@@ -17,8 +17,8 @@ import numpy as np
 from ..base_model import BaseModel
 from ..config import AttentionTerms
 from ..dataset import InstanceData
-from ..learn_report import sample_prompts
 from ..prompts import join_assets, things_among
+from ..sample import sample_prompts
 from .attention import attention_leakage
 from .backend import Backend
 from .cases import Case, Picture

@@ -20,11 +20,12 @@ from ..dataset import InstanceData
 from ..errors import InputError
 from ..image_file import load_image
 from ..instance import Instance, fit_instance
+from ..layout_control import check_boxes, latent_shape
 from ..mask_file import open_mask
 from ..mask_orientation import upright_masks
 from ..picture_file import load_picture
 from ..prompts import assets_in, tokenize_prompt
-from ..synthesize import check_boxes, latent_shape, synthesize
+from ..synthesize import synthesize
 from . import metrics
 from .attention import attention_leakage
 from .backend import Backend

@@ -20,11 +20,13 @@ from _tiny import copy_bundle, learn_arguments, mifo, snapshot, write_instance
 from safetensors.torch import load_file
 
 from mifo.bundle import load_bundle
-from mifo.checkpoints import Checkpointing, checkpoint_folder, hold_lock, latest, read_state, write_state
+from mifo.checkpoints import Checkpointing, latest
 from mifo.errors import InputError
 from mifo.instance import Instance, load_instance
 from mifo.interrupts import stop_between_steps
 from mifo.learn import Learner, learn
+from mifo.lock import checkpoint_folder, hold_lock
+from mifo.tensor_file import read_state, write_state
 
 pytestmark = pytest.mark.usefixtures("quick_preview")
 

@@ -17,12 +17,12 @@ import torch
 from _short_runs import STEPS, Crash, base, config, learned, run
 
 from mifo.bundle import load_bundle
-from mifo.checkpoints import read_state, write_state
 from mifo.config import KeepConfig, LearnConfig
 from mifo.instance import Instance
 from mifo.learn import Progress
 from mifo.learn_state import capture, restore
 from mifo.stepper import Stepper
+from mifo.tensor_file import read_state, write_state
 
 pytestmark = pytest.mark.usefixtures("quick_preview")
 
