@@ -26,7 +26,7 @@ from .console import say
 from .errors import InputError
 from .fingerprint import KIND, file_fingerprint, fingerprint, fingerprint_of_parts
 from .finite import check_latents, check_pixels
-from .known_models import native_latents
+from .known_models import SHAPES, native_latents
 from .quantize import quantize_linears
 from .read_files import read_regular
 from .samplers import as_in_pipelines, check_steps, make_scheduler, read_scheduler, training_schedule
@@ -305,6 +305,8 @@ def resolve(name: str) -> tuple[Path, str, str | None]:
         return folder, str(folder.resolve()), None
     candidates = HUB_MODELS.get(name) or ((name, "main"),)
     if name not in HUB_MODELS and (name.count("/") != 1 or folder.is_absolute() or name.startswith(".")):
+        if name in SHAPES:
+            raise InputError(f"'{name}' can be planned for, but not fetched by its name; give a folder or .safetensors file of it")
         raise InputError(
             f"'{name}' is no base model: expected toybox, {', '.join(HUB_MODELS)}, a hub id like owner/name, or a folder "
             "or .safetensors file that exists"

@@ -261,6 +261,7 @@ def _as_break_a_scene(config: LearnConfig) -> LearnConfig:
     return replace(
         config,
         recipe="break-a-scene",
+        masked_loss_by_area=False,  # its attention weight belongs to the loss by picture
         placements=0,
         locality_weight=0.0,
         prior=replace(config.prior, class_prompt=PriorConfig.class_prompt),

@@ -1,4 +1,4 @@
-"""The shapes of Stable Diffusion 1.5 and 2.1 as published: configurations without weights.
+"""The shapes of Stable Diffusion 1.5 and 2.1 (at 512 and at 768 pixels) as published: configurations without weights.
 
 Knows diffusers' and transformers' configuration keys. Knows nothing of files; `base_model` finds weights, `planner` counts
 bytes, and `scripts/make_random_sd.py` fills the shapes with random numbers.
@@ -34,8 +34,15 @@ _SCHEDULER = {
     "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
 }  # fmt: skip
 
-#: name -> part -> configuration. Both at 512x512; sd2.1 predicts velocity, as its 768 version does, so that both kinds of
-#: prediction are there ("2-1-base", which `--model-path sd2.1` downloads, says in its own scheduler what it predicts).
+_SD21 = {
+    "unet": {**_UNET, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
+    "vae": _VAE,
+    "text_encoder": {**_TEXT, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23,
+                     "num_attention_heads": 16, "projection_dim": 512, "hidden_act": "gelu"},
+}  # fmt: skip
+
+#: name -> part -> configuration. Stable Diffusion 2.1 was published twice: at 512 pixels, where it predicts noise ("2-1-base",
+#: which `--model-path sd2.1` downloads), and at 768, where it predicts velocity.
 SHAPES: dict[str, dict[str, dict[str, Any]]] = {
     "sd1.5": {
         "unet": {**_UNET, "cross_attention_dim": 768, "attention_head_dim": 8},
@@ -44,11 +51,11 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
                          "num_attention_heads": 12, "projection_dim": 768, "hidden_act": "quick_gelu"},
         "scheduler": {**_SCHEDULER, "prediction_type": "epsilon"},
     },
-    "sd2.1": {
-        "unet": {**_UNET, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
-        "vae": _VAE,
-        "text_encoder": {**_TEXT, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23,
-                         "num_attention_heads": 16, "projection_dim": 512, "hidden_act": "gelu"},
+    "sd2.1": {**_SD21, "scheduler": {**_SCHEDULER, "prediction_type": "epsilon"}},
+    "sd2.1-768": {
+        **_SD21,
+        "unet": {**_SD21["unet"], "sample_size": 96},
+        "vae": {**_VAE, "sample_size": 768},
         "scheduler": {**_SCHEDULER, "prediction_type": "v_prediction"},
     },
 }  # fmt: skip

@@ -138,7 +138,7 @@ class Plan:
 
 
 def read_model(name: str) -> Model:
-    """Configurations of 'toybox', 'sd1.5', 'sd2.1', a local folder or a .safetensors file; reads no weights, downloads nothing.
+    """Configurations of 'toybox', one of SHAPES, a local folder or a .safetensors file; reads no weights, downloads nothing.
 
     Raises InputError for anything else, for a folder that lacks a configuration, and for other kinds of model.
     """

@@ -48,16 +48,17 @@ def configs_of_file(path: Path) -> dict[str, dict[str, Any]]:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise InputError(f"{path} does not load ({reason}); fetch or copy it again") from None
     _check_parts(path, names)
-    name = "sd2.1" if any(n.startswith(TEXT + "model.") for n in names) else "sd1.5"
+    second = any(n.startswith(TEXT + "model.") for n in names)
+    velocity = _predicts_velocity(path, second, steps)
     widths = {320 // divisor: divisor for divisor in WIDTH_DIVISORS}  # narrow ones are for trying things out
     if set(shapes) != {FIRST, LAST} or len(shapes[FIRST]) != 4 or shapes[FIRST][0] not in widths:
         raise InputError(f"{path} has no UNet of Stable Diffusion 1.x or 2.x; give another --model-path")
+    name = ("sd2.1-768" if velocity else "sd2.1") if second else "sd1.5"
     configs = shape_of(name, widths[shapes[FIRST][0]])
     configs["unet"] |= {"in_channels": shapes[FIRST][1], "out_channels": shapes[LAST][0]}
-    velocity = _predicts_velocity(path, name, steps)
-    configs["scheduler"]["prediction_type"] = "v_prediction" if velocity else "epsilon"
-    if velocity:
+    if velocity and not second:  # no such model was published, but its configuration says so
         configs["unet"]["sample_size"], configs["vae"]["sample_size"] = 96, 768
+        configs["scheduler"]["prediction_type"] = "v_prediction"
     return configs
 
 
@@ -72,14 +73,14 @@ def _check_parts(path: Path, names: set[str]) -> None:
         )
 
 
-def _predicts_velocity(path: Path, name: str, steps: int | None) -> bool:
+def _predicts_velocity(path: Path, second: bool, steps: int | None) -> bool:
     """As the original configuration beside the file says (same name, .yaml), else as diffusers takes it: 1.x predicts noise;
     2.x velocity at 768 pixels, unless its number of steps is that of the 512 base."""
     config = path.with_suffix(".yaml")
     if config.is_file():
         found = re.search(r"""^\s*parameterization:\s*["']?(v|eps)\b""", config.read_text(errors="replace"), re.MULTILINE)
         return found is not None and found[1] == "v"
-    return name == "sd2.1" and steps != STEPS_OF_THE_512_BASE
+    return second and steps != STEPS_OF_THE_512_BASE
 
 
 def load_single_file(path: Path, tokenizer_folder: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from mifo.toybox.architecture import build_tokenizer
 class Shape(str, Enum):
     sd15 = "sd1.5"
     sd21 = "sd2.1"
+    sd21_768 = "sd2.1-768"
 
 
 class Weights(str, Enum):

@@ -19,6 +19,14 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "scripts" / "results"
 
 
+#: Beside every table that compares with Break-A-Scene's recipe, until it is measured again.
+BREAK_A_SCENE = (
+    "**The comparison with Break-A-Scene's recipe does not hold as it stands.** The recipe ran here with this project's loss by "
+    "area beside the attention weight of its own loss by picture, which makes its attention term six times too weak on the toybox; with the "
+    "published loss about 40 % of the reported gap in margin is gone on four scenes. It will be measured again."
+)
+
+
 def load(name: str) -> dict[str, Any] | None:
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
@@ -66,7 +74,7 @@ def main_job_table() -> str:
     ]
     for label, value in rows:
         lines.append(f"| {label} | " + " | ".join(value(e, e[k]) for _, e, k in columns) + " |")
-    return "\n".join([*lines, "", source("main_job", result)])
+    return "\n".join([*lines, "", BREAK_A_SCENE, "", source("main_job", result)])
 
 
 def base_model_table() -> str:
@@ -96,7 +104,8 @@ def toybench_table(name: str) -> str:
     if result.get("paired"):
         text = ("Each method minus mifo, scene by scene, with 95 % bootstrap intervals over the scenes that both have; bold "
                 "where the interval of five scenes or more leaves 0 out.")  # fmt: skip
-        return "\n".join([text, "", paired_table(result["methods"]), "", source(name, result)])
+        doubt = [BREAK_A_SCENE, ""] if "break-a-scene" in result["methods"] else []
+        return "\n".join([text, "", paired_table(result["methods"]), "", *doubt, source(name, result)])
     held = " that were never used for choosing anything" if result["split"] == "holdout" else ""
     scenes = f"{result['scenes']} scenes{held}, the same scenes and seeds for every method; 95 % bootstrap intervals over scenes."
     figure = f"![{name}: a bar with its interval for every method and level](scripts/results/{name}.png)"
@@ -106,7 +115,8 @@ def toybench_table(name: str) -> str:
                   versus_table(result["methods"], "break-a-scene"), "",
                   "The same, scene by scene; bold where the interval of five scenes or more leaves 0 out:", "",
                   difference_table(result["methods"], "break-a-scene"), ""]  # fmt: skip
-    return "\n".join([*lines, figure, "", source(name, result)])
+    doubt = [BREAK_A_SCENE, ""] if "break-a-scene" in result["methods"] else []
+    return "\n".join([*lines, *doubt, figure, "", source(name, result)])
 
 
 def edit_table() -> str:

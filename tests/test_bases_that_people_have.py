@@ -69,6 +69,17 @@ def test_stable_diffusion_2_at_768_is_planned_for(folder_at_768: Path, job: str)
     assert found["resolution"] == 768 and found["peak_gib"] > 0
 
 
+def test_stable_diffusion_2_1_was_published_twice() -> None:
+    """Before, the random sd2.1 predicted velocity at 512 pixels, which no published model does."""
+    shapes = {name: shape_of(name) for name in ("sd2.1", "sd2.1-768")}
+    found = {name: (s["vae"]["sample_size"], s["unet"]["sample_size"], s["scheduler"]["prediction_type"])
+             for name, s in shapes.items()}  # fmt: skip
+    assert found == {"sd2.1": (512, 64, "epsilon"), "sd2.1-768": (768, 96, "v_prediction")}
+    assert json.loads(mifo("plan", "--model-path", "sd2.1-768", "--vram-gib", 64, "--json").stdout)["resolution"] == 768
+    with pytest.raises(InputError, match="can be planned for, but not fetched by its name; give a folder"):
+        load_base_model("sd2.1-768")
+
+
 def test_a_folder_with_dpm_solver_as_diffusers_saves_it_learns_draws_and_is_planned_for(tmp_path: Path) -> None:
     """Its least lambda is minus infinity, which strict JSON does not have."""
     from diffusers import DPMSolverMultistepScheduler
