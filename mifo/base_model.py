@@ -306,7 +306,7 @@ def resolve(name: str) -> tuple[Path, str, str | None]:
     candidates = HUB_MODELS.get(name) or ((name, "main"),)
     if name not in HUB_MODELS and (name.count("/") != 1 or folder.is_absolute() or name.startswith(".")):
         if name in SHAPES:
-            raise InputError(f"'{name}' can be planned for, but not fetched by its name; give a folder or .safetensors file of it")
+            raise InputError(f"'{name}' can be planned for, but not fetched by its name; give a folder or a file of it")
         raise InputError(
             f"'{name}' is no base model: expected toybox, {', '.join(HUB_MODELS)}, a hub id like owner/name, or a folder "
             "or .safetensors file that exists"

@@ -22,8 +22,8 @@ RESULTS = ROOT / "scripts" / "results"
 #: Beside every table that compares with Break-A-Scene's recipe, until it is measured again.
 BREAK_A_SCENE = (
     "**The comparison with Break-A-Scene's recipe does not hold as it stands.** The recipe ran here with this project's loss by "
-    "area beside the attention weight of its own loss by picture, which makes its attention term six times too weak on the toybox; with the "
-    "published loss about 40 % of the reported gap in margin is gone on four scenes. It will be measured again."
+    "area beside the attention weight of its own loss by picture, which makes its attention term six times too weak on the "
+    "toybox; with the published loss about 40 % of the reported gap in margin is gone on four scenes. It will be measured again."
 )
 
 
