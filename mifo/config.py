@@ -155,9 +155,9 @@ class GuidanceConfig(Checked):
     """Denoising steps, from the first, that are guided; bounded masks come from the boxes until then."""
     max_iterations: Count = 5
     loss_threshold: NotNegative = 0.2
-    """A picture whose normalized loss (per subject) is below this is left alone."""
+    """A picture whose normalized loss (per subject) is below this moves no more in that step."""
     step_size_start: NotNegative = 8.0
-    step_size_end: NotNegative = 2.0
+    step_size_end: NotNegative = 2.4
     cross_weight: NotNegative = 1.5
     self_weight: NotNegative = 0.5
     blocks: tuple[str, ...] = ("mid_block", "up_blocks")

@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from .attention.bounded import BoundedAttention, StopForward
-from .attention.refine import refine_masks
+from .attention.refine import MeanMap, cluster_pixels, refine_masks
 from .attention.sites import Site, choose_sites
 from .config import GuidanceConfig, RefinementConfig
 
@@ -24,9 +24,12 @@ def step_size(step: int, config: GuidanceConfig) -> float:
 
 
 def alpha_schedule(step: int, guidance_steps: int = 15) -> float:
-    """Weight of the background term: 0.4 -> 0.1 in a line over 3 steps, then a half cosine to 0.01 at `guidance_steps`."""
+    """Weight of the background term at a guided step: 0.55, 0.40, 0.25, 0.10, then a half cosine to 0.01 at `guidance_steps`.
+
+    These are the numbers of Bounded Attention's code; its paper (section 4.2) goes from 0.4 to 0.1 in three steps.
+    """
     if step < 3:
-        return 0.4 + (0.1 - 0.4) * step / 3
+        return 0.55 - 0.15 * step
     progress = min(1.0, (step - 3) / max(1, guidance_steps - 3))
     return 0.01 + (0.1 - 0.01) * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -69,19 +72,21 @@ class LatentGuidance:
 
     @torch.enable_grad()  # the denoising loop around it runs without
     def guide(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """(B, C, h, w) -> (B, C, h, w). Each picture stops by itself, so a batch equals its pictures one by one."""
+        """(B, C, h, w) -> (B, C, h, w). Each picture stops by itself, so a batch equals its pictures one by one: after the
+        move at which its loss was below the threshold, so each moves at least once, as in the published code."""
         if not self.config.enabled or step >= self.config.steps:
             return latents
+        active = torch.ones(len(latents), dtype=torch.bool, device=latents.device)
         for iteration in range(self.config.max_iterations):
             latents = latents.detach().requires_grad_(True)
             losses = self.losses(step, timestep, latents)  # (B,)
             normalized = losses.detach() / len(self.control.layout)
             self.history.append((step, iteration, float(normalized.mean())))
-            active = normalized >= self.config.loss_threshold
-            if not active.any():
-                break
             (gradient,) = torch.autograd.grad(losses.sum(), latents)
             latents = latents - step_size(step, self.config) * gradient * active[:, None, None, None]
+            active = active & (normalized >= self.config.loss_threshold)
+            if not active.any():
+                break
         return latents.detach()
 
     def losses(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
@@ -122,12 +127,14 @@ class LatentGuidance:
 
 @dataclass
 class MaskRefinement:
-    """Asks a sampling pass for its maps every few steps after guidance, and tightens the subjects' masks with them."""
+    """Watches every sampling pass's self-attention, and every few steps after guidance tightens the subjects' masks with it."""
 
     unet: UNet2DConditionModel
     control: BoundedAttention
     config: RefinementConfig
     first_step: int
+    seed: int = 0
+    """Of the clusters' first centers."""
 
     def __post_init__(self) -> None:
         self.self_sites = choose_sites(self.unet, self.config.blocks, self.config.levels, ("self",))
@@ -135,28 +142,35 @@ class MaskRefinement:
         sizes = {site.map_size(*self.control.latent_size) for site in (*self.self_sites, *self.cross_sites)}
         if len(sizes) > 1:
             raise ValueError(f"refinement averages maps of one size, but its sites have {sorted(sizes)}; name one level")
+        self.watched = MeanMap()  # (I, h*w, h*w)
+        self._clusters: dict[int, torch.Tensor] = {}  # of each picture, at the last refinement
 
     def _is_due(self, step: int) -> bool:
         late = step - self.first_step
         return self.config.enabled and late >= 0 and late % self.config.every_steps == 0
 
     def before(self, step: int) -> None:
-        if self._is_due(step):
-            self.control.want([*self.self_sites, *self.cross_sites])
+        if self.config.enabled:
+            self.control.want([*self.self_sites, *(self.cross_sites if self._is_due(step) else ())])
 
     def after(self, step: int) -> None:
-        if not self._is_due(step):
+        if not self.config.enabled:
             return
         maps = self.control.take()
-        images = self.control.images
+        conditional = slice(-self.control.images, None)  # the conditional half stands last
+        self.watched.add(torch.stack([maps[s.name][conditional].mean(1) for s in self.self_sites]).mean(0))
+        if self._is_due(step):
+            cross = torch.stack([maps[s.name][conditional].mean(1) for s in self.cross_sites]).mean(0)  # (I, h*w, L)
+            self._refine(cross)
+
+    def _refine(self, cross: torch.Tensor) -> None:
         size = self.self_sites[0].map_size(*self.control.latent_size)
-        conditional = slice(-images, None)  # the conditional half stands last
-        own = torch.stack([maps[s.name][conditional].mean(1) for s in self.self_sites]).mean(0)  # (I, h*w, h*w)
-        cross = torch.stack([maps[s.name][conditional].mean(1) for s in self.cross_sites]).mean(0)  # (I, h*w, L)
-        present = self.control.subject_masks(size).expand(images, -1, -1)
+        subjects = range(len(self.control.layout))
+        present = self.control.subject_masks(size).expand(self.control.images, -1, -1)
         refined = []
-        for image in range(images):
-            tokens = [cross[image][:, self.control.subject_keys(k)].mean(1) for k in range(len(self.control.layout))]
-            refined.append(refine_masks(own[image], torch.stack(tokens), present[image],
-                                        self.config.clusters_per_box, self.config.min_cover))  # fmt: skip
+        for image, (own, looks) in enumerate(zip(self.watched.mean, cross, strict=True)):
+            clusters = self.config.clusters_per_box * len(subjects)
+            self._clusters[image] = cluster_pixels(own, clusters, self.seed, self._clusters.get(image))
+            tokens = torch.stack([looks[:, self.control.subject_keys(k)].mean(1) for k in subjects])
+            refined.append(refine_masks(self._clusters[image], tokens, present[image], self.config.min_cover))
         self.control.refine(torch.stack(refined).unflatten(-1, size))

@@ -13,7 +13,7 @@ import torch
 from _tiny import load_base, write_instance
 from PIL import Image
 
-from mifo import learn_report
+from mifo import sample
 from mifo.config import LearnConfig, learn_preset
 from mifo.instance import load_instance
 from mifo.learn import Progress, learn, snapshot_steps
@@ -45,7 +45,7 @@ def test_no_column_of_the_attention_sheet_is_there_twice(tmp_path: Path, monkeyp
 def test_previews_have_the_learned_resolution_a_bar_and_their_share_of_the_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    real, base, sizes = learn_report.denoise, load_base(), []
+    real, base, sizes = sample.denoise, load_base(), []
     instance, started = load_instance(write_instance(tmp_path / "cups")), time.monotonic()
 
     def slow(unet: Any, sampler: Any, latents: torch.Tensor, *given: Any, **more: Any) -> torch.Tensor:
@@ -53,13 +53,13 @@ def test_previews_have_the_learned_resolution_a_bar_and_their_share_of_the_secon
         time.sleep(2)
         return real(unet, sampler, latents, *given, **more)
 
-    monkeypatch.setattr(learn_report, "denoise", slow)
+    monkeypatch.setattr(sample, "denoise", slow)
     seen: list[Progress] = []
     bundle = learn(instance, base, short(1), tmp_path / "out", seen.append)
     side = 32 // base.vae_factor
     assert [size for size, _ in sizes] == [(side, side)] and base.native_latents != side
     previews = [(p.step, p.total) for p in seen if p.phase == "previews"]
-    assert previews == [(k, learn_report.PREVIEW_STEPS) for k in range(1, learn_report.PREVIEW_STEPS + 1)]
+    assert previews == [(k, sample.PREVIEW_STEPS) for k in range(1, sample.PREVIEW_STEPS + 1)]
     assert bundle.facts["seconds"] > sizes[0][1] + 1
-    images = learn_report.sample_prompts(base, ["a photo"] * 3, [], 0, steps=1, resolution=32)
+    images = sample.sample_prompts(base, ["a photo"] * 3, [], 0, steps=1, resolution=32)
     assert [image.size for image in images] == [(32, 32)] * 3 and isinstance(images[0], Image.Image)

@@ -108,9 +108,9 @@ def test_a_single_map_needs_no_separation() -> None:
 @pytest.mark.parametrize(
     ("step", "alpha"),
     [
-        (0, 0.4),
-        (1, 0.3),
-        (2, 0.2),
+        (0, 0.55),
+        (1, 0.4),
+        (2, 0.25),
         (3, 0.1),
         (9, 0.055),  # half of the half cosine: (0.1 + 0.01) / 2
         (15, 0.01),
@@ -124,7 +124,7 @@ def test_alpha_falls_in_a_line_and_then_by_a_half_cosine(step: int, alpha: float
 def test_alpha_reaches_its_end_with_the_last_guided_step() -> None:
     falling = [alpha_schedule(step, guidance_steps=9) for step in range(10)]
     assert falling == sorted(falling, reverse=True)
-    assert falling[0] == pytest.approx(0.4)
+    assert falling[0] == pytest.approx(0.55)
     assert falling[9] == pytest.approx(0.01)
 
 
