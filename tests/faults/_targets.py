@@ -14,7 +14,8 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from _tiny import tiny_bundle_folder, write_instance
+from _folder_targets import FOLDER_TARGETS, folder_seeds
+from _scratch_files import bundle_folder, instance_folder, scratch, with_file
 from PIL import Image, PngImagePlugin
 
 from mifo.boxes import parse_boxes_alone, parse_layout
@@ -31,42 +32,13 @@ from mifo.toybox.judge import Judge, load_judge
 
 TOKENS = ("<asset0>", "<asset1>")
 PNG = b"\x89PNG\r\n\x1a\n"
-_holder = tempfile.TemporaryDirectory(prefix="mifo-fuzz-")
-
-
-@cache
-def _scratch() -> Path:
-    return Path(_holder.name)
-
-
 @cache
 def _tokenizer():
     from mifo.toybox.architecture import build_tokenizer
 
-    tokenizer = build_tokenizer(_scratch() / "tokenizer")
+    tokenizer = build_tokenizer(scratch() / "tokenizer")
     add_asset_tokens(tokenizer, list(TOKENS))
     return tokenizer
-
-
-@cache
-def _instance() -> Path:
-    return write_instance(_scratch() / "cups")
-
-
-@cache
-def _bundle() -> Path:
-    return Path(shutil.copytree(tiny_bundle_folder(), _scratch() / "bundle"))
-
-
-def _with_file(folder: Path, name: str, content: bytes, use: Callable[[Path], object]) -> None:
-    """`use(folder)` while `name` holds `content`; afterwards the folder is as it was."""
-    path = folder / name
-    before = path.read_bytes() if path.exists() else None
-    path.write_bytes(content)
-    try:
-        use(folder)
-    finally:
-        path.unlink() if before is None else path.write_bytes(before)
 
 
 # --- the targets --------------------------------------------------------------------------------
@@ -74,7 +46,7 @@ def _with_file(folder: Path, name: str, content: bytes, use: Callable[[Path], ob
 
 def boxes(data: bytes) -> None:
     refused: InputError | None = None
-    path = _scratch() / "boxes.json"
+    path = scratch() / "boxes.json"
     path.write_bytes(data)
     for parse in (lambda: parse_layout(path, TOKENS), lambda: parse_boxes_alone(path), lambda: parse_layout(
             data.decode("utf-8", "surrogateescape"), TOKENS)):  # fmt: skip
@@ -98,7 +70,7 @@ def prompt(data: bytes) -> None:
 
 
 def image(data: bytes) -> None:
-    path = _scratch() / "picture"
+    path = scratch() / "picture"
     path.write_bytes(data)
     assert load_image(path).mode == "RGB"
 
@@ -108,25 +80,25 @@ def _use_instance(folder: Path) -> None:
 
 
 def instance_image(data: bytes) -> None:
-    _with_file(_instance(), "img.png", data, _use_instance)
+    with_file(instance_folder(), "img.png", data, _use_instance)
 
 
 def mask(data: bytes) -> None:
-    _with_file(_instance(), "mask1.png", data, _use_instance)
+    with_file(instance_folder(), "mask1.png", data, _use_instance)
 
 
 def words(data: bytes) -> None:
-    _with_file(_instance(), "words.txt", data, _use_instance)
+    with_file(instance_folder(), "words.txt", data, _use_instance)
 
 
 def instance_names(data: bytes) -> None:
     """A folder whose files have the names in `data`, one a line; even ones are pictures."""
-    folder = Path(tempfile.mkdtemp(dir=_scratch()))
+    folder = Path(tempfile.mkdtemp(dir=scratch()))
     try:
         for index, name in enumerate(data.split(b"\n")[:20]):
             clean = name.replace(b"/", b"").replace(b"\0", b"")[:200]
             if clean not in (b"", b".", b".."):
-                source = _instance() / ("img.png" if index == 0 else "mask0.png")
+                source = instance_folder() / ("img.png" if index == 0 else "mask0.png")
                 (folder / clean.decode("utf-8", "surrogateescape")).write_bytes(source.read_bytes() if index % 2 == 0 else data)
         _use_instance(folder)
     finally:
@@ -138,24 +110,24 @@ def _use_bundle(folder: Path) -> None:
 
 
 def bundle_json(data: bytes) -> None:
-    _with_file(_bundle(), "bundle.json", data, _use_bundle)
+    with_file(bundle_folder(), "bundle.json", data, _use_bundle)
 
 
 def adapter_config(data: bytes) -> None:
-    _with_file(_bundle(), "unet_lora/adapter_config.json", data, _use_bundle)
+    with_file(bundle_folder(), "unet_lora/adapter_config.json", data, _use_bundle)
 
 
 def rows(data: bytes) -> None:
-    _with_file(_bundle(), "assets.safetensors", data, _use_bundle)
+    with_file(bundle_folder(), "assets.safetensors", data, _use_bundle)
 
 
 def adapter(data: bytes) -> None:
-    _with_file(_bundle(), "text_lora/adapter_model.safetensors", data, _use_bundle)
+    with_file(bundle_folder(), "text_lora/adapter_model.safetensors", data, _use_bundle)
 
 
 def recipe(data: bytes) -> None:
     """What `evaluate --images` reads: a picture that says itself what was asked for."""
-    folder = _scratch() / "pictures"
+    folder = scratch() / "pictures"
     folder.mkdir(exist_ok=True)
     if not data.startswith(PNG):
         info = PngImagePlugin.PngInfo()
@@ -166,10 +138,10 @@ def recipe(data: bytes) -> None:
 
 
 def edit_picture(data: bytes) -> None:
-    path = _scratch() / "photo"
+    path = scratch() / "photo"
     path.write_bytes(data)
     picture = load_picture(path)
-    picture.save(_scratch() / "edited.png", picture.image, np.ones(picture.image.size[::-1], bool))
+    picture.save(scratch() / "edited.png", picture.image, np.ones(picture.image.size[::-1], bool))
 
 
 @cache
@@ -184,13 +156,13 @@ def truth(data: bytes) -> None:
         backend = ToyboxBackend(load_instance(folder), judge=_judge())
         assert len(backend.words) == 2 and backend.among_sources().shape == (2, 2)
 
-    _with_file(_instance(), "truth.json", data, use)
+    with_file(instance_folder(), "truth.json", data, use)
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     f.__name__: f
     for f in (boxes, prompt, image, instance_image, mask, words, instance_names, bundle_json, adapter_config, rows, adapter,
-              recipe, edit_picture, truth)
+              recipe, edit_picture, truth, *FOLDER_TARGETS)
 }
 
 
@@ -217,7 +189,9 @@ def _png(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 @cache
 def seeds(target: str) -> tuple[bytes, ...]:
     """Inputs that are right, or nearly so."""
-    picture, grey = Image.effect_noise((96, 64), 60), Image.open(_instance() / "mask1.png")
+    if target in {f.__name__ for f in FOLDER_TARGETS}:
+        return folder_seeds(target)
+    picture, grey = Image.effect_noise((96, 64), 60), Image.open(instance_folder() / "mask1.png")
     info = PngImagePlugin.PngInfo()
     info.add_text("mifo", json.dumps({"prompt": "x"}), zip=True)
     info.add_itxt("note", "ü", "de", "Notiz", zip=True)
@@ -229,7 +203,7 @@ def seeds(target: str) -> tuple[bytes, ...]:
         _png(picture.convert("I;16")), _png(colours, "JPEG", exif=exif), _png(colours, "WEBP", exif=exif), _png(colours, "GIF"),
         _png(colours, "BMP"), _png(grey), _png(grey.convert("1")), _png(grey.convert("RGBA")),
     )  # fmt: skip
-    read = (_bundle() / "bundle.json").read_bytes
+    read = (bundle_folder() / "bundle.json").read_bytes
     return {
         "boxes": (
             b"[[0.0,0.1,0.5,0.9],[0.5,0.1,1.0,0.9]]", b'{"<asset0>":[0,0,1,1],"asset1":[0,0,1e-1,1]}',
@@ -254,7 +228,7 @@ def seeds(target: str) -> tuple[bytes, ...]:
             b"img.png\nx\nmask0.png\ny\nmask1.png", b"img.jpg\nimg.png\nMASK00.PNG\nmask-1.png", b"mask99999999999.png",
         ),
         "bundle_json": (read(), b"{}", b"[]", b'{"schema":1}'),
-        "adapter_config": ((_bundle() / "unet_lora" / "adapter_config.json").read_bytes(), b'{"r":2,"lora_alpha":2}'),
-        "rows": ((_bundle() / "assets.safetensors").read_bytes(), b"\x02\0\0\0\0\0\0\0{}", b"\xff" * 16),
-        "adapter": ((_bundle() / "text_lora" / "adapter_model.safetensors").read_bytes(),),
+        "adapter_config": ((bundle_folder() / "unet_lora" / "adapter_config.json").read_bytes(), b'{"r":2,"lora_alpha":2}'),
+        "rows": ((bundle_folder() / "assets.safetensors").read_bytes(), b"\x02\0\0\0\0\0\0\0{}", b"\xff" * 16),
+        "adapter": ((bundle_folder() / "text_lora" / "adapter_model.safetensors").read_bytes(),),
     }[target]  # fmt: skip
