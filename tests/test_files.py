@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ from mifo import swap
 from mifo.errors import InputError
 from mifo.files import check_writable, write_file, write_folder
 from mifo.lock import hold_lock
-from mifo.manifest import foreign_entries, is_ours, read_manifest, remove_ours
+from mifo.manifest import MANIFEST, Manifest, foreign_entries, is_ours, read_manifest, remove_ours
 from mifo.outputs import check_apart, numbered_file, numbered_folder
 from mifo.swap import finish_swaps
 from mifo.temporary import ABANDONED_AFTER, MARKER, owner, remove_abandoned, temporary_folder
@@ -126,6 +127,19 @@ def test_removing_what_is_ours_leaves_the_rest(tmp_path: Path):
     (tmp_path / "x" / "b.txt").write_text("changed")
     remove_ours(tmp_path / "x")
     assert foreign_entries(tmp_path / "x") == ["b.txt (changed)", "inside/mine"]
+
+
+def test_a_strangers_manifest_leads_nobody_out_of_the_folder(tmp_path: Path):
+    """Its paths went up and out, and with the right digests what lay there was removed."""
+    folder, mine = tmp_path / "results", tmp_path / "mine.txt"
+    folder.mkdir()
+    mine.write_text("mine")
+    listed = (4, hashlib.sha256(b"mine").hexdigest())
+    for name in ("../mine.txt", str(mine), "a/../../mine.txt"):
+        (folder / MANIFEST).write_bytes(Manifest("synthesis", {name: listed}).to_bytes())
+        assert read_manifest(folder) is None and not is_ours(folder)
+        remove_ours(folder)
+        assert mine.read_text() == "mine" and (folder / MANIFEST).exists()
 
 
 def test_the_folder_that_somebody_works_in_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,18 +13,23 @@ from pathlib import Path
 
 import torch
 from _scratch_files import base_folder, bundle_folder, instance_folder, scratch, with_file
+from PIL import Image
 
 from mifo.base_config import check_configs, read_configs
 from mifo.base_model import has_layout
 from mifo.base_weights import check_files, variant_of, weight_files
 from mifo.bundle import base_of_bundle, load_bundle
-from mifo.checkpoints import Damaged, latest, read_header, read_state, write_state
+from mifo.checkpoints import latest
+from mifo.config import LearnConfig, from_dict, learn_preset, to_dict
 from mifo.errors import InputError
 from mifo.evaluate.cases import read_cases
 from mifo.instance import load_instance
+from mifo.manifest import MANIFEST, Manifest, is_ours, read_manifest, remove_ours
+from mifo.picture_file import load_edit_mask
 from mifo.prior import _read_cache
 from mifo.references import kept_crops, kept_instance
 from mifo.scenes import read_prompts
+from mifo.tensor_file import Damaged, read_header, read_state, write_state
 
 TOKENS = ("<asset0>", "<asset1>")
 SHAPE = (1, 2, 3, 3)
@@ -56,6 +62,44 @@ def prompts_file(data: bytes) -> None:
     path = scratch() / "prompts.txt"
     path.write_bytes(data)
     assert all(read_prompts(path, TOKENS)) and all(case.prompt for case in read_cases(path, None, TOKENS, []))
+
+
+def edit_mask(data: bytes) -> None:
+    path = scratch() / "edit_mask.png"
+    path.write_bytes(data)
+    photo = Image.new("RGB", (96, 64))
+    for resize in (False, True):
+        mask, _ = load_edit_mask(path, photo, "photo.png", resize=resize)
+        assert mask.shape == (64, 96) and mask.any()
+
+
+def manifest(data: bytes) -> None:
+    """A folder of results with any manifest: what is not as it says, and what lies outside, is never removed."""
+    with tempfile.TemporaryDirectory(dir=scratch()) as name:
+        parent = Path(name)
+        folder = parent / "results"
+        folder.mkdir()
+        for path in (parent / "mine.txt", folder / "a.txt", folder / "mine.txt"):
+            path.write_text(path.name)
+        (folder / MANIFEST).write_bytes(data)
+        ours = is_ours(folder)
+        known = read_manifest(folder)
+        remove_ours(folder)
+        assert (parent / "mine.txt").read_text() == "mine.txt"
+        listed = known.files if known else {}
+        assert ours or (folder / "mine.txt").exists() or "mine.txt" in listed
+        assert folder.exists() or ours
+        if known is None:
+            raise InputError("nobody can tell what is ours")
+
+
+def configuration(data: bytes) -> None:
+    """What a bundle says of how it was learned."""
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError):
+        raise InputError("no JSON") from None
+    to_dict(from_dict(LearnConfig, record))
 
 
 def _use_base(folder: Path) -> None:
@@ -142,7 +186,8 @@ def _put(path: Path, kind: int) -> None:
 
 
 FOLDER_TARGETS: tuple[Callable[[bytes], None], ...] = (
-    checkpoint, prior_cache, prompts_file, base_config, scheduler_config, shard_index, entries,
+    edit_mask, manifest, configuration, checkpoint, prior_cache, prompts_file, base_config, scheduler_config, shard_index,
+    entries,
 )  # fmt: skip
 
 
@@ -150,12 +195,20 @@ FOLDER_TARGETS: tuple[Callable[[bytes], None], ...] = (
 def folder_seeds(target: str) -> tuple[bytes, ...]:
     """Inputs that are right, or nearly so."""
     state, cached = scratch() / "state", scratch() / "cached"
-    write_state(state, {"phase": "lora", "step": 3, "parameters": [torch.ones(2, 3)], "curve": [{"loss": 0.5}]}, "step 3", {"a": 1})
+    tree = {"phase": "lora", "step": 3, "parameters": [torch.ones(2, 3)], "curve": [{"loss": 0.5}]}
+    write_state(state, tree, "step 3", {"a": 1})
     write_state(cached, torch.ones(SHAPE), "prior", "key")
     index = {"metadata": {}, "weight_map": {"conv_in.weight": "part-1.safetensors", "conv_out.weight": "../part-2.safetensors"}}
     (base_folder() / "unet" / "part-1.safetensors").touch()
     right = {"weight_map": {"conv_in.weight": "part-1.safetensors"}}
+    mine = hashlib.sha256(b"mine.txt").hexdigest()
+    lists = [Manifest("synthesis", {name: (8, mine)}).to_bytes() for name in ("mine.txt", "../mine.txt", "/x")]
+    lists.append(Manifest("synthesis", {"a.txt": (5, hashlib.sha256(b"a.txt").hexdigest()), "mine.txt": (8, mine)}).to_bytes())
+    grey = (instance_folder() / "mask1.png").read_bytes()
     return {
+        "edit_mask": (grey, b"\x89PNG\r\n\x1a\n", (instance_folder() / "img.png").read_bytes()),
+        "manifest": (*lists, b"{}", b'{"written_by": "mifo", "kind": "x", "files": {}}'),
+        "configuration": (json.dumps(to_dict(learn_preset("toybox"))).encode(), b"{}", b'{"seed": 1e400}', b"[" * 3000),
         "checkpoint": (state.read_bytes(), b"\x02\0\0\0\0\0\0\0{}", b"\xff" * 16),
         "prior_cache": (cached.read_bytes(), state.read_bytes()),
         "prompts_file": (b"a photo of {} and <asset0>\na {} in the snow <asset1>\n", b"<asset0>", b"\xff\xfe", b"\n\n"),

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from _folder_targets import FOLDER_TARGETS, folder_seeds
 from _scratch_files import bundle_folder, instance_folder, scratch, with_file
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin
 
 from mifo.boxes import parse_boxes_alone, parse_layout
 from mifo.bundle import base_of_bundle, load_bundle
@@ -32,6 +32,8 @@ from mifo.toybox.judge import Judge, load_judge
 
 TOKENS = ("<asset0>", "<asset1>")
 PNG = b"\x89PNG\r\n\x1a\n"
+
+
 @cache
 def _tokenizer():
     from mifo.toybox.architecture import build_tokenizer
@@ -198,10 +200,13 @@ def seeds(target: str) -> tuple[bytes, ...]:
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "turned"
     colours = picture.convert("RGB")
+    profile, wide = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), Image.new("I;16", (96, 64))
+    wide.putpixel((40, 30), 65535)
     pictures = (
         _png(colours, pnginfo=info, exif=exif, dpi=(72, 72)), _png(colours.convert("P")), _png(colours.convert("RGBA")),
         _png(picture.convert("I;16")), _png(colours, "JPEG", exif=exif), _png(colours, "WEBP", exif=exif), _png(colours, "GIF"),
-        _png(colours, "BMP"), _png(grey), _png(grey.convert("1")), _png(grey.convert("RGBA")),
+        _png(colours, "BMP"), _png(colours, icc_profile=profile), _png(colours, "JPEG", icc_profile=profile[:200]), _png(wide),
+        _png(colours, "TIFF"), _png(grey), _png(grey.convert("1")), _png(grey.convert("RGBA")),
     )  # fmt: skip
     read = (bundle_folder() / "bundle.json").read_bytes
     return {
