@@ -267,3 +267,20 @@ def parse_boxes_alone(source: str | Path) -> Layout:
         _refuse(f"There are {len(tokens)} boxes, but at most {MAX_BOXES} can be drawn.")
     entries = data.values() if isinstance(data, dict) else data
     return Layout(tuple(tokens), tuple(_parse_box(token, entry) for token, entry in zip(tokens, entries, strict=True)))
+
+
+# --- boxes of masks -----------------------------------------------------------------------------
+
+
+def bounds(mask: npt.NDArray[np.bool_]) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of what is True; right and bottom are exclusive."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def snapped_box(mask: npt.NDArray[np.bool_], cells: int) -> Box:
+    """The mask's bounding box, grown to whole cells of a cells x cells map, so that it is seen at every map size."""
+    left, top, right, bottom = bounds(mask)
+    height, width = mask.shape
+    return Box(np.floor(left / width * cells) / cells, np.floor(top / height * cells) / cells,
+               np.ceil(right / width * cells) / cells, np.ceil(bottom / height * cells) / cells)  # fmt: skip

@@ -170,7 +170,8 @@ def learn(
         from .checkpoints import Checkpointing
         from .config import MemoryConfig, learn_preset
         from .learn import learn as run_learn
-        from .mask_check import check_masks, sizes_of
+        from .mask_check import check_masks
+        from .supervision import sizes_of
 
         checkpointing = Checkpointing(checkpoint_every, resume=resume)
         for each, target in zip(instances, targets, strict=True):

@@ -21,10 +21,10 @@ from .attention.bounded import BoundedAttention, bound_attention
 from .attention.sites import smallest_map
 from .base_model import BaseModel
 from .blending import clone, paste, paste_around, tune_to_source
-from .boxes import Box, Layout
+from .boxes import Box, Layout, snapped_box
 from .config import EditConfig, to_dict
 from .denoise import denoise, initial_latents
-from .edit_frame import BoolArray, EditFrame, latent_mask, make_frame, shrinking_masks, snapped_box, thickness, within_length
+from .edit_frame import BoolArray, EditFrame, latent_mask, make_frame, shrinking_masks, thickness, within_length
 from .errors import InputError
 from .finite import check_pixels
 from .guidance import LatentGuidance

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 from scipy import ndimage
 
-from .boxes import Box
+from .boxes import Box, bounds
 from .errors import InputError
 
 BoolArray = npt.NDArray[np.bool_]
@@ -93,12 +93,6 @@ def make_frame(mask: BoolArray, resolution: int) -> EditFrame:
     return EditFrame((x, y, x + crop_width, y + crop_height), side, resolution)
 
 
-def bounds(mask: BoolArray) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of what is True; right and bottom are exclusive."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-
-
 def latent_mask(frame: EditFrame, mask: BoolArray, latent_side: int) -> BoolArray:
     """(latent_side, latent_side): True where the mask covers at least half of a latent pixel.
 
@@ -146,11 +140,3 @@ def within_length(dilated: BoolArray, mask: BoolArray) -> BoolArray:
     else:
         near[:] = True
     return dilated & near
-
-
-def snapped_box(mask: BoolArray, cells: int) -> Box:
-    """The mask's bounding box, grown to whole cells of a cells x cells map, so that it is seen at every map size."""
-    left, top, right, bottom = bounds(mask)
-    height, width = mask.shape
-    return Box(np.floor(left / width * cells) / cells, np.floor(top / height * cells) / cells,
-               np.ceil(right / width * cells) / cells, np.ceil(bottom / height * cells) / cells)  # fmt: skip

@@ -16,29 +16,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .attention.sites import choose_sites, levels_within
-from .base_model import TOYBOX_FOLDER, BaseModel, model_configs
-from .config import LearnConfig, learn_preset
-from .errors import InputError
 from .instance import MASK_PATTERN, MAX_OVERLAP, FittedInstance, Instance, fit_instance
-from .known_models import native_latents
 from .mask_file import islands_in_words, open_mask, without_islands
-from .mask_sizes import filled_shares, mask_at_latents, mask_at_map
+from .mask_sizes import MaskSizes, filled_shares, mask_at_latents, mask_at_map
 from .pictures import ASSET_COLORS, caption_below, grid, outline
-from .single_file import is_single_file
 
 SHARED = 0.05  # overlap, as a share of the smaller mask, that is worth a warning; load_instance warns above MAX_OVERLAP
 SOFT = 0.02  # share of grey pixels above which a mask is not black and white
 SIDE = 128  # pixels of a cell on the contact sheet
-
-
-@dataclass(frozen=True)
-class MaskSizes:
-    """Pixels of the square picture, and the heights (= widths) of its latents and of the supervised attention maps."""
-
-    resolution: int
-    latent: int
-    maps: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -51,39 +36,6 @@ class MaskReport:
     facts: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-
-
-# --- sizes --------------------------------------------------------------------------------------
-
-
-def sizes_of(base: BaseModel, config: LearnConfig) -> MaskSizes:
-    """At which sizes this model supervises masks under this configuration."""
-    resolution = config.resolution or base.resolution
-    latent = resolution // base.vae_factor
-    maps = set()
-    for terms in (config.embedding.attention, config.lora.attention):
-        if terms.loss != "none":
-            maps |= {site.map_size(latent, latent)[0] for site in choose_sites(base.unet, terms.blocks, terms.levels)}
-    return MaskSizes(resolution, latent, tuple(sorted(maps, reverse=True)))
-
-
-def sizes_by_name(name: str, resolution: int | None = None) -> MaskSizes:
-    """The same for a model that is not loaded: from its configuration files where it is local, as Stable Diffusion 1.x and 2.x
-    otherwise. Raises InputError for a folder without them."""
-    folder = TOYBOX_FOLDER if name == "toybox" else Path(name).expanduser()
-    config = learn_preset("toybox" if name == "toybox" else "stable-diffusion")
-    native, factor, depth = 64, 8, 4
-    if name and os.path.exists(folder) and (folder.is_dir() or is_single_file(folder)):
-        configs = model_configs(folder)
-        native, depth = native_latents(configs["unet"]), len(configs["unet"]["block_out_channels"])
-        factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
-    latent = (resolution or native * factor) // factor
-    if latent < 1:
-        raise InputError(f"the resolution {resolution} is below one latent pixel ({factor}); give at least {16 * factor}")
-    terms = (config.embedding.attention, config.lora.attention)
-    levels = {level for each in terms for level in levels_within(each.levels, depth)}
-    maps = sorted({-(-latent // level) for level in levels}, reverse=True)
-    return MaskSizes(latent * factor, latent, tuple(maps))
 
 
 # --- checks -------------------------------------------------------------------------------------

@@ -5,10 +5,21 @@ Learning and the mask linter use these same functions, so that what the linter s
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
 EMPTY = 1e-6  # below this share of a cell nothing is there
+
+
+@dataclass(frozen=True)
+class MaskSizes:
+    """Pixels of the square picture, and the heights (= widths) of its latents and of the supervised attention maps."""
+
+    resolution: int
+    latent: int
+    maps: tuple[int, ...]
 
 
 def filled_shares(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

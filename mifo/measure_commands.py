@@ -154,7 +154,8 @@ def check(
     """Look for what is wrong with an instance's masks before learning it; no model is loaded."""
     with running(as_json) as job:
         from .instance import load_instance
-        from .mask_check import check_lines, check_masks, check_sheet, sizes_by_name
+        from .mask_check import check_lines, check_masks, check_sheet
+        from .supervision import sizes_by_name
 
         (folder,) = instance_folders(instance, folder_path)
         check_file(output_path, "output/check.png", overwrite)

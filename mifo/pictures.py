@@ -9,11 +9,9 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
-
-from .boxes import Layout
 
 if TYPE_CHECKING:
     import torch
@@ -75,8 +73,12 @@ def outline(image: Image.Image, mask: Image.Image, color: RGB) -> Image.Image:
     return out
 
 
-def draw_boxes(image: Image.Image, layout: Layout) -> Image.Image:
-    """The image with each box and its asset's name."""
+class _Box(Protocol):
+    def pixels(self, width: int, height: int) -> tuple[int, int, int, int]: ...
+
+
+def draw_boxes(image: Image.Image, layout: Iterable[tuple[str, _Box]]) -> Image.Image:
+    """The image with each box of a layout and its asset's name."""
     out = image.convert("RGB")
     draw = ImageDraw.Draw(out)
     width = max(2, out.width // 160)

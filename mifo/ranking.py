@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from .edit_frame import BoolArray, bounds
+from .boxes import bounds
+from .edit_frame import BoolArray
 
 BINS = 8  # colour bins along each of red, green and blue
 ANGLES = 8  # edge directions in half a turn

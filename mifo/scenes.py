@@ -16,9 +16,8 @@ from PIL import Image
 from .attention.sites import smallest_map
 from .base_model import BaseModel
 from .batch import Keep, draw_now
-from .boxes import Layout
+from .boxes import Layout, snapped_box
 from .config import SynthesisConfig, to_dict
-from .edit_frame import snapped_box
 from .errors import InputError
 from .files import write_folder
 from .instance import Instance

@@ -12,10 +12,10 @@ from PIL import Image, ImageDraw
 
 from mifo.asset_crops import cut_out
 from mifo.blending import clone, feather, paste, paste_around, tune_to_source
-from mifo.boxes import Box
+from mifo.boxes import Box, snapped_box
 from mifo.config import EditConfig, GuidanceConfig
 from mifo.edit import _Blending, edit
-from mifo.edit_frame import latent_mask, make_frame, shrinking_masks, snapped_box, thickness, within_length
+from mifo.edit_frame import latent_mask, make_frame, shrinking_masks, thickness, within_length
 from mifo.errors import InputError
 from mifo.ranking import asset_similarity, best_first, prompt_similarity
 

@@ -23,7 +23,7 @@ ROWS = (
      "samplers"),  # tensors, a bare UNet
     ("base_config", "base_weights", "digest_cache", "single_file", "fingerprint", "base_model"),
     ("bundle_files", "bundle", "bundle_target", "dataset", "prior", "mask_check", "checkpoints",
-     "batch", "lora", "export", "sample", "layout_control"),  # what a base is dressed and fed with
+     "batch", "lora", "export", "sample", "layout_control", "supervision"),  # what a base is dressed and fed with
     ("learn_report", "learn_state", "learn", "synthesize", "edit", "edit_files", "scenes"),
     ("plan_trace", "planner", "plan_report"),  # counts what the jobs above will need
     ("toybox",),  # nothing that works on any base model may know the toybox's world

@@ -12,7 +12,9 @@ from PIL import Image, ImageDraw
 
 from mifo.config import learn_preset
 from mifo.instance import load_instance
-from mifo.mask_check import MaskSizes, check_masks, sizes_by_name, sizes_of
+from mifo.mask_check import check_masks
+from mifo.mask_sizes import MaskSizes
+from mifo.supervision import sizes_by_name, sizes_of
 
 SIZES = MaskSizes(64, 16, (16, 8))
 

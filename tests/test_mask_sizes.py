@@ -12,8 +12,8 @@ from PIL import Image
 
 from mifo.dataset import InstanceData
 from mifo.instance import fit_instance, load_instance
-from mifo.mask_check import MaskSizes, check_masks
-from mifo.mask_sizes import mask_at_latents, mask_at_map, union_at_latents
+from mifo.mask_check import check_masks
+from mifo.mask_sizes import MaskSizes, mask_at_latents, mask_at_map, union_at_latents
 
 
 def line(offset: int, width: int = 4, size: int = 512) -> torch.Tensor:

@@ -14,9 +14,10 @@ from PIL import Image, ImageDraw
 from mifo.errors import InputError
 from mifo.image_file import load_image
 from mifo.instance import Instance, load_instance
-from mifo.mask_check import MaskSizes, check_masks
+from mifo.mask_check import check_masks
 from mifo.mask_file import without_islands
 from mifo.mask_orientation import fitting_reading
+from mifo.mask_sizes import MaskSizes
 
 SQUARE, WIDE = (120, 120), (160, 120)
 SIZES = MaskSizes(64, 16, (16, 8))
