@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import InputError
-from .read_files import read_regular
+from .io.read_files import read_regular
 
 MAX_LAYOUT_BYTES = 1 << 20
 MAX_BOXES = 100  # a prompt holds fewer than 40 assets

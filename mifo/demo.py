@@ -15,19 +15,19 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .base_model import load_base_model
 from .boxes import Layout, parse_layout
-from .bundle import attach
-from .checkpoints import Checkpointing
+from .bundle.store import attach
 from .config import learn_preset, synthesis_preset
-from .files import write_folder
-from .instance import Instance, load_instance
-from .learn import learn
-from .lock import checkpoint_folder
-from .manifest import remove_ours
-from .pictures import ASSET_COLORS, PAPER, TEXT, caption_below, draw_boxes, enlarge, grid, outline
-from .sample import sample_prompts
-from .synthesize import synthesize
+from .data.instance import Instance, load_instance
+from .io.files import write_folder
+from .io.lock import checkpoint_folder
+from .io.manifest import remove_ours
+from .io.sheets import ASSET_COLORS, PAPER, TEXT, caption_below, draw_boxes, enlarge, grid, outline
+from .learning.checkpoints import Checkpointing
+from .learning.learn import learn
+from .model.base import load_base_model
+from .sampling.sample import sample_prompts
+from .synthesis.synthesize import synthesize
 from .toybox.examples import write_example
 
 BOXES = "[[0.04, 0.08, 0.46, 0.36], [0.54, 0.30, 0.96, 0.58], [0.10, 0.64, 0.52, 0.92]]"

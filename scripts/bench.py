@@ -28,15 +28,15 @@ from results import spread, write_result
 from torch.utils.flop_counter import FlopCounterMode
 
 from mifo.attention.bounded import BoundedAttention, bound_attention
-from mifo.base_model import BaseModel
 from mifo.config import GuidanceConfig, SynthesisConfig
-from mifo.guidance import LatentGuidance
-from mifo.instance import fit_instance
-from mifo.json_text import json_text, record_text
-from mifo.memory_trace import LiveBytes
-from mifo.pictures import pixels_to_tensor
+from mifo.data.instance import fit_instance
+from mifo.io.json_text import json_text, record_text
+from mifo.io.sheets import pixels_to_tensor
+from mifo.model.base import BaseModel
+from mifo.planning.live_bytes import LiveBytes
 from mifo.prompts import add_asset_tokens, asset_token, join_assets, tokenize_prompt
-from mifo.synthesize import synthesize
+from mifo.sampling.guidance import LatentGuidance
+from mifo.synthesis.synthesize import synthesize
 
 PIECES = ("guidance", "synthesize", "phase1", "phase2", "mfu", "growth")
 

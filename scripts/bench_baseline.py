@@ -15,13 +15,13 @@ import torch.nn.functional as F
 
 from mifo.attention.bounded import BoundedAttention
 from mifo.attention.sites import Processor, Site, attention_probabilities, attention_sites, choose_sites, use_processors
-from mifo.base_model import BaseModel
 from mifo.config import LearnConfig, SynthesisConfig
-from mifo.denoise import denoise, initial_latents
-from mifo.guidance import LatentGuidance, alpha_schedule, step_size
-from mifo.learn import attention_terms, diffusion_target
-from mifo.losses import masked_diffusion_loss
+from mifo.learning.learn import attention_terms, diffusion_target
+from mifo.learning.losses import masked_diffusion_loss
+from mifo.model.base import BaseModel
 from mifo.prompts import tokenize_prompt
+from mifo.sampling.denoise import denoise, initial_latents
+from mifo.sampling.guidance import LatentGuidance, alpha_schedule, step_size
 
 
 class PublishedProcessor(Processor):

@@ -17,17 +17,17 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from mifo.attention.record import record_attention
 from mifo.attention.sites import choose_sites
-from mifo.base_model import BaseModel
 from mifo.boxes import Box, Layout
 from mifo.config import MemoryConfig, learn_preset
-from mifo.dataset import InstanceData
-from mifo.embedding import initial_rows, use_assets
-from mifo.instance import Instance, load_instance
-from mifo.known_models import shape_of
-from mifo.learn import Learner, gradient_checkpointing, lend_adapters, make_optimizer
-from mifo.prior import PriorData
+from mifo.data.instance import Instance, load_instance
+from mifo.learning.dataset import InstanceData
+from mifo.learning.learn import Learner, gradient_checkpointing, lend_adapters, make_optimizer
+from mifo.learning.optimizer import Stepper
+from mifo.learning.prior import PriorData
+from mifo.model.base import BaseModel
+from mifo.model.embedding import initial_rows, use_assets
+from mifo.model.shapes import shape_of
 from mifo.prompts import add_asset_tokens
-from mifo.stepper import Stepper
 
 
 def build_base(name: str, width_divisor: int, dtype: torch.dtype, device: str, channels_last: bool = False,

@@ -34,13 +34,17 @@ from _tiny import tiny_base_folder, write_instance  # noqa: E402
 from PIL import Image  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from mifo import base_model, demo, edit, learn, scenes  # noqa: E402
-from mifo import synthesize as synthesis  # noqa: E402
-from mifo.bundle import load_bundle  # noqa: E402
+from mifo import demo  # noqa: E402
+from mifo.bundle.store import load_bundle  # noqa: E402
 from mifo.cli import app  # noqa: E402
-from mifo.evaluate import run as evaluation  # noqa: E402
-from mifo.files import write_folder  # noqa: E402
-from mifo.manifest import MANIFEST  # noqa: E402
+from mifo.editing import edit  # noqa: E402
+from mifo.evaluation import run as evaluation  # noqa: E402
+from mifo.io.files import write_folder  # noqa: E402
+from mifo.io.manifest import MANIFEST  # noqa: E402
+from mifo.learning import learn  # noqa: E402
+from mifo.model import base as base_model  # noqa: E402
+from mifo.synthesis import synthesize as synthesis  # noqa: E402
+from mifo.synthesis import variations as scenes  # noqa: E402
 from mifo.toybox.examples import write_example  # noqa: E402
 
 BOXES = "[[0.0, 0.1, 0.5, 0.9], [0.5, 0.1, 1.0, 0.9]]"

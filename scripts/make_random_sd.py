@@ -22,9 +22,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from hub_names import use_hub_names
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from mifo.files import check_writable, write_folder
-from mifo.json_text import json_text
-from mifo.known_models import VOCABULARY, WIDTH_DIVISORS, shape_of
+from mifo.io.files import check_writable, write_folder
+from mifo.io.json_text import json_text
+from mifo.model.shapes import VOCABULARY, WIDTH_DIVISORS, shape_of
 from mifo.toybox.architecture import build_tokenizer
 
 

@@ -16,9 +16,9 @@ import typer
 from results import share, write_result
 from tqdm import tqdm
 
-from mifo.base_model import load_base_model
-from mifo.pictures import caption_below, enlarge, grid
-from mifo.sample import sample_prompts
+from mifo.io.sheets import caption_below, enlarge, grid
+from mifo.model.base import load_base_model
+from mifo.sampling.sample import sample_prompts
 from mifo.toybox.judge import judge_images, load_judge
 from mifo.toybox.scoring import main_color_and_class, surest
 from mifo.toybox.world import Scene, Thing, random_scene

@@ -11,14 +11,14 @@ from bench_setup import boxes_for
 
 from mifo.attention.bounded import BoundedAttention, bound_attention
 from mifo.attention.sites import attention_sites
-from mifo.base_model import BaseModel
 from mifo.config import SynthesisConfig
-from mifo.guidance import LatentGuidance, MaskRefinement
-from mifo.json_text import json_text, record_text
-from mifo.known_models import shape_of
-from mifo.memory_trace import LiveBytes
-from mifo.plan_trace import BoxedControl, Model, trace_placing, trace_vae
+from mifo.io.json_text import json_text, record_text
+from mifo.model.base import BaseModel
+from mifo.model.shapes import shape_of
+from mifo.planning.live_bytes import LiveBytes
+from mifo.planning.trace import BoxedControl, Model, trace_placing, trace_vae
 from mifo.prompts import TokenizedPrompt, asset_token
+from mifo.sampling.guidance import LatentGuidance, MaskRefinement
 
 GIB = 2**30
 PIECES = ("guidance", "sampling", "decode")

@@ -25,17 +25,17 @@ from PIL import Image
 from results import share, spread, write_result
 from tqdm import tqdm
 
-from mifo.base_model import BaseModel, load_base_model
 from mifo.boxes import Box
-from mifo.bundle import Bundle, attach, load_bundle
+from mifo.bundle.instance_copy import kept_crops
+from mifo.bundle.store import Bundle, attach, load_bundle
 from mifo.config import EditConfig, edit_preset, learn_preset, synthesis_preset
-from mifo.edit import edit
-from mifo.instance import load_instance, with_background
-from mifo.learn import learn
-from mifo.pictures import caption_below, enlarge, grid
+from mifo.data.instance import load_instance, with_background
+from mifo.editing.edit import edit
+from mifo.io.sheets import caption_below, enlarge, grid
+from mifo.learning.learn import learn
+from mifo.model.base import BaseModel, load_base_model
 from mifo.prompts import things_among
-from mifo.references import kept_crops
-from mifo.sample import sample_prompts
+from mifo.sampling.sample import sample_prompts
 from mifo.toybox.draw import BACKGROUNDS, COLORS
 from mifo.toybox.judge import Verdict, judge_images, load_judge, match
 from mifo.toybox.scoring import best_in_box, compare, nearest

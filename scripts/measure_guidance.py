@@ -20,12 +20,12 @@ import typer
 from measure_main_job import load_things, measure_boxes
 from results import write_result
 
-import mifo.guidance
-from mifo.base_model import load_base_model
-from mifo.bundle import attach, load_bundle
+import mifo.sampling.guidance
+from mifo.bundle.store import attach, load_bundle
 from mifo.config import SynthesisConfig, synthesis_preset
-from mifo.guidance import LatentGuidance, step_size
-from mifo.json_text import record_text
+from mifo.io.json_text import record_text
+from mifo.model.base import load_base_model
+from mifo.sampling.guidance import LatentGuidance, step_size
 from mifo.toybox.judge import load_judge
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,14 +52,14 @@ def guide_before(self: LatentGuidance, step: int, timestep: torch.Tensor, latent
 @contextmanager
 def numbers_before() -> Iterator[SynthesisConfig]:
     """The former numbers and loop for as long as the block lasts."""
-    alpha, guide = mifo.guidance.alpha_schedule, LatentGuidance.guide
-    mifo.guidance.alpha_schedule = lambda step, steps: 0.4 - 0.1 * step if step < 3 else alpha(step, steps)
+    alpha, guide = mifo.sampling.guidance.alpha_schedule, LatentGuidance.guide
+    mifo.sampling.guidance.alpha_schedule = lambda step, steps: 0.4 - 0.1 * step if step < 3 else alpha(step, steps)
     LatentGuidance.guide = guide_before  # type: ignore[method-assign]
     config = synthesis_preset("toybox")
     try:
         yield replace(config, guidance=replace(config.guidance, step_size_end=2.0))
     finally:
-        mifo.guidance.alpha_schedule, LatentGuidance.guide = alpha, guide  # type: ignore[method-assign]
+        mifo.sampling.guidance.alpha_schedule, LatentGuidance.guide = alpha, guide  # type: ignore[method-assign]
 
 
 def main(bundle: Annotated[Path, typer.Option()], images: int = 24, name: str = "guidance_numbers") -> None:

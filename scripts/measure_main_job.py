@@ -20,16 +20,16 @@ from typing import Annotated, Any
 import typer
 from results import share, spread, write_result
 
-from mifo.base_model import BaseModel, load_base_model
 from mifo.boxes import Layout, parse_layout
-from mifo.bundle import Bundle, attach
+from mifo.bundle.store import Bundle, attach
 from mifo.config import LearnConfig, SynthesisConfig, learn_preset, synthesis_preset
-from mifo.instance import load_instance
-from mifo.json_text import json_text, record_text
-from mifo.learn import learn
-from mifo.pictures import caption_below, draw_boxes, enlarge, grid
-from mifo.sample import sample_prompts
-from mifo.synthesize import synthesize
+from mifo.data.instance import load_instance
+from mifo.io.json_text import json_text, record_text
+from mifo.io.sheets import caption_below, draw_boxes, enlarge, grid
+from mifo.learning.learn import learn
+from mifo.model.base import BaseModel, load_base_model
+from mifo.sampling.sample import sample_prompts
+from mifo.synthesis.synthesize import synthesize
 from mifo.toybox.judge import Finding, Verdict, judge_images, load_judge
 from mifo.toybox.scoring import best_in_box, compare, nearest, surest
 from mifo.toybox.world import BACKGROUND_PHRASES, Thing

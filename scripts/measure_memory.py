@@ -34,16 +34,16 @@ from results import write_result
 
 from mifo.attention.record import record_attention
 from mifo.attention.sites import choose_sites
-from mifo.base_model import BaseModel
 from mifo.config import LearnConfig, learn_preset
-from mifo.embedding import use_assets
-from mifo.json_text import json_text, record_text
-from mifo.known_models import shape_of
-from mifo.lora import add_adapters
-from mifo.losses import masked_diffusion_loss, penalty_loss
-from mifo.memory import process_peak_gib
-from mifo.memory_trace import LiveBytes
-from mifo.plan_trace import Model, build, trace_learning
+from mifo.io.json_text import json_text, record_text
+from mifo.learning.losses import masked_diffusion_loss, penalty_loss
+from mifo.model.base import BaseModel
+from mifo.model.embedding import use_assets
+from mifo.model.lora import add_adapters
+from mifo.model.peak_memory import process_peak_gib
+from mifo.model.shapes import shape_of
+from mifo.planning.live_bytes import LiveBytes
+from mifo.planning.trace import Model, build, trace_learning
 
 GIB = 2**30
 RETURN_AT_ONCE = 1 << 16  # bytes from which a freed block goes back to the system
@@ -193,7 +193,7 @@ def measured_for_real(shape: str, width_divisor: int, case: Case, device: str) -
     from bench import Options
     from bench_setup import build_base, make_learner, run_step, write_scene
 
-    from mifo.instance import fit_instance
+    from mifo.data.instance import fit_instance
 
     options = Options(shape=shape, dtype=case.dtype, gradient_checkpointing=case.checkpointing)
     base = build_base(shape, width_divisor, DTYPES[case.dtype], device)

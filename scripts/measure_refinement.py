@@ -26,16 +26,16 @@ from scipy.cluster.vq import kmeans2
 from tqdm import tqdm
 
 from mifo.attention.refine import MeanMap, cluster_pixels, refine_masks, subject_cover
-from mifo.base_model import BaseModel, load_base_model
 from mifo.boxes import Layout, parse_layout
-from mifo.bundle import attach, load_bundle
+from mifo.bundle.store import attach, load_bundle
 from mifo.config import learn_preset, synthesis_preset
-from mifo.guidance import MaskRefinement
-from mifo.instance import load_instance
-from mifo.json_text import json_text
-from mifo.learn import learn
+from mifo.data.instance import load_instance
+from mifo.io.json_text import json_text
+from mifo.learning.learn import learn
+from mifo.model.base import BaseModel, load_base_model
 from mifo.prompts import join_assets
-from mifo.synthesize import synthesize
+from mifo.sampling.guidance import MaskRefinement
+from mifo.synthesis.synthesize import synthesize
 from mifo.toybox.draw import BACKGROUNDS
 from mifo.toybox.world import BACKGROUND_PHRASES
 

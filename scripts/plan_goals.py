@@ -15,9 +15,9 @@ import typer
 from results import write_result
 
 from mifo.config import MemoryConfig, learn_preset, synthesis_preset
-from mifo.json_text import record_text
-from mifo.plan_report import plan_facts
-from mifo.planner import GIB, Settings, make_plan, phases_of, read_model
+from mifo.io.json_text import record_text
+from mifo.planning.planner import GIB, Settings, make_plan, phases_of, read_model
+from mifo.planning.report import plan_facts
 
 FAMILY = "stable-diffusion"
 LEARN = Settings("learn", 512, torch.bfloat16, learn_preset(FAMILY), synthesis_preset(FAMILY), assets=3)

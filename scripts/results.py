@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mifo.json_text import record_text
+from mifo.io.json_text import record_text
 
 FOLDER = Path(__file__).parent / "results"
 

@@ -35,16 +35,16 @@ import typer
 from toybench_methods import METHODS, Training, choose_methods, trained, training, write_record
 from toybench_scenes import COUNTS, LARGE_COUNTS, LEVELS, SPLITS, Cell, bench_scene
 
-from mifo.base_model import BaseModel, load_base_model
 from mifo.config import SynthesisConfig, learn_preset, synthesis_preset, to_dict
-from mifo.dataset import InstanceData
-from mifo.evaluate.attention import attention_leakage
-from mifo.evaluate.cases import Case, default_cases, mask_aspects
-from mifo.evaluate.measure import measure_pictures
-from mifo.evaluate.run import draw_cases, draw_prompts
-from mifo.evaluate.toybox_backend import ToyboxBackend
-from mifo.instance import Instance, fit_instance, load_instance
-from mifo.json_text import json_text
+from mifo.data.instance import Instance, fit_instance, load_instance
+from mifo.evaluation.attention import attention_leakage
+from mifo.evaluation.cases import Case, default_cases, mask_aspects
+from mifo.evaluation.measure import measure_pictures
+from mifo.evaluation.run import draw_cases, draw_prompts
+from mifo.evaluation.toybox_backend import ToyboxBackend
+from mifo.io.json_text import json_text
+from mifo.learning.dataset import InstanceData
+from mifo.model.base import BaseModel, load_base_model
 from mifo.toybox.examples import write_instance
 
 ITEMS, KEPT = "items", "bundles"

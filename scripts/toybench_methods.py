@@ -23,20 +23,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mifo.base_model import BaseModel
-from mifo.bundle import Bundle, attach, load_bundle
+from mifo.bundle.store import Bundle, attach, load_bundle
 from mifo.config import AttentionTerms, LearnConfig, PriorConfig, SynthesisConfig, learn_preset
-from mifo.dataset import Batch, InstanceData
-from mifo.embedding import initial_rows, use_assets
-from mifo.evaluate.backend import Backend
-from mifo.evaluate.checkpoints import checkpoint_judge
-from mifo.instance import FittedInstance, Instance, fit_instance
-from mifo.json_text import record_text
-from mifo.learn import Learner, learn, lend_adapters
-from mifo.pictures import pixels_to_tensor
-from mifo.prior import make_prior
+from mifo.data.instance import FittedInstance, Instance, fit_instance
+from mifo.evaluation.backend import Backend
+from mifo.evaluation.checkpoints import checkpoint_judge
+from mifo.io.json_text import record_text
+from mifo.io.sheets import pixels_to_tensor
+from mifo.learning.dataset import Batch, InstanceData
+from mifo.learning.learn import Learner, learn, lend_adapters
+from mifo.learning.optimizer import Stepper
+from mifo.learning.prior import make_prior
+from mifo.model.base import BaseModel
+from mifo.model.embedding import initial_rows, use_assets
 from mifo.prompts import add_asset_tokens, join_assets
-from mifo.stepper import Stepper
 
 PAIRS = 24
 

@@ -13,8 +13,8 @@ from results import FOLDER, write_result
 from toybench_methods import METHODS
 from toybench_scenes import LEVELS, Cell
 
-from mifo.evaluate.metrics import interval
-from mifo.evaluate.plots import Bar, bar_chart, below
+from mifo.evaluation.metrics import interval
+from mifo.evaluation.plots import Bar, bar_chart, below
 
 Item = dict[str, Any]
 OURS = "mifo"

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 from tqdm import tqdm
 
-from mifo.json_text import record_text
+from mifo.io.json_text import record_text
 from mifo.toybox.draw import BACKGROUNDS, RARE_CLASSES
 from mifo.toybox.judge import (
     GRID,

@@ -40,7 +40,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from mifo.attention.record import AttentionRecorder, RecordingProcessor
 from mifo.attention.sites import Processor, Site, attention_sites
-from mifo.json_text import json_text
+from mifo.io.json_text import json_text
 from mifo.toybox.architecture import (
     LARGE,
     MAX_TOKENS,

@@ -20,7 +20,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from tqdm import tqdm
 
-from mifo.json_text import record_text
+from mifo.io.json_text import record_text
 
 CHECKPOINT_SECONDS = 180
 STABLE_SHARE = 0.7  # of the samples at the peak rate; a longer run can start from there

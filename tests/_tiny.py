@@ -69,7 +69,7 @@ def write_instance(folder: Path, assets: int = 2, size: tuple[int, int] = (96, 6
 
 def load_base() -> Any:
     """A fresh copy of the tiny model, which a test may spoil."""
-    from mifo.base_model import load_base_model
+    from mifo.model.base import load_base_model
 
     return load_base_model(str(tiny_base_folder()))
 
@@ -78,8 +78,8 @@ def load_base() -> Any:
 def tiny_bundle_folder() -> Path:
     """A bundle of two assets learned on the tiny model. Never write into it: `copy_bundle` gives one to spoil."""
     from mifo.config import learn_preset
-    from mifo.instance import load_instance
-    from mifo.learn import learn
+    from mifo.data.instance import load_instance
+    from mifo.learning.learn import learn
 
     config = learn_preset("stable-diffusion")
     config = replace(

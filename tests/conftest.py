@@ -13,7 +13,7 @@ import pytest
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
-    from mifo.base_model import BaseModel
+    from mifo.model.base import BaseModel
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,7 +41,7 @@ def toybox_random_base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     import torch
     from diffusers import DDIMScheduler
 
-    from mifo.base_model import BaseModel
+    from mifo.model.base import BaseModel
     from mifo.toybox.architecture import build_text_encoder, build_tokenizer, build_unet, build_vae, scheduler_config
 
     torch.manual_seed(0)
@@ -93,7 +93,7 @@ def tiny_sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_sd_base(tiny_sd_folder: Path) -> BaseModel:
     """`tiny_sd_folder`, loaded as a user's own model would be. A test that borrows it gives it back as it was."""
-    from mifo.base_model import load_base_model
+    from mifo.model.base import load_base_model
 
     return load_base_model(str(tiny_sd_folder))
 

@@ -21,10 +21,10 @@ from mifo.attention.sites import (
     fused_attention,
     use_processors,
 )
-from mifo.base_model import BaseModel
 from mifo.boxes import Box, Layout
 from mifo.config import LearnConfig, from_dict, learn_preset, synthesis_preset, to_dict
 from mifo.errors import InputError
+from mifo.model.base import BaseModel
 from mifo.prompts import TokenizedPrompt
 
 LENGTH = 9

@@ -15,8 +15,8 @@ from test_attention import CORNERS, PROMPT, SELF, as_text, control_of, inputs
 from mifo.attention.bounded import BoundedAttention, bound_attention
 from mifo.attention.groups import Groups, attention_in_groups, group_pixels
 from mifo.attention.sites import fused_attention, set_fused_attention
-from mifo.base_model import BaseModel
 from mifo.boxes import Box, Layout
+from mifo.model.base import BaseModel
 
 OVERLAPPING = Layout(("<asset0>", "<asset1>"), (Box(0, 0, 0.75, 0.5), Box(0.5, 0, 1, 0.5)))
 

@@ -10,9 +10,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from mifo.base_model import DTYPE, HUB_MODELS, TOYBOX_FOLDER, load_base_model, resolve
-from mifo.base_weights import STEMS
 from mifo.errors import InputError
+from mifo.model.base import DTYPE, HUB_MODELS, TOYBOX_FOLDER, load_base_model, resolve
+from mifo.model.base_weights import STEMS
 from mifo.toybox.judge import judge_images, load_judge
 
 
@@ -41,7 +41,7 @@ def test_a_loaded_model_is_frozen_and_tells_its_shape():
 def test_decoding_what_was_encoded_gives_the_picture_back():
     from PIL import Image
 
-    from mifo.pictures import pixels_to_tensor
+    from mifo.io.sheets import pixels_to_tensor
 
     image = Image.open(Path(__file__).parent.parent / "example" / "shelf" / "img.png").convert("RGB").resize((64, 64))
     base = load_base_model("toybox")

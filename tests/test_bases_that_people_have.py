@@ -17,11 +17,11 @@ from _tiny import FAST, ROOT, edit_json, load_base, mifo, tiny_base_folder, writ
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mifo.base_model import load_base_model, resolve
-from mifo.base_weights import STEMS
-from mifo.bundle import attach, base_of_bundle, load_bundle
+from mifo.bundle.store import attach, base_of_bundle, load_bundle
 from mifo.errors import InputError
-from mifo.known_models import shape_of
+from mifo.model.base import load_base_model, resolve
+from mifo.model.base_weights import STEMS
+from mifo.model.shapes import shape_of
 
 sys.path.insert(0, str(ROOT / "scripts"))
 SD2_AT_768 = {
@@ -48,7 +48,7 @@ def folder_at_768(tiny_sd_folder: Path, tmp_path_factory: pytest.TempPathFactory
 
 def test_stable_diffusion_2_at_768_checks_learns_draws_and_edits(folder_at_768: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Before, sites were those with maps of 16 and 32, which latents of 96 do not have."""
-    monkeypatch.setattr("mifo.learn.write_preview", lambda path, *_: Image.new("RGB", (8, 8)).save(path))
+    monkeypatch.setattr("mifo.learning.learn.write_preview", lambda path, *_: Image.new("RGB", (8, 8)).save(path))
     instance = write_instance(tmp_path / "instances" / "pair", size=(128, 128))
     checked = mifo("check", instance, "--model-path", folder_at_768, "--output-path", tmp_path / "check.png", "--json")
     assert json.loads(checked.stdout)["supervised_map_sizes"] == [48, 24]
@@ -336,7 +336,7 @@ def test_a_single_file_of_another_kind_is_refused(names: dict[str, Any], message
 )  # fmt: skip
 def test_what_a_single_file_of_stable_diffusion_2_predicts(
         steps: int | None, yaml: str | None, expected: Any, tmp_path: Path) -> None:  # fmt: skip
-    from mifo.single_file import configs_of_file
+    from mifo.model.single_file import configs_of_file
 
     path = tmp_path / "v2.safetensors"
     unet = "model.diffusion_model."
@@ -365,7 +365,7 @@ def test_a_pickle_is_refused_with_the_line_that_converts_it(tmp_path: Path) -> N
 
 def test_a_bundle_learned_on_a_single_file_finds_it_and_fits_its_folder(
         narrow_sd_folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:  # fmt: skip
-    monkeypatch.setattr("mifo.learn.write_preview", lambda path, *_: path.touch())
+    monkeypatch.setattr("mifo.learning.learn.write_preview", lambda path, *_: path.touch())
     instance = write_instance(tmp_path / "pair")
     mifo("learn", instance, "--model-path", checkpoint, "--output-dir", tmp_path / "out", *FAST, "--resolution", 64,
          "--no-prior-preservation")  # fmt: skip

@@ -22,16 +22,16 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from mifo.base_model import BaseModel, load_base_model
-from mifo.bundle import Bundle, attach, find_bundle, load_bundle, save_bundle
+from mifo.bundle.export import export_for_diffusers
+from mifo.bundle.store import Bundle, attach, find_bundle, load_bundle, save_bundle
 from mifo.config import LearnConfig, LoraPhase
-from mifo.embedding import use_assets
 from mifo.errors import InputError
-from mifo.export import export_for_diffusers
-from mifo.files import write_file, write_folder
-from mifo.lora import add_adapters, remove_adapter
+from mifo.io.files import write_file, write_folder
+from mifo.io.temporary import ABANDONED_AFTER
+from mifo.model.base import BaseModel, load_base_model
+from mifo.model.embedding import use_assets
+from mifo.model.lora import add_adapters, remove_adapter
 from mifo.prompts import tokenize_prompt
-from mifo.temporary import ABANDONED_AFTER
 
 PROMPT = "a photo of <asset0> and <asset1>"
 
@@ -364,7 +364,7 @@ def test_through_a_link_the_folder_that_it_means_is_replaced(base: BaseModel, tm
 
 
 def test_the_swap_works_where_the_system_cannot_exchange(base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("mifo.swap.exchange", lambda first, second: False)
+    monkeypatch.setattr("mifo.io.swap.exchange", lambda first, second: False)
     folder = copy_bundle(tmp_path)
     save(base, folder, random_rows(1), {})
     assert os.listdir(tmp_path) == [folder.name] and len(load_bundle(folder).tokens) == 1
@@ -387,7 +387,7 @@ KILLED_SAVE = """
 import os, signal, sys
 from pathlib import Path
 from mifo import files, swap
-from mifo.manifest import MANIFEST
+from mifo.io.manifest import MANIFEST
 
 def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -27,9 +27,9 @@ from _tiny import (
 )
 from PIL import Image
 
-from mifo.bundle import load_bundle
+from mifo.bundle.store import load_bundle
 from mifo.config import PriorConfig
-from mifo.prior import PriorData, make_prior
+from mifo.learning.prior import PriorData, make_prior
 
 PROMPT = "a photo of <asset0> and <asset1>"
 BOXES = "[[0.0, 0.1, 0.5, 0.9], [0.5, 0.1, 1.0, 0.9]]"

@@ -13,12 +13,12 @@ import pytest
 from _tiny import load_base, mifo, tiny_bundle_folder
 from PIL import Image
 
-from mifo import scenes
-from mifo.batch import PictureJob
 from mifo.config import SynthesisConfig
 from mifo.errors import InputError
-from mifo.evaluate.cases import read_pictures
-from mifo.pictures import grid, save_sheets, sheets_in, thumbnail
+from mifo.evaluation.cases import read_pictures
+from mifo.io.sheets import grid, save_sheets, sheets_in, thumbnail
+from mifo.synthesis import variations as scenes
+from mifo.synthesis.resumable import PictureJob
 
 
 def test_a_page_is_written_before_the_next_ones_cells_are_made(tmp_path: Path):

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from mifo.base_model import BaseModel
-from mifo.denoise import denoise, initial_latents
 from mifo.errors import InputError
-from mifo.samplers import SCHEDULERS, make_scheduler
+from mifo.model.base import BaseModel
+from mifo.model.samplers import SCHEDULERS, make_scheduler
+from mifo.sampling.denoise import denoise, initial_latents
 
 LENGTH = 5
 

@@ -10,17 +10,17 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from mifo.asset_crops import cut_out
-from mifo.blending import clone, feather, paste, paste_around, tune_to_source
 from mifo.boxes import Box, snapped_box
 from mifo.config import EditConfig, GuidanceConfig
-from mifo.edit import _Blending, edit
-from mifo.edit_frame import latent_mask, make_frame, shrinking_masks, thickness, within_length
+from mifo.data.asset_crops import cut_out
+from mifo.editing.blending import clone, feather, paste, paste_around, tune_to_source
+from mifo.editing.edit import _Blending, edit
+from mifo.editing.frame import latent_mask, make_frame, shrinking_masks, thickness, within_length
+from mifo.editing.ranking import asset_similarity, best_first, prompt_similarity
 from mifo.errors import InputError
-from mifo.ranking import asset_similarity, best_first, prompt_similarity
 
 if TYPE_CHECKING:
-    from mifo.base_model import BaseModel
+    from mifo.model.base import BaseModel
 
 
 def block(size: tuple[int, int], left: int, top: int, right: int, bottom: int) -> np.ndarray:
@@ -236,7 +236,7 @@ QUICK = EditConfig(steps=4, guidance_scale=3.0, guidance=GuidanceConfig(enabled=
 
 
 def test_the_latents_outside_follow_the_source_down_to_no_noise(toybox_random_base: BaseModel):
-    from mifo.samplers import make_scheduler
+    from mifo.model.samplers import make_scheduler
 
     scheduler = make_scheduler("ddim", toybox_random_base.scheduler)
     source, noise = torch.randn((2, 1, 8, 16, 16), generator=torch.Generator().manual_seed(0))
@@ -338,8 +338,8 @@ def test_apart_from_the_background_a_subject_goes_on_with_nothing():
 
 def test_a_thin_mask_is_filled_with_what_the_prompt_says():
     """The toybox model itself, whose balloons are shorter than this bar; with free words a quarter of it is green."""
-    from mifo.base_model import load_base_model
     from mifo.config import edit_preset
+    from mifo.model.base import load_base_model
     from mifo.toybox.draw import BACKGROUNDS, COLORS
     from mifo.toybox.world import Scene, draw_scene
 

@@ -15,13 +15,13 @@ import torch
 from _tiny import learn_arguments, mifo, snapshot, tiny_base_folder, tiny_bundle_folder, write_instance
 from PIL import Image, ImageCms, ImageDraw
 
-from mifo import base_model
-from mifo.bundle import load_bundle
+from mifo.bundle.store import load_bundle
 from mifo.config import MemoryConfig, SynthesisConfig, edit_preset
+from mifo.data.instance import load_instance, with_background
+from mifo.editing.picture_file import load_edit_mask, load_picture
 from mifo.errors import InputError
-from mifo.instance import load_instance, with_background
-from mifo.picture_file import load_edit_mask, load_picture
-from mifo.planner import GIB, RESERVE, Settings, make_plan, read_model
+from mifo.model import base as base_model
+from mifo.planning.planner import GIB, RESERVE, Settings, make_plan, read_model
 
 ORIENTATION, MAKER = 0x0112, 0x010F
 PROMPT = "a photo of <asset1>"

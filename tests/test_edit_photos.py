@@ -15,16 +15,16 @@ from _photos import ORIENTATION, as_stored, icc_profile, to_srgb, turned
 from _tiny import mifo, tiny_bundle_folder
 from PIL import Image, ImageDraw
 
-from mifo.blending import clone
 from mifo.config import EditConfig, GuidanceConfig
-from mifo.edit import edit
-from mifo.edit_frame import make_frame
+from mifo.editing.blending import clone
+from mifo.editing.edit import edit
+from mifo.editing.frame import make_frame
+from mifo.editing.picture_file import load_edit_mask, load_picture
 from mifo.errors import InputError
-from mifo.evaluate.run import measure_edit
-from mifo.picture_file import load_edit_mask, load_picture
+from mifo.evaluation.run import measure_edit
 
 if TYPE_CHECKING:
-    from mifo.base_model import BaseModel
+    from mifo.model.base import BaseModel
 
 SIZE = (120, 120)
 BOX = (14, 10, 60, 44)
@@ -248,7 +248,7 @@ def test_a_large_clone_comes_close_to_the_full_solution(monkeypatch: pytest.Monk
     drawn = np.clip(source[::-1].astype(np.float32) + 40 + 15 * np.sin(yy / 25)[..., None], 0, 255)
     mask = (yy - 150) ** 2 / 120**2 + (xx - 200) ** 2 / 170**2 < 1
     full = clone(source, drawn, mask).astype(int)
-    monkeypatch.setattr("mifo.blending.MAX_CLONED", 20_000)
+    monkeypatch.setattr("mifo.editing.blending.MAX_CLONED", 20_000)
     small = clone(source, drawn, mask).astype(int)
     assert np.array_equal(small[~mask], source[~mask])
     assert np.abs(small - full).max() <= 6 and np.abs(small - full).mean() < 1
@@ -257,7 +257,7 @@ def test_a_large_clone_comes_close_to_the_full_solution(monkeypatch: pytest.Monk
 MEASURE = """
 import resource, sys
 import numpy as np
-from mifo.blending import clone
+from mifo.editing.blending import clone
 side = int(sys.argv[1])
 ramp = np.linspace(0, 255, side).astype(np.uint8)
 source = np.ascontiguousarray(np.broadcast_to(ramp[:, None, None], (side, side, 3)))
@@ -273,6 +273,6 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
 def test_the_memory_of_cloning_does_not_grow_with_the_picture():
     """A mask over 36 megapixels took 190 bytes a pixel, 6.4 GiB; its solver now sees a limited number of pixels, made few here,
     and what grows are the result (6 bytes a pixel with its copy), the shift of one channel (4 + 4) and masks: 25 in all."""
-    code = MEASURE.replace("side = int", "import mifo.blending; mifo.blending.MAX_CLONED = 250_000\nside = int")
+    code = MEASURE.replace("side = int", "import mifo.editing.blending; mifo.editing.blending.MAX_CLONED = 250_000\nside = int")
     found = float(subprocess.run([sys.executable, "-c", code, "1600"], capture_output=True, text=True, check=True).stdout)
     assert found < (250_000 * 230 + 2_560_000 * 25) / 2**30, f"{found:.2f} GiB"

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import CLIPTextModel
 
-from mifo.base_model import BaseModel
-from mifo.embedding import AssetEmbedding, initial_rows, use_assets
+from mifo.model.base import BaseModel
+from mifo.model.embedding import AssetEmbedding, initial_rows, use_assets
 
 WORDS, WIDTH = 12, 8
 #: two sentences with the assets 12 and 13 among words; the end of the text is 11

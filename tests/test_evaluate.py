@@ -18,16 +18,16 @@ from _tiny import FAST, copy_bundle, edit_json, load_base, mifo, tiny_base_folde
 from PIL import Image, ImageDraw
 
 from mifo.boxes import Box, Layout
-from mifo.bundle import load_bundle
-from mifo.command_parts import instance_of
+from mifo.bundle.store import load_bundle
+from mifo.cli.command_parts import instance_of
 from mifo.config import KeepConfig, learn_preset
+from mifo.data.instance import load_instance
 from mifo.errors import InputError
-from mifo.evaluate.backend import Seen
-from mifo.evaluate.cases import Case, Picture
-from mifo.evaluate.measure import measure_pictures, summarize
-from mifo.evaluate.toybox_backend import ToyboxBackend, agreement
-from mifo.instance import load_instance
-from mifo.learn import learn
+from mifo.evaluation.backend import Seen
+from mifo.evaluation.cases import Case, Picture
+from mifo.evaluation.measure import measure_pictures, summarize
+from mifo.evaluation.toybox_backend import ToyboxBackend, agreement
+from mifo.learning.learn import learn
 from mifo.toybox.examples import EXAMPLES, write_example
 from mifo.toybox.world import Scene, draw_scene, placed
 
@@ -149,7 +149,7 @@ def photo_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def test_photo_back_end_wiring(photo_models: dict[str, str], tmp_path: Path):
-    from mifo.evaluate.photo_backend import PhotoBackend
+    from mifo.evaluation.photo_backend import PhotoBackend
 
     write_instance(tmp_path / "cups")
     (tmp_path / "cups" / "words.txt").write_text("red mug\nblue house\n")
@@ -179,7 +179,7 @@ def test_photo_back_end_wiring(photo_models: dict[str, str], tmp_path: Path):
 
 def test_a_models_own_code_is_never_run(photo_models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Not even when the terminal's answer to transformers' question would be yes."""
-    from mifo.evaluate.photo_backend import PhotoBackend
+    from mifo.evaluation.photo_backend import PhotoBackend
 
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\n"))
@@ -197,7 +197,7 @@ def test_a_models_own_code_is_never_run(photo_models: dict[str, str], tmp_path: 
 
 
 def test_a_models_pickle_or_pipe_is_never_opened(photo_models: dict[str, str], tmp_path: Path):
-    from mifo.evaluate.photo_backend import PhotoBackend
+    from mifo.evaluation.photo_backend import PhotoBackend
 
     instance = load_instance(write_instance(tmp_path / "cups"))
     folder = Path(shutil.copytree(photo_models["dino"], tmp_path / "dino"))
@@ -213,8 +213,8 @@ def test_a_models_pickle_or_pipe_is_never_opened(photo_models: dict[str, str], t
 
 def test_models_from_the_hub_are_pinned_and_their_commits_recorded(photo_models: dict[str, str], tmp_path: Path,
                                                                    monkeypatch: pytest.MonkeyPatch):  # fmt: skip
-    from mifo.evaluate.photo_backend import PhotoBackend
-    from mifo.evaluate.photo_models import CLIP, DETECTOR, DINO, REVISIONS
+    from mifo.evaluation.photo_backend import PhotoBackend
+    from mifo.evaluation.photo_models import CLIP, DETECTOR, DINO, REVISIONS
 
     asked = {}
 

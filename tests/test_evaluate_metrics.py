@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from mifo.errors import InputError
-from mifo.evaluate import metrics
-from mifo.evaluate.attention import leakage_shares
-from mifo.evaluate.cases import default_cases, grid_layout, read_cases
-from mifo.evaluate.measure import by_seed, leakage_matrix, summarize
-from mifo.keep_best import KeepBest
+from mifo.evaluation import metrics
+from mifo.evaluation.attention import leakage_shares
+from mifo.evaluation.cases import default_cases, grid_layout, read_cases
+from mifo.evaluation.measure import by_seed, leakage_matrix, summarize
+from mifo.learning.early_stopping import KeepBest
 
 TOKENS = ("<asset0>", "<asset1>", "<asset2>")
 ALIKE = np.array([[1.0, 0.75, 0.5], [0.75, 1.0, 0.5], [0.5, 0.5, 1.0]])

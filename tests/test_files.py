@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 from _tiny import snapshot
 
-from mifo import swap
 from mifo.errors import InputError
-from mifo.files import check_writable, write_file, write_folder
-from mifo.lock import hold_lock
-from mifo.manifest import MANIFEST, Manifest, foreign_entries, is_ours, read_manifest, remove_ours
-from mifo.outputs import check_apart, numbered_file, numbered_folder
-from mifo.swap import finish_swaps
-from mifo.temporary import ABANDONED_AFTER, MARKER, owner, remove_abandoned, temporary_folder
+from mifo.io import swap
+from mifo.io.files import check_writable, write_file, write_folder
+from mifo.io.lock import hold_lock
+from mifo.io.manifest import MANIFEST, Manifest, foreign_entries, is_ours, read_manifest, remove_ours
+from mifo.io.outputs import check_apart, numbered_file, numbered_folder
+from mifo.io.swap import finish_swaps
+from mifo.io.temporary import ABANDONED_AFTER, MARKER, owner, remove_abandoned, temporary_folder
 
 LONG_AGO = time.time() - ABANDONED_AFTER - 10
 
@@ -170,7 +170,7 @@ def test_a_file_that_exists_is_replaced_when_asked_and_links_and_devices_never(t
 
 def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Also where the file system knows no hard links."""
-    from mifo import files
+    from mifo.io import files
 
     for attempt in range(2):
         if attempt:
@@ -327,8 +327,8 @@ def test_what_is_no_lock_of_ours_is_neither_followed_nor_changed(tmp_path: Path,
 
 
 def test_a_lock_that_is_made_and_removed_for_ever_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("mifo.lock._is_still", lambda path, file: False)
-    monkeypatch.setattr("mifo.lock.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("mifo.io.lock._is_still", lambda path, file: False)
+    monkeypatch.setattr("mifo.io.lock.time.sleep", lambda seconds: None)
     with pytest.raises(InputError, match="could not be locked in 200 tries"), hold_lock(tmp_path / "x", "learning", "wait"):
         pytest.fail("went on")
 

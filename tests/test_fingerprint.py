@@ -14,11 +14,11 @@ import torch
 from _tiny import copy_bundle, edit_json, load_base, tiny_base_folder
 from safetensors.torch import load_file, save_file
 
-from mifo import fingerprint as module
-from mifo.base_model import load_base_model
-from mifo.bundle import attach, base_of_bundle, load_bundle
+from mifo.bundle.store import attach, base_of_bundle, load_bundle
 from mifo.errors import InputError
-from mifo.fingerprint import file_fingerprint, fingerprint, weight_name
+from mifo.model import fingerprint as module
+from mifo.model.base import load_base_model
+from mifo.model.fingerprint import file_fingerprint, fingerprint, weight_name
 
 WEIGHTS = {"text_encoder": "model.safetensors", "vae": "diffusion_pytorch_model.safetensors",
            "unet": "diffusion_pytorch_model.safetensors"}  # fmt: skip
@@ -154,7 +154,7 @@ def test_whatever_changes_pictures_changes_the_fingerprint(change: Callable[[Pat
 def test_digests_of_large_files_are_remembered_until_a_file_changes(copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     cache = tmp_path / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.setattr("mifo.digest_cache.LARGE", 1)
+    monkeypatch.setattr("mifo.model.digest_cache.LARGE", 1)
     hashed: list[str] = []
     original = module._files_digest
     monkeypatch.setattr(module, "_files_digest", lambda part, files: hashed.append(part) or original(part, files))

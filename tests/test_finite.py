@@ -24,15 +24,15 @@ from _tiny import (
 )
 from safetensors.torch import load_file, save_file
 
-from mifo.base_model import BaseModel
-from mifo.bundle import attach, load_bundle
-from mifo.checkpoints import Checkpointing, latest, open_checkpoints
+from mifo.bundle.store import attach, load_bundle
 from mifo.config import PriorConfig
 from mifo.errors import InputError, NotFinite
-from mifo.finite import LIMIT
-from mifo.json_text import json_text, record_text
-from mifo.prior import make_prior
-from mifo.tensor_file import Damaged, read_state, write_state
+from mifo.io.json_text import json_text, record_text
+from mifo.io.tensor_file import Damaged, read_state, write_state
+from mifo.learning.checkpoints import Checkpointing, latest, open_checkpoints
+from mifo.learning.prior import make_prior
+from mifo.model.base import BaseModel
+from mifo.model.finite import LIMIT
 
 WEIGHTS = {"unet": "unet/diffusion_pytorch_model.safetensors", "vae": "vae/diffusion_pytorch_model.safetensors"}
 PRIOR = PriorConfig(num_class_images=2, sampling_steps=2)
@@ -51,7 +51,7 @@ def spoiled_base(folder: Path, part: str, value: float) -> Path:
 
 def bundle_on(base: Path, folder: Path) -> Path:
     """The tiny bundle, as if it had been learned on `base`."""
-    from mifo.base_model import load_base_model
+    from mifo.model.base import load_base_model
 
     bundle = copy_bundle(folder)
     record = json.loads((bundle / "bundle.json").read_text())
@@ -140,7 +140,7 @@ def test_a_garbled_but_finite_prior_is_drawn_again(tmp_path: Path):
 def test_a_whole_prior_is_not_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     base = load_base()
     first = make_prior(base, PRIOR, 64, 0, tmp_path).latents
-    monkeypatch.setattr("mifo.prior.denoise", lambda *_, **__: pytest.fail("it was drawn again"))
+    monkeypatch.setattr("mifo.learning.prior.denoise", lambda *_, **__: pytest.fail("it was drawn again"))
     assert torch.equal(make_prior(base, PRIOR, 64, 0, tmp_path).latents, first)
 
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 from _tiny import load_base, mifo, tiny_base_folder, write_instance
 
-from mifo.base_model import load_base_model
-from mifo.command_parts import choose_device, choose_dtype
+from mifo.cli.command_parts import choose_device, choose_dtype
+from mifo.cli.options import Precision
 from mifo.config import learn_preset
-from mifo.instance import load_instance
-from mifo.learn import learn
-from mifo.memory import GIB, PeakMemory, limit_memory, process_peak_gib, with_index
-from mifo.options import Precision
-from mifo.stepper import Stepper
+from mifo.data.instance import load_instance
+from mifo.learning.learn import learn
+from mifo.learning.optimizer import Stepper
+from mifo.model.base import load_base_model
+from mifo.model.peak_memory import GIB, PeakMemory, limit_memory, process_peak_gib, with_index
 
 
 class Allocator:
@@ -66,8 +66,8 @@ def test_a_budget_is_made_binding_on_the_device_asked_for(device: str, index: in
 
 def test_a_vram_budget_reaches_the_gpu(allocator: Allocator) -> None:
     from mifo.config import SynthesisConfig
-    from mifo.plan_report import limit_gpu
-    from mifo.planner import RESERVE, Plan, Settings
+    from mifo.planning.planner import RESERVE, Plan, Settings
+    from mifo.planning.report import limit_gpu
 
     settings = Settings("synthesize", 64, torch.float32, learn_preset("toybox"), SynthesisConfig())
     plan = Plan("toybox", settings, (), 12 * GIB)
@@ -116,7 +116,7 @@ def test_auto_precision_on_a_gpu_is_what_it_can(monkeypatch: pytest.MonkeyPatch)
 
 def test_runs_of_different_precisions_follow_one_another_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before, the second raised: Accelerate's state was the whole process's."""
-    monkeypatch.setattr("mifo.learn.write_preview", lambda path, *_: path.touch())
+    monkeypatch.setattr("mifo.learning.learn.write_preview", lambda path, *_: path.touch())
     instance = load_instance(write_instance(tmp_path / "pair"))
     config = learn_preset("stable-diffusion")
     config = replace(config, embedding=replace(config.embedding, train_steps=1), prior=replace(config.prior, enabled=False),

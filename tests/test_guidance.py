@@ -13,13 +13,13 @@ from diffusers import UNet2DConditionModel
 from mifo.attention.bounded import BoundedAttention, bound_attention
 from mifo.attention.refine import MeanMap, assign_clusters, cluster_pixels, refine_masks, subject_cover
 from mifo.attention.sites import attention_sites, choose_sites
-from mifo.base_model import BaseModel
 from mifo.boxes import Box, Layout
 from mifo.config import GuidanceConfig, RefinementConfig, synthesis_preset
-from mifo.denoise import denoise
-from mifo.guidance import LatentGuidance, MaskRefinement, attention_masses, step_size
+from mifo.model.base import BaseModel
+from mifo.model.samplers import make_scheduler
 from mifo.prompts import TokenizedPrompt
-from mifo.samplers import make_scheduler
+from mifo.sampling.denoise import denoise
+from mifo.sampling.guidance import LatentGuidance, MaskRefinement, attention_masses, step_size
 
 LENGTH = 11
 TIMESTEP = torch.tensor(981)

@@ -24,13 +24,13 @@ from _tiny import (
 )
 from safetensors.torch import load_file, save_file
 
-from mifo.base_model import load_base_model
-from mifo.bundle import attach, base_of_bundle, load_bundle
+from mifo.bundle.store import attach, base_of_bundle, load_bundle
+from mifo.data.instance import load_instance
 from mifo.errors import InputError
-from mifo.evaluate.toybox_backend import load_truth
-from mifo.instance import load_instance
+from mifo.evaluation.toybox_backend import load_truth
+from mifo.io.terminal import MAX_MESSAGE, shown
+from mifo.model.base import load_base_model
 from mifo.prompts import check_prompt
-from mifo.terminal import MAX_MESSAGE, shown
 
 
 class Canary:
@@ -267,7 +267,7 @@ def test_boxes_that_would_take_minutes_to_draw(tmp_path: Path, boxes: str, messa
 
 
 def test_many_large_masks_are_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("mifo.instance.MAX_MASK_MEGAPIXELS", 0.01)
+    monkeypatch.setattr("mifo.data.instance.MAX_MASK_MEGAPIXELS", 0.01)
     folder = write_instance(tmp_path / "cups")
     result = mifo(*learn_arguments(folder, tmp_path / "out"), exit_code=2)
     assert "has 2 masks of 96x64 pixels, 0 megapixels together" in result.stderr

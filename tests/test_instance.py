@@ -14,8 +14,8 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, ImageDraw
 
+from mifo.data.instance import Instance, fit, fit_instance, load_instance
 from mifo.errors import InputError
-from mifo.instance import Instance, fit, fit_instance, load_instance
 
 SIZE = (64, 48)
 ORIENTATION = 0x0112

@@ -13,10 +13,10 @@ import torch
 from _tiny import load_base, write_instance
 from PIL import Image
 
-from mifo import sample
 from mifo.config import LearnConfig, learn_preset
-from mifo.instance import load_instance
-from mifo.learn import Progress, learn, snapshot_steps
+from mifo.data.instance import load_instance
+from mifo.learning.learn import Progress, learn, snapshot_steps
+from mifo.sampling import sample
 
 
 def short(steps: int) -> LearnConfig:
@@ -35,8 +35,9 @@ def test_a_phase_is_shown_at_its_thirds_and_no_step_twice(steps: int):
 def test_no_column_of_the_attention_sheet_is_there_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Nor the first of phase 2, which is the last of phase 1."""
     sheets: list[Any] = []
-    monkeypatch.setattr("mifo.learn.write_preview", lambda path, *_: path.touch())
-    monkeypatch.setattr("mifo.learn.write_attention_sheet", lambda path, snapshots, *_: sheets.append(snapshots) or path.touch())
+    monkeypatch.setattr("mifo.learning.learn.write_preview", lambda path, *_: path.touch())
+    monkeypatch.setattr("mifo.learning.learn.write_attention_sheet",
+                        lambda path, snapshots, *_: sheets.append(snapshots) or path.touch())  # fmt: skip
     learn(load_instance(write_instance(tmp_path / "cups")), load_base(), short(4), tmp_path / "out")
     labels = [label for label, _ in sheets[0]]
     assert labels == ["embedding 0", "embedding 1", "embedding 2", "embedding 4", "lora 1", "lora 2", "lora 4"]

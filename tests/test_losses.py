@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from mifo.guidance import alpha_schedule, box_guidance_loss
-from mifo.losses import masked_diffusion_loss, match_loss, penalty_loss, reward_loss, separation_loss
+from mifo.learning.losses import masked_diffusion_loss, match_loss, penalty_loss, reward_loss, separation_loss
+from mifo.sampling.guidance import alpha_schedule, box_guidance_loss
 
 #: the left half of the picture
 LEFT = torch.tensor([[1.0, 1.0, 0.0, 0.0]] * 4)

@@ -11,11 +11,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 from measure_main_job import load_things, measure_alone, measure_boxes
 
-from mifo.base_model import load_base_model
-from mifo.bundle import attach
+from mifo.bundle.store import attach
 from mifo.config import learn_preset, synthesis_preset
-from mifo.instance import load_instance
-from mifo.learn import learn
+from mifo.data.instance import load_instance
+from mifo.learning.learn import learn
+from mifo.model.base import load_base_model
 from mifo.toybox.judge import load_judge
 
 EXAMPLE = Path(__file__).parent.parent / "example" / "toy_car"

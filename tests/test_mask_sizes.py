@@ -10,10 +10,10 @@ import torch
 from _tiny import load_base
 from PIL import Image
 
-from mifo.dataset import InstanceData
-from mifo.instance import fit_instance, load_instance
-from mifo.mask_check import check_masks
-from mifo.mask_sizes import MaskSizes, mask_at_latents, mask_at_map, union_at_latents
+from mifo.data.instance import fit_instance, load_instance
+from mifo.data.mask_check import check_masks
+from mifo.data.mask_sizes import MaskSizes, mask_at_latents, mask_at_map, union_at_latents
+from mifo.learning.dataset import InstanceData
 
 
 def line(offset: int, width: int = 4, size: int = 512) -> torch.Tensor:

@@ -18,21 +18,21 @@ from safetensors.torch import load_file
 from mifo.attention import backend as backends
 from mifo.attention.record import record_attention
 from mifo.attention.sites import choose_sites
-from mifo.base_model import BaseModel, load_base_model
-from mifo.blending import tune_to_source
 from mifo.config import LearnConfig, MemoryConfig, SynthesisConfig, learn_preset
-from mifo.dataset import InstanceData
-from mifo.embedding import use_assets
+from mifo.data.instance import fit_instance, load_instance
+from mifo.editing.blending import tune_to_source
 from mifo.errors import InputError
-from mifo.half_precision import follow_input_dtype
-from mifo.instance import fit_instance, load_instance
-from mifo.learn import Learner, gradient_checkpointing, lend_adapters, make_optimizer
-from mifo.lora import add_adapters
-from mifo.memory_trace import LiveBytes
-from mifo.plan_trace import trace_learning, trace_tuning
-from mifo.planner import GIB, RESERVE, Settings, make_plan, phases_of, read_model
+from mifo.learning.dataset import InstanceData
+from mifo.learning.learn import Learner, gradient_checkpointing, lend_adapters, make_optimizer
+from mifo.learning.optimizer import Stepper
+from mifo.model.base import BaseModel, load_base_model
+from mifo.model.embedding import use_assets
+from mifo.model.half_precision import follow_input_dtype
+from mifo.model.lora import add_adapters
+from mifo.planning.live_bytes import LiveBytes
+from mifo.planning.planner import GIB, RESERVE, Settings, make_plan, phases_of, read_model
+from mifo.planning.trace import trace_learning, trace_tuning
 from mifo.prompts import add_asset_tokens
-from mifo.stepper import Stepper
 
 # --- counting -----------------------------------------------------------------------------------
 
@@ -296,7 +296,7 @@ def test_nf4_weights_are_near_the_real_ones_and_adapters_learn_on_them() -> None
 
 
 def test_without_8bit_adam_the_reason_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from mifo import learn
+    from mifo.learning import learn
 
     monkeypatch.setattr(learn, "why_no_8bit_adam", lambda devices: "bitsandbytes has no build for this platform")
     weight = torch.nn.Parameter(torch.ones(3))

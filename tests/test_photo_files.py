@@ -11,13 +11,13 @@ from _photos import ORIENTATION, as_stored, icc_profile, jpeg_with_segments, to_
 from _tiny import mifo
 from PIL import Image, ImageDraw
 
+from mifo.data.instance import Instance, load_instance
+from mifo.data.mask_check import check_masks
+from mifo.data.mask_file import without_islands
+from mifo.data.mask_orientation import fitting_reading
+from mifo.data.mask_sizes import MaskSizes
 from mifo.errors import InputError
-from mifo.image_file import load_image
-from mifo.instance import Instance, load_instance
-from mifo.mask_check import check_masks
-from mifo.mask_file import without_islands
-from mifo.mask_orientation import fitting_reading
-from mifo.mask_sizes import MaskSizes
+from mifo.io.image_file import load_image
 
 SQUARE, WIDE = (120, 120), (160, 120)
 SIZES = MaskSizes(64, 16, (16, 8))
@@ -270,7 +270,7 @@ def test_system_files_and_folders_are_skipped(tmp_path: Path):
         (tmp_path / "all" / "cups" / name).write_bytes(b"x")
         (tmp_path / "all" / name).write_bytes(b"x")
     (tmp_path / "all" / "cups" / "__MACOSX").mkdir()
-    from mifo.command_parts import instance_folders
+    from mifo.cli.command_parts import instance_folders
 
     assert [p.name for p in instance_folders(None, tmp_path / "all")] == ["cups"]
     assert load_instance(tmp_path / "all" / "cups").warnings == ()

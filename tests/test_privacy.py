@@ -11,10 +11,10 @@ import pytest
 from _tiny import FAST, edit_json, mifo, tiny_base_folder, tiny_bundle_folder, write_instance
 from PIL import Image
 
-from mifo.base_model import public_name
-from mifo.batch import PictureJob
-from mifo.bundle import load_bundle
+from mifo.bundle.store import load_bundle
 from mifo.errors import InputError
+from mifo.model.base import public_name
+from mifo.synthesis.resumable import PictureJob
 
 SECRET = "homes-of-anna"
 PROMPT = "a photo of <asset0>"

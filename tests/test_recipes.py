@@ -11,16 +11,16 @@ import pytest
 import torch
 from _tiny import load_base, write_instance
 
-import mifo.learn as learning
+import mifo.learning.learn as learning
 from mifo.attention.record import record_attention
 from mifo.attention.sites import choose_sites
 from mifo.config import LearnConfig, learn_preset
-from mifo.dataset import InstanceData
-from mifo.embedding import initial_rows, use_assets
-from mifo.instance import fit_instance, load_instance
-from mifo.learn import Learner
+from mifo.data.instance import fit_instance, load_instance
+from mifo.learning.dataset import InstanceData
+from mifo.learning.learn import Learner
+from mifo.learning.optimizer import Stepper
+from mifo.model.embedding import initial_rows, use_assets
 from mifo.prompts import add_asset_tokens
-from mifo.stepper import Stepper
 
 
 def mean_square(error: torch.Tensor) -> torch.Tensor:

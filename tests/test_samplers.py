@@ -15,15 +15,15 @@ import torch
 from _tiny import copy_bundle, load_base, mifo, tiny_base_folder, tiny_bundle_folder
 from PIL import Image
 
-from mifo.base_model import BaseModel
 from mifo.boxes import Box, Layout
-from mifo.bundle import attach, load_bundle
+from mifo.bundle.store import attach, load_bundle
 from mifo.config import PriorConfig, SynthesisConfig, synthesis_preset
-from mifo.denoise import denoise, initial_latents, seeded_noise
 from mifo.errors import InputError
-from mifo.prior import make_prior
-from mifo.samplers import OWN_CLASSES, SCHEDULERS, check_steps, make_scheduler, read_scheduler, training_schedule
-from mifo.synthesize import synthesize
+from mifo.learning.prior import make_prior
+from mifo.model.base import BaseModel
+from mifo.model.samplers import OWN_CLASSES, SCHEDULERS, check_steps, make_scheduler, read_scheduler, training_schedule
+from mifo.sampling.denoise import denoise, initial_latents, seeded_noise
+from mifo.synthesis.synthesize import synthesize
 
 #: every scheduler class that public Stable Diffusion folders name
 CLASSES = ("PNDM", "DDIM", "EulerDiscrete", "EulerAncestralDiscrete", "DPMSolverMultistep", "UniPCMultistep", "LMSDiscrete",
@@ -300,7 +300,7 @@ def test_commands_refuse_too_many_steps_before_anything_loads(
         if part.name != "scheduler":
             (settings / part.name).symlink_to(part)
     write_folder(settings, "PNDM")
-    monkeypatch.setattr("mifo.base_model.UNet2DConditionModel.from_pretrained", lambda *_, **__: pytest.fail("the UNet loads"))
+    monkeypatch.setattr("mifo.model.base.UNet2DConditionModel.from_pretrained", lambda *_, **__: pytest.fail("the UNet loads"))
     Image.new("RGB", (64, 64), "grey").save(tmp_path / "photo.png")
     Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
     more = {"synthesize": ["--prompt", "a photo of <asset0>"], "variations": ["--asset", "0"], "evaluate": [],

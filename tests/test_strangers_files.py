@@ -19,18 +19,19 @@ from _tiny import ROOT, copy_bundle, edit_json, learn_arguments, load_base, mifo
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mifo import batch, command_parts
-from mifo.base_model import load_base_model, resolve
 from mifo.boxes import parse_layout
-from mifo.bundle import attach, base_of_bundle, load_bundle
+from mifo.bundle.export import export_for_diffusers
+from mifo.bundle.instance_copy import keep_instance, kept_crops, kept_instance
+from mifo.bundle.store import attach, base_of_bundle, load_bundle
+from mifo.cli import command_parts
+from mifo.data.instance import MAX_ASSETS, load_instance
 from mifo.errors import InputError
-from mifo.evaluate.cases import read_cases
-from mifo.evaluate.toybox_backend import load_truth
-from mifo.export import export_for_diffusers
-from mifo.instance import MAX_ASSETS, load_instance
-from mifo.read_files import UnusableFile, read_regular
-from mifo.references import keep_instance, kept_crops, kept_instance
-from mifo.scenes import read_prompts
+from mifo.evaluation.cases import read_cases
+from mifo.evaluation.toybox_backend import load_truth
+from mifo.io.read_files import UnusableFile, read_regular
+from mifo.model.base import load_base_model, resolve
+from mifo.synthesis import resumable as batch
+from mifo.synthesis.variations import read_prompts
 
 SPARSE = 3 << 30
 
@@ -118,14 +119,14 @@ def test_a_bundle_replaced_while_the_base_loads_draws_one_bundles_pictures(tmp_p
         replace(folder)
         return load(*arguments)
 
-    monkeypatch.setattr("mifo.cli.load_base_of", slowly)
+    monkeypatch.setattr("mifo.cli.commands.load_base_of", slowly)
     mifo(*command, "--output-path", tmp_path / "drawn")
     pictures = [np.asarray(Image.open(tmp_path / name / "000004.png")) for name in ("expected", "drawn")]
     assert (pictures[0] == pictures[1]).all()
 
 
 def test_a_bundle_replaced_while_it_is_read_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from mifo import bundle_files
+    from mifo.bundle import files as bundle_files
 
     folder, read = copy_bundle(tmp_path), bundle_files.read_regular
     calls = []
@@ -286,7 +287,7 @@ def test_a_bundle_that_names_an_unknown_base_fetches_and_loads_nothing(tmp_path:
 
 
 def test_known_hub_models_go_by_their_short_names(tmp_path: Path):
-    from mifo.base_model import HUB_MODELS
+    from mifo.model.base import HUB_MODELS
 
     folder = copy_bundle(tmp_path)
     record = json.loads((folder / "bundle.json").read_text())
@@ -342,13 +343,13 @@ def test_texts_that_are_no_files_are_refused_at_once(tmp_path: Path, kind: str):
 
 USE_LIBRARIES = """
 import importlib.util
-import mifo.bundle, mifo.quantize
+import mifo.bundle.store, mifo.model.quantize
 import transformers.utils, diffusers.utils
 assert importlib.util.find_spec("kernels") is None
 assert not transformers.utils.is_kernels_available() and not diffusers.utils.is_kernels_available()
 from transformers.integrations import hub_kernels
 assert not hub_kernels._kernels_enabled
-mifo.quantize._bitsandbytes()
+mifo.model.quantize._bitsandbytes()
 try:
     from kernels import get_kernel
 except ImportError:

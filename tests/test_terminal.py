@@ -16,7 +16,7 @@ from _tiny import FAST, ROOT, learn_arguments, mifo, tiny_base_folder, write_ins
 from typer.testing import CliRunner
 
 from mifo.cli import app
-from mifo.console import Bar, Job, say, waiting
+from mifo.io.console import Bar, Job, say, waiting
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 COMMANDS = ["learn", "synthesize", "boxes", "export", "demo", "edit", "decompose", "variations", "evaluate", "check", "plan"]
@@ -48,8 +48,8 @@ def test_only_our_own_lines_reach_the_terminal(tmp_path: Path):
 
 LIBRARY = """
 import logging, os, sys, warnings
-from mifo.terminal import guard_streams, quiet_libraries
-from mifo.console import running, say
+from mifo.io.terminal import guard_streams, quiet_libraries
+from mifo.io.console import running, say
 quiet_libraries()
 guard_streams()
 with running(False) as job:
@@ -98,7 +98,7 @@ def test_a_wait_is_shown_once_it_is_long(capsys: pytest.CaptureFixture[str], mon
     with waiting("loading"):
         pass
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("mifo.console.SHOW_AFTER", 0.01)
+    monkeypatch.setattr("mifo.io.console.SHOW_AFTER", 0.01)
     with waiting("loading"):
         time.sleep(0.3)
     assert "loading: 00:00" in capsys.readouterr().err
@@ -106,7 +106,7 @@ def test_a_wait_is_shown_once_it_is_long(capsys: pytest.CaptureFixture[str], mon
 
 def test_what_cannot_be_counted_shows_its_seconds(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     """Before the first step, and after the last: decoding, measuring, saving."""
-    monkeypatch.setattr("mifo.console.SHOW_AFTER", 0.01)
+    monkeypatch.setattr("mifo.io.console.SHOW_AFTER", 0.01)
     with Bar() as bar:
         time.sleep(0.2)
         bar.denoising(1, 2)

@@ -22,9 +22,9 @@ from toybench_scenes import COUNTS, LARGE_COUNTS, LEVELS, Cell, bench_scene
 
 from mifo.boxes import Box
 from mifo.config import learn_preset, synthesis_preset
-from mifo.embedding import initial_rows, use_assets
-from mifo.evaluate.toybox_backend import agreement, thing_looks
-from mifo.instance import fit_instance, load_instance
+from mifo.data.instance import fit_instance, load_instance
+from mifo.evaluation.toybox_backend import agreement, thing_looks
+from mifo.model.embedding import initial_rows, use_assets
 from mifo.toybox.draw import RARE_CLASSES
 
 

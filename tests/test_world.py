@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import ImageFilter
 
-from mifo.instance import load_instance
+from mifo.data.instance import load_instance
 from mifo.toybox.architecture import MAX_TOKENS, build_tokenizer
 from mifo.toybox.draw import BACKGROUNDS, CLASSES, COLORS, PATTERNS
 from mifo.toybox.examples import EXAMPLES, write_example

@@ -13,7 +13,7 @@ from typing import Any
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ..json_text import json_text
+from ..io.json_text import json_text
 from .draw import COLORS, PATTERNS
 from .world import BACKGROUND_PHRASES, CLASS_NAMES
 

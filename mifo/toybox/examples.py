@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..json_text import json_text
+from ..io.json_text import json_text
 from .world import Scene, Thing, draw_scene, placed
 
 NOWHERE = (0.0, 0.0, 1.0, 1.0)

@@ -15,21 +15,21 @@ import torch
 from _scratch_files import base_folder, bundle_folder, instance_folder, scratch, with_file
 from PIL import Image
 
-from mifo.base_config import check_configs, read_configs
-from mifo.base_model import has_layout
-from mifo.base_weights import check_files, variant_of, weight_files
-from mifo.bundle import base_of_bundle, load_bundle
-from mifo.checkpoints import latest
+from mifo.bundle.instance_copy import kept_crops, kept_instance
+from mifo.bundle.store import base_of_bundle, load_bundle
 from mifo.config import LearnConfig, from_dict, learn_preset, to_dict
+from mifo.data.instance import load_instance
+from mifo.editing.picture_file import load_edit_mask
 from mifo.errors import InputError
-from mifo.evaluate.cases import read_cases
-from mifo.instance import load_instance
-from mifo.manifest import MANIFEST, Manifest, is_ours, read_manifest, remove_ours
-from mifo.picture_file import load_edit_mask
-from mifo.prior import _read_cache
-from mifo.references import kept_crops, kept_instance
-from mifo.scenes import read_prompts
-from mifo.tensor_file import Damaged, read_header, read_state, write_state
+from mifo.evaluation.cases import read_cases
+from mifo.io.manifest import MANIFEST, Manifest, is_ours, read_manifest, remove_ours
+from mifo.io.tensor_file import Damaged, read_header, read_state, write_state
+from mifo.learning.checkpoints import latest
+from mifo.learning.prior import _read_cache
+from mifo.model.base import has_layout
+from mifo.model.base_config import check_configs, read_configs
+from mifo.model.base_weights import check_files, variant_of, weight_files
+from mifo.synthesis.variations import read_prompts
 
 TOKENS = ("<asset0>", "<asset1>")
 SHAPE = (1, 2, 3, 3)

@@ -10,11 +10,11 @@ from typing import Any
 
 from _tiny import load_base, snapshot
 
-from mifo.base_model import BaseModel
-from mifo.checkpoints import Checkpointing
 from mifo.config import LearnConfig, learn_preset
-from mifo.instance import Instance
-from mifo.learn import CheckpointJudge, Progress, learn
+from mifo.data.instance import Instance
+from mifo.learning.checkpoints import Checkpointing
+from mifo.learning.learn import CheckpointJudge, Progress, learn
+from mifo.model.base import BaseModel
 
 STEPS = 3  # of each phase
 

@@ -19,15 +19,15 @@ from _scratch_files import bundle_folder, instance_folder, scratch, with_file
 from PIL import Image, ImageCms, PngImagePlugin
 
 from mifo.boxes import parse_boxes_alone, parse_layout
-from mifo.bundle import base_of_bundle, load_bundle
+from mifo.bundle.store import base_of_bundle, load_bundle
+from mifo.data.instance import fit_instance, load_instance
+from mifo.editing.picture_file import load_picture
 from mifo.errors import InputError
-from mifo.evaluate.cases import read_pictures
-from mifo.evaluate.toybox_backend import ToyboxBackend
-from mifo.image_file import load_image
-from mifo.instance import fit_instance, load_instance
-from mifo.picture_file import load_picture
+from mifo.evaluation.cases import read_pictures
+from mifo.evaluation.toybox_backend import ToyboxBackend
+from mifo.io.image_file import load_image
+from mifo.io.terminal import shown
 from mifo.prompts import add_asset_tokens, assets_in, check_characters, check_prompt, tokenize_prompt
-from mifo.terminal import shown
 from mifo.toybox.judge import Judge, load_judge
 
 TOKENS = ("<asset0>", "<asset1>")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from mifo.instance import Instance
+    from mifo.data.instance import Instance
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def quick_preview() -> Iterator[None]:
     from PIL import Image
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mifo.learn.write_preview", lambda path, *_: Image.new("L", (8, 8)).save(path))
+        patch.setattr("mifo.learning.learn.write_preview", lambda path, *_: Image.new("L", (8, 8)).save(path))
         yield
 
 
@@ -26,7 +26,7 @@ def quick_preview() -> Iterator[None]:
 def instance(tmp_path_factory: pytest.TempPathFactory) -> Instance:
     from _tiny import write_instance
 
-    from mifo.instance import load_instance
+    from mifo.data.instance import load_instance
 
     return load_instance(write_instance(tmp_path_factory.mktemp("photos") / "cups"))
 
@@ -36,6 +36,6 @@ def whole(quick_preview: None, instance: Instance, tmp_path_factory: pytest.Temp
     """What a run learns that nobody interrupts."""
     from _short_runs import base, config
 
-    from mifo.learn import learn
+    from mifo.learning.learn import learn
 
     return learn(instance, base(), config(), tmp_path_factory.mktemp("whole") / "cups").folder

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from mifo import files
-from mifo.checkpoints import Checkpointing, Checkpoints, latest
 from mifo.errors import InputError
-from mifo.files import write_file, write_folder
+from mifo.io import files
+from mifo.io.files import write_file, write_folder
+from mifo.learning.checkpoints import Checkpointing, Checkpoints, latest
 
 
 @pytest.fixture

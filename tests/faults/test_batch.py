@@ -16,11 +16,11 @@ import pytest
 from _tiny import FAST, ROOT, copy_bundle, mifo, snapshot, tiny_base_folder, tiny_bundle_folder
 from PIL import Image
 
-from mifo import scenes
-from mifo.batch import PictureJob
 from mifo.errors import InputError
-from mifo.evaluate import best_of
-from mifo.evaluate import run as evaluation
+from mifo.evaluation import best_of
+from mifo.evaluation import run as evaluation
+from mifo.synthesis import variations as scenes
+from mifo.synthesis.resumable import PictureJob
 from mifo.toybox.examples import write_example
 
 Draw = Callable[[], list[Image.Image]]

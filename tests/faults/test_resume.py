@@ -19,14 +19,14 @@ from _short_runs import Crash, base, config, crash_at, learned, run
 from _tiny import copy_bundle, learn_arguments, mifo, snapshot, write_instance
 from safetensors.torch import load_file
 
-from mifo.bundle import load_bundle
-from mifo.checkpoints import Checkpointing, latest
+from mifo.bundle.store import load_bundle
+from mifo.data.instance import Instance, load_instance
 from mifo.errors import InputError
-from mifo.instance import Instance, load_instance
-from mifo.interrupts import stop_between_steps
-from mifo.learn import Learner, learn
-from mifo.lock import checkpoint_folder, hold_lock
-from mifo.tensor_file import read_state, write_state
+from mifo.io.interrupts import stop_between_steps
+from mifo.io.lock import checkpoint_folder, hold_lock
+from mifo.io.tensor_file import read_state, write_state
+from mifo.learning.checkpoints import Checkpointing, latest
+from mifo.learning.learn import Learner, learn
 
 pytestmark = pytest.mark.usefixtures("quick_preview")
 
@@ -129,7 +129,7 @@ def test_the_last_two_are_kept_and_hold_no_pickle(instance: Instance, tmp_path: 
 def test_a_signal_keeps_the_state_after_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int,
                                                  verb: str):  # fmt: skip
     """In the middle of step 2; the same command with --resume ends as one that was never stopped."""
-    from mifo.interrupts import terminate
+    from mifo.io.interrupts import terminate
 
     cups, arguments = write_instance(tmp_path / "cups"), ("--no-prior-preservation", "--checkpoint-every", 50)
     mifo(*learn_arguments(cups, tmp_path / "whole", *arguments))
@@ -260,7 +260,7 @@ def test_a_gradient_that_is_not_finite_stops_too(instance: Instance, tmp_path: P
 
 def test_steps_that_a_scaler_skips_are_counted_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """fp16 needs a GPU; the scaler's own word for a skipped step is imitated."""
-    from mifo.stepper import Stepper
+    from mifo.learning.optimizer import Stepper
 
     monkeypatch.setattr(Stepper, "step", lambda self, optimizer: optimizer.step() or False)
     result = mifo(*learn_arguments(write_instance(tmp_path / "cups"), tmp_path / "out", "--no-prior-preservation"))

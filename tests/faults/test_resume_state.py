@@ -16,13 +16,13 @@ import pytest
 import torch
 from _short_runs import STEPS, Crash, base, config, learned, run
 
-from mifo.bundle import load_bundle
+from mifo.bundle.store import load_bundle
 from mifo.config import KeepConfig, LearnConfig
-from mifo.instance import Instance
-from mifo.learn import Progress
-from mifo.learn_state import capture, restore
-from mifo.stepper import Stepper
-from mifo.tensor_file import read_state, write_state
+from mifo.data.instance import Instance
+from mifo.io.tensor_file import read_state, write_state
+from mifo.learning.learn import Progress
+from mifo.learning.optimizer import Stepper
+from mifo.learning.state import capture, restore
 
 pytestmark = pytest.mark.usefixtures("quick_preview")
 
@@ -80,7 +80,7 @@ def test_a_run_that_had_stopped_improving_does_not_go_on_when_resumed(instance: 
         raise Crash
 
     with monkeypatch.context() as patch, pytest.raises(Crash):
-        patch.setattr("mifo.learn.attention_shares", crash)
+        patch.setattr("mifo.learning.learn.attention_shares", crash)
         kept_run(instance, tmp_path / "cups", settings)
     assert kept_run(instance, tmp_path / "cups", settings) == expected
     assert learned(tmp_path / "cups") == learned(tmp_path / "whole")

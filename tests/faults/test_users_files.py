@@ -25,7 +25,7 @@ from _tiny import (
 from PIL import Image
 
 from mifo.cli import app
-from mifo.manifest import is_ours
+from mifo.io.manifest import is_ours
 
 BOXES = "[[0.0, 0.1, 0.5, 0.9], [0.5, 0.1, 1.0, 0.9]]"
 PROMPT = "a photo of <asset0> and <asset1>"

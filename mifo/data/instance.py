@@ -1,0 +1,348 @@
+"""An instance folder, read and checked: one image and one mask for each asset in it.
+
+    folder/ img.jpg, mask0.png, mask1.png, ..., words.txt (optional)  ->  Instance  ->  FittedInstance
+
+Knows files and pixels; neither models nor training.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageStat
+
+from ..errors import InputError
+from ..io.image_file import MAX_IMAGE_BYTES, open_image, refuse_file, to_srgb
+from ..io.read_files import UnusableFile, check_regular, leads_out, read_regular
+from ..prompts import BACKGROUND_TOKEN, asset_token, check_characters
+from .mask_file import StoredMask, open_mask
+from .mask_orientation import upright_masks
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_NAMES = "img.jpg, img.jpeg, img.png or img.webp"
+#: Files and folders that systems and archivers leave beside a user's own; hidden ones are skipped as well.
+SYSTEM_NAMES = ("__macosx", "thumbs.db", "desktop.ini", "system volume information", "$recycle.bin", "@eadir", "lost+found")
+MIN_SIDE = 16
+MAX_MASK_MEGAPIXELS = 500  # of all masks together
+MAX_WORDS_BYTES = 1 << 16
+MAX_OVERLAP = 0.5
+MAX_ASSETS = 64
+MAX_TRUTH_BYTES = 1 << 20  # of what a drawn scene says of itself
+IMAGE_NAME_PATTERN = re.compile(r"img\.(jpe?g|png|webp)", re.IGNORECASE)
+MASK_PATTERN = re.compile(r"mask([0-9]+)\.png", re.IGNORECASE)
+LOOSE_MASK_PATTERN = re.compile(r"mask.*\.(png|jpe?g|webp|gif|bmp|tiff?)", re.IGNORECASE)
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One image and its assets. Asset i has masks[i], words[i] and the token `<asset{i}>`."""
+
+    name: str
+    image: Image.Image
+    """RGB, upright, sRGB."""
+    masks: tuple[Image.Image, ...]
+    """L, 0 or 255 (the asset), the image's size."""
+    words: tuple[str, ...] | None
+    source: Path
+    """The folder."""
+    warnings: tuple[str, ...] = ()
+    """What looks wrong but can be used."""
+    notes: tuple[str, ...] = ()
+    """How the files were read, where that is not plain."""
+    has_background: bool = False
+    """The last mask is the complement of the others, and its token is `<background>`."""
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        things = tuple(asset_token(i) for i in range(self.count - self.has_background))
+        return (*things, BACKGROUND_TOKEN) if self.has_background else things
+
+    @property
+    def count(self) -> int:
+        return len(self.masks)
+
+
+@dataclass(frozen=True)
+class FittedInstance:
+    """An instance at the model's resolution: all squares of `resolution` pixels."""
+
+    image: Image.Image
+    """RGB; the padding has the image's mean colour."""
+    masks: tuple[Image.Image, ...]
+    """L, 0 or 255; 0 in the padding."""
+    valid: Image.Image
+    """L, 255 on the image and 0 in the padding."""
+    tokens: tuple[str, ...]
+    """Of each mask."""
+
+
+def load_instance(folder: Path, mask_orientation: str = "auto") -> Instance:
+    """Reads and checks an instance folder. Raises InputError for whatever is wrong with it.
+
+    `mask_orientation`, for a photo that its camera stored turned: the masks are drawn on the 'upright' picture, on the pixels
+    as 'stored', or 'auto': as they fit.
+    """
+    names = _list_folder(folder)
+    _check_files(folder, names)
+    image_path = folder / _find_image(folder, names)
+    mask_paths = [folder / name for name in _find_masks(folder, names)]
+    photo = open_image(image_path)
+    image = to_srgb(photo)
+    if min(image.size) < MIN_SIDE:
+        raise InputError(
+            f"{image_path} is {_size(image)} pixels, but each side needs at least {MIN_SIDE}; use a larger image."
+        )
+    megapixels = len(mask_paths) * image.width * image.height / 1e6
+    if megapixels > MAX_MASK_MEGAPIXELS:
+        raise InputError(
+            f"{folder} has {len(mask_paths)} masks of {_size(image)} pixels, {megapixels:.0f} megapixels together, but at most "
+            f"{MAX_MASK_MEGAPIXELS} are read; make the image and the masks smaller."
+        )
+    files = [_sized_mask(path, image, image_path.name, photo.orientation) for path in mask_paths]
+    greys, turns = upright_masks(image, image_path.name, photo.orientation, files, mask_orientation)
+    masks = [_mask_inside(file, grey) for file, grey in zip(files, greys, strict=True)]
+    return Instance(
+        name=folder.resolve().name,
+        image=image,
+        masks=tuple(Image.fromarray(mask.astype(np.uint8) * 255) for mask in masks),
+        words=_load_words(folder, names, len(masks)),
+        source=folder,
+        warnings=(*_ignored_files(folder, names), *_overlaps(folder, masks)),
+        notes=(*photo.notes(), *turns, *(note for file in files for note in file.notes)),
+    )
+
+
+def fit(image: Image.Image, resolution: int, fill: int | tuple[int, ...], resample: Image.Resampling) -> Image.Image:
+    """Scales the longer side to `resolution` and pads the shorter one equally on both sides with `fill`.
+
+    Returns an image of the same mode, resolution x resolution.
+    """
+    scale = resolution / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    square = Image.new(image.mode, (resolution, resolution), fill)
+    square.paste(image.resize((width, height), resample), ((resolution - width) // 2, (resolution - height) // 2))
+    return square
+
+
+def fit_instance(instance: Instance, resolution: int) -> FittedInstance:
+    """The instance at `resolution` x `resolution` pixels: scaled and padded, never squashed or cropped.
+
+    Raises InputError if a mask has no pixel left at this size.
+    """
+    mean = tuple(round(channel) for channel in ImageStat.Stat(instance.image).mean)
+    everything = Image.new("L", instance.image.size, 255)
+    return FittedInstance(
+        image=fit(instance.image, resolution, mean, Image.Resampling.LANCZOS),
+        masks=tuple(_fit_mask(instance, i, resolution) for i in range(instance.count)),
+        valid=fit(everything, resolution, 0, Image.Resampling.BOX),
+        tokens=instance.tokens,
+    )
+
+
+def _fit_mask(instance: Instance, index: int, resolution: int) -> Image.Image:
+    """A pixel is the asset's if at least half of its area is."""
+    mask = instance.masks[index]
+    fitted = fit(mask, resolution, 0, Image.Resampling.BOX).point(lambda value: 255 if value >= 128 else 0)
+    if fitted.getbbox() is None:
+        raise InputError(
+            f"{instance.source / f'mask{index}.png'} covers {np.count_nonzero(np.asarray(mask))} pixels of "
+            f"{_size(mask)} and none at {resolution}x{resolution}, the model's resolution; "
+            "crop the image closer to the assets, or draw the mask larger."
+        )
+    return fitted
+
+
+# Finding the files
+
+
+def _list_folder(folder: Path) -> list[str]:
+    # os.path, because it answers False where Path's own methods raise (a name that is too long, say).
+    if not os.path.isdir(folder):
+        if os.path.exists(folder):
+            raise InputError(f"{folder} is a file; give the folder that holds the image and its masks.")
+        near = _instances_in(folder.parent)
+        raise InputError(
+            f"There is no folder {str(folder)[:300]}; "
+            + (f"instances beside it: {', '.join(near)}." if near else "give a folder with an image and its masks.")
+        )
+    try:
+        return sorted(name for name in os.listdir(folder) if not is_system_name(name))
+    except OSError as error:
+        raise InputError(f"The folder {folder} cannot be read ({error.strerror}); check its permissions.") from None
+
+
+def is_system_name(name: str) -> bool:
+    """True for what a system or an archiver leaves behind, and for hidden files and folders: nobody's instance or photo."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def _check_files(folder: Path, names: list[str]) -> None:
+    """Before anything is done for each mask, and before any file is opened: the folder may come from a stranger.
+
+    Raises InputError for more masks than MAX_ASSETS, and for a file that is none, is too large, or leads out of the folder.
+    """
+    count = sum(1 for name in names if MASK_PATTERN.fullmatch(name))
+    if count > MAX_ASSETS:
+        raise InputError(f"{folder} has {count} masks, but at most {MAX_ASSETS} are read; keep those of the assets you want.")
+    for name in names:
+        is_text = name.lower() in ("words.txt", "truth.json")
+        if not (is_text or IMAGE_NAME_PATTERN.fullmatch(name) or MASK_PATTERN.fullmatch(name)):
+            continue
+        path = folder / name
+        if leads_out(folder, path):
+            raise InputError(f"{path} is a link out of its folder; copy the file there.")
+        try:
+            check_regular(path, MAX_TRUTH_BYTES if is_text else MAX_IMAGE_BYTES)
+        except UnusableFile as error:
+            raise InputError(f"{path} cannot be read ({error.strerror}); put another file there, or remove it.") from None
+        except OSError:
+            continue  # the one that reads it says what is wrong
+
+
+def _instances_in(parent: Path) -> list[str]:
+    try:
+        folders = [entry for entry in sorted(parent.iterdir()) if (entry / "mask0.png").is_file()]
+    except (OSError, ValueError):
+        return []
+    return [str(folder) for folder in folders[:8]]
+
+
+def _find_image(folder: Path, names: list[str]) -> str:
+    found = [name for name in names if _stem(name) == "img" and _suffix(name) in IMAGE_SUFFIXES]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise InputError(f"{folder} has several images ({', '.join(found)}); keep one of them.")
+    others = [name for name in names if _stem(name) == "img" or _suffix(name) in IMAGE_SUFFIXES]
+    others = [name for name in others if not name.lower().startswith("mask")]
+    there = f"it has {', '.join(others[:5])}; save the photo as img.jpg" if others else "put the photo there as img.jpg"
+    raise InputError(f"{folder} has no image ({IMAGE_NAMES}): {there}.")
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0].lower()
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _find_masks(folder: Path, names: list[str]) -> list[str]:
+    """The mask files in the order of their numbers: mask10 after mask9."""
+    numbered = sorted((int(m[1]), name) for name in names if (m := MASK_PATTERN.fullmatch(name)))
+    if not numbered:
+        others = [name for name in names if LOOSE_MASK_PATTERN.fullmatch(name)]
+        there = f" It has {', '.join(others[:5])}; save each as mask<number>.png." if others else ""
+        raise InputError(f"{folder} has no masks: mask0.png, mask1.png, ..., one for each asset.{there}")
+    for expected, (number, name) in enumerate(numbered):
+        if number < expected:
+            raise InputError(f"{folder} has two masks number {number} ({numbered[expected - 1][1]}, {name}); keep one.")
+        if number > expected:
+            raise InputError(f"{folder} has {name} but no mask{expected}.png; number the masks from 0 without gaps.")
+    return [name for _, name in numbered]
+
+
+def _ignored_files(folder: Path, names: list[str]) -> list[str]:
+    ignored = [name for name in names if LOOSE_MASK_PATTERN.fullmatch(name) and not MASK_PATTERN.fullmatch(name)]
+    return [f"{folder / name} is ignored: masks are named mask0.png, mask1.png, ..." for name in ignored]
+
+
+# Reading masks
+
+
+def _sized_mask(path: Path, image: Image.Image, image_name: str, orientation: int) -> StoredMask:
+    """A mask of the image's size, as the image is seen or as it is stored."""
+    mask = open_mask(path)
+    size = mask.grey.shape[::-1]
+    if size == image.size or (orientation >= 5 and size[::-1] == image.size):
+        return mask
+    raise InputError(f"{path} is {size[0]}x{size[1]} but {image_name} is {_size(image)}; save the mask at the image's size.")
+
+
+def _mask_inside(file: StoredMask, grey: npt.NDArray[np.uint8]) -> BoolArray:
+    """True on the asset, (H, W)."""
+    inside = grey >= 128
+    if not inside.any():
+        raise InputError(
+            f"{file.path} is empty: its brightest pixel is {file.brightest}; paint the asset white (255) on black."
+        )
+    if inside.all():
+        raise InputError(f"{file.path} covers the whole image; paint what is not the asset black.")
+    return inside
+
+
+def _size(image: Image.Image) -> str:
+    return f"{image.width}x{image.height}"
+
+
+def _overlaps(folder: Path, masks: list[BoolArray]) -> Iterable[str]:
+    areas = [int(mask.sum()) for mask in masks]
+    for i, j in combinations(range(len(masks)), 2):
+        share = int((masks[i] & masks[j]).sum()) / min(areas[i], areas[j])
+        if share > MAX_OVERLAP:
+            yield (
+                f"In {folder}, mask{i}.png and mask{j}.png share {share:.0%} of the smaller one; "
+                "the two assets will be hard to tell apart."
+            )
+
+
+# Reading words
+
+
+def _load_words(folder: Path, names: list[str], count: int) -> tuple[str, ...] | None:
+    """One word or phrase for each mask, or None without a words.txt."""
+    name = next((name for name in names if name.lower() == "words.txt"), None)
+    if name is None:
+        return None
+    path = folder / name
+    words = _read_lines(path)
+    for number, word in enumerate(words, 1):
+        if not word:
+            raise InputError(f"{path}: line {number} is empty; write one word or phrase for each mask.")
+        check_characters(word, f"{path}: line {number}")
+    if len(words) != count:
+        raise InputError(f"{path} has {len(words)} lines but there are {count} masks; write one line for each mask.")
+    return tuple(words)
+
+
+def _read_lines(path: Path) -> list[str]:
+    """Stripped lines, without the empty ones at the end."""
+    try:
+        text = read_regular(path, MAX_WORDS_BYTES).decode("utf-8-sig").rstrip()
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text; save the file as UTF-8.") from None
+    except UnusableFile as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); write one short phrase for each mask, one a line.") from None
+    except OSError as error:
+        refuse_file(path, error)
+    return [line.strip() for line in text.split("\n")] if text else []
+
+
+def with_background(instance: Instance) -> Instance:
+    """The instance with one more asset, `<background>`: all that no mask covers (Break-A-Scene, section 5).
+
+    Raises InputError when the masks leave nothing over.
+    """
+    things = np.any([np.asarray(mask) > 0 for mask in instance.masks], axis=0)
+    if things.all():
+        raise InputError(f"The masks of {instance.source} cover the whole image: there is no background to learn.")
+    rest = Image.fromarray((~things).astype(np.uint8) * 255)
+    words = (*instance.words, "background") if instance.words else None
+    return replace(instance, masks=(*instance.masks, rest), words=words, has_background=True)
+
+
+def without_background(instance: Instance) -> Instance:
+    """The instance's things alone: `<background>` is learned like an asset, but is nothing that stands somewhere."""
+    if not instance.has_background:
+        return instance
+    words = instance.words[:-1] if instance.words else None
+    return replace(instance, masks=instance.masks[:-1], words=words, has_background=False)

@@ -1,0 +1,290 @@
+"""Editing by example: a learned asset, or plain words, into the masked part of a picture (Blended Latent Diffusion,
+arXiv 2206.02779, with the learned assets of Break-A-Scene, arXiv 2305.16311, section 5).
+
+Knows the base model with a bundle attached, a picture and a mask. Knows nothing of learning.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from ..attention.bounded import BoundedAttention, bound_attention
+from ..attention.sites import smallest_map
+from ..boxes import Box, Layout, snapped_box
+from ..config import EditConfig, to_dict
+from ..data.mask_file import Island, islands_in_words, without_islands
+from ..errors import InputError
+from ..io.sheets import pixels_to_tensor
+from ..model.base import BaseModel
+from ..model.finite import check_pixels
+from ..model.peak_memory import PeakMemory
+from ..prompts import NEGATIVE, TokenizedPrompt, assets_in, check_prompt, tokenize_prompt
+from ..sampling.denoise import denoise, initial_latents
+from ..sampling.guidance import LatentGuidance
+from ..sampling.layout_control import check_boxes, encode_texts
+from .blending import clone, paste, paste_around, tune_to_source
+from .frame import BoolArray, EditFrame, latent_mask, make_frame, shrinking_masks, thickness, within_length
+from .ranking import asset_similarity, best_first, prompt_similarity
+
+FloatPixels = npt.NDArray[np.float32]
+WORDS = "words"  # stands for the content words of a prompt without assets, where attention asks for an asset's token
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One edit, at the model's resolution."""
+
+    canvas: FloatPixels
+    """(R, R, 3), 0 .. 255"""
+    seed: int
+    scores: dict[str, float]
+    """'asset' and 'prompt', as `ranking` measures them."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Candidates, best first, and all that made them."""
+
+    image: Image.Image
+    mask: BoolArray
+    """(H, W), without its tiny islands."""
+    frame: EditFrame
+    canvas: npt.NDArray[np.uint8]
+    """The picture's own part around the mask, (R, R, 3)."""
+    candidates: list[Candidate]
+    latent_pixel: float
+    """Pixels of the picture along one latent pixel."""
+    prompt: str
+    layout: Layout | None
+    """On the canvas."""
+    config: EditConfig
+    seed: int
+    seconds: float
+    peak_gib: float
+    notes: tuple[str, ...]
+
+    def picture(self, index: int) -> Image.Image:
+        """Candidate `index` in the whole picture, at the picture's own size. Made when asked for: photos are large."""
+        left, top, right, bottom = self.frame.crop
+        whole = np.array(self.image)
+        source, mask = whole[top:bottom, left:right], self.mask[top:bottom, left:right]
+        drawn = self.frame.from_canvas(self.candidates[index].canvas)
+        softness = self.latent_pixel / 2  # what one latent pixel decodes to reaches about this far beyond the mask
+        if self.config.background == "pixel":
+            part = paste(source, drawn, mask, softness)
+        elif self.config.background == "poisson":
+            part = clone(source, drawn, mask)
+        elif self.config.background == "optimization":
+            change = self.frame.from_canvas(self.candidates[index].canvas - self.canvas)
+            part = paste_around(source, drawn, change, mask, softness)
+        else:
+            part = np.rint(drawn).clip(0, 255).astype(np.uint8)
+        whole[top:bottom, left:right] = part
+        return Image.fromarray(whole)
+
+    def recipe(self) -> dict[str, Any]:
+        """Everything needed to make the candidates again, besides the picture and the mask."""
+        return {
+            "prompt": self.prompt,
+            "boxes_in_crop": self.layout.to_json() if self.layout else None,
+            "crop": list(self.frame.crop),
+            "seed": self.seed,
+            "batch_size": len(self.candidates),
+            "config": to_dict(self.config),
+        }
+
+
+def edit(base: BaseModel, image: Image.Image, mask: BoolArray, prompt: str, tokens: Sequence[str], config: EditConfig,
+         seed: int = 0, count: int = 1, layout: Layout | None = None, crops: Mapping[str, Image.Image] | None = None,
+         on_progress: Callable[[int, int], None] | None = None) -> Edit:  # fmt: skip
+    """Draws `count` candidates of `prompt` into `image` (RGB) where `mask` (H, W) is True, and ranks them.
+
+    With `config.bounded` an asset keeps to its box, and the content words of a prompt without assets keep to the mask.
+
+    `tokens`: the assets that exist. `layout`: a box per asset of the prompt, in fractions of the whole picture; one asset
+    alone takes the mask's box. `crops`: the assets' own pictures (RGBA), to rank by. Candidate k depends on `seed + k` alone.
+    A mask's tiny islands far from its body are left out, and noted.
+    Raises InputError for a prompt that the model cannot take, assets without boxes, and a mask below one latent pixel.
+    """
+    started = time.monotonic()
+    check_prompt(prompt, tokens)
+    check_prompt(config.negative_prompt, tokens, NEGATIVE)
+    base.check_steps("ddim", config.steps)
+    mask, islands = without_islands(mask)
+    frame = make_frame(mask, base.resolution)
+    side = base.native_latents
+    inside = latent_mask(frame, mask, side)
+    first_step = min(int(config.steps * config.blending_start_percentage), config.steps - 1)
+    masks = shrinking_masks(inside, config.mask_dilation, config.steps - first_step + 1)
+    on_canvas = _layout_on_canvas(base, prompt, frame, image.size, masks[0], layout)
+    canvas = frame.to_canvas(image)
+    source = base.encode(pixels_to_tensor(Image.fromarray(canvas)))[0]  # (1, C, h, w)
+    noise = initial_latents((source.shape[1], side, side), seed, count, base.device)
+
+    assets = [t for t in tokens if t in prompt.lower()]
+    tokenized = tokenize_prompt(base.tokenizer, prompt, assets)
+    negative = tokenize_prompt(base.tokenizer, config.negative_prompt, [], NEGATIVE)
+    scheduler = base.sampler("ddim")
+    blend = _Blending(scheduler, config, first_step, source, noise, masks)
+    control = None
+    bound = on_canvas
+    if config.bounded and bound is None and (words := _as_one_subject(tokenized)):
+        tokenized, bound = words, Layout((WORDS,), (_box_around(base, masks[0]),))
+    if bound and config.bounded:
+        control = BoundedAttention(tokenized, bound, (side, side), base.device, config.own_text)
+        control.images, control.halves = count, 1 if config.guidance_scale == 1.0 else 2
+    texts = control.texts if control else [tokenized.input_ids]
+    states, negative_states = encode_texts(base, texts, negative.input_ids)
+    prompt_states, empty_states = (s[:, : len(tokenized.input_ids)] for s in (states, negative_states))
+    if control:
+        blend.guidance = LatentGuidance(base.unet, control, config.guidance, prompt_states)
+        if on_canvas is None:
+            blend.bind_words(control)
+    with PeakMemory(base.device) as peak:
+        with bound_attention(base.unet, control) if control else nullcontext():
+            latents = denoise(base.unet, scheduler, blend.start(), states, negative_states, config.steps, config.guidance_scale,
+                              blend.before_step, blend.after_step, on_progress, first_step)  # fmt: skip
+        closeness = prompt_similarity(base.unet, scheduler, latents, blend.masks[-1], prompt_states, empty_states)
+        drawn = _decode(base, latents, canvas, frame.coverage(mask, base.resolution) >= 0.5, config)
+    regions = _asset_regions(on_canvas, frame.coverage(mask, base.resolution) > 0)
+    candidates = []
+    for k, pixels in enumerate(drawn):
+        scores = {"prompt": closeness[k]}
+        own = [asset_similarity(np.rint(pixels).astype(np.uint8), region, crops[token])
+               for token, region in regions.items() if crops and token in crops]  # fmt: skip
+        if own:
+            scores["asset"] = float(np.mean(own))
+        candidates.append(Candidate(pixels, seed + k, scores))
+    ranked = [candidates[k] for k in best_first([c.scores for c in candidates])]
+    return Edit(image, mask, frame, canvas, ranked, frame.side / side, prompt, on_canvas, config, seed,
+                time.monotonic() - started, peak.gib, _notes(frame, inside, config, islands))  # fmt: skip
+
+
+class _Blending:
+    """The hooks of one run: after every step, the latents outside the mask are the source's at that step's noise level."""
+
+    def __init__(self, scheduler: Any, config: EditConfig, first_step: int, source: torch.Tensor, noise: torch.Tensor,
+                 masks: Sequence[BoolArray]):  # fmt: skip
+        scheduler.set_timesteps(config.steps, device=noise.device)
+        self.scheduler, self.config, self.source, self.noise = scheduler, config, source.expand_as(noise), noise
+        self.timesteps = scheduler.timesteps[first_step:]
+        self.masks = [torch.from_numpy(m).to(noise.device) for m in masks]  # (h, w), one more than there are steps
+        self.guidance: LatentGuidance | None = None
+        self.words: BoundedAttention | None = None
+
+    def bind_words(self, control: BoundedAttention) -> None:
+        """The prompt's words keep to the mask as it shrinks. Beyond the ends of the true mask they say nothing: what they
+        draw would stand there, and be cut away."""
+        self.words = control
+        control.apart = self.config.mask_dilation > 0  # a thin mask would be filled with its surroundings
+        self._bind(0)
+
+    def _bind(self, step: int) -> None:
+        if self.words:
+            region = within_length(self.masks[step].cpu().numpy(), self.masks[-1].cpu().numpy())
+            self.words.refine(torch.from_numpy(region).to(self.noise.device)[None, None])
+
+    def start(self) -> torch.Tensor:
+        """(B, C, h, w) at the first step's level. The same noise outside and inside, and all the way down: DDIM keeps it."""
+        known = self._source_at(0)
+        return known if self.config.start == "image" else torch.where(self.masks[0], self.noise, known)
+
+    def before_step(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        if self.guidance is None:
+            return latents
+        return torch.where(self.masks[step], self.guidance.guide(step, timestep, latents), latents)
+
+    def after_step(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        if not torch.equal(self.masks[step], self.masks[step + 1]):
+            self._bind(step + 1)
+        return torch.where(self.masks[step + 1], latents, self._source_at(step + 1))
+
+    def _source_at(self, step: int) -> torch.Tensor:
+        """The source as it enters `step`; after the last one, without noise."""
+        if step == len(self.timesteps):
+            return self.source
+        return self.scheduler.add_noise(self.source, self.noise, self.timesteps[step].expand(len(self.noise)))
+
+
+def _layout_on_canvas(base: BaseModel, prompt: str, frame: EditFrame, size: tuple[int, int], widest: BoolArray,
+                      layout: Layout | None) -> Layout | None:  # fmt: skip
+    """A box per asset of the prompt on the canvas; None without assets. One asset alone takes the widest mask's box."""
+    assets = assets_in(prompt)
+    side = len(widest)
+    if layout is None and len(assets) > 1:
+        raise InputError(
+            f"the prompt has {', '.join(assets)}: say with --boxes where in the picture each of them stands, or name only the "
+            "one that goes into the mask"
+        )
+    if not assets:
+        return None
+    if layout is None:
+        return Layout((assets[0],), (_box_around(base, widest),))
+    boxes = []
+    for token, box in layout:
+        placed = frame.box_on_canvas(box, *size)
+        if placed is None:
+            raise InputError(f"the box of {token} is too far from the mask to play a part; leave {token} out of the prompt")
+        boxes.append(placed)
+    result = Layout(layout.tokens, tuple(boxes))
+    check_boxes(base, result, (side, side))
+    return result
+
+
+def _box_around(base: BaseModel, mask: BoolArray) -> Box:
+    """The mask's box, so large that the model's smallest attention map shows it."""
+    side = len(mask)
+    return snapped_box(mask, min(smallest_map(base.unet, side, side)))
+
+
+def _as_one_subject(prompt: TokenizedPrompt) -> TokenizedPrompt | None:
+    """The prompt with all its content words as one subject's token; None without such words, or with assets: they are subjects.
+
+    `<background>` is what stands outside of boxes, and cannot be bound to one.
+    """
+    content = tuple(i for i in range(1, prompt.end_position) if i not in prompt.function_positions)
+    return replace(prompt, asset_positions={WORDS: content}) if content and not prompt.asset_positions else None
+
+
+def _decode(base: BaseModel, latents: torch.Tensor, canvas: npt.NDArray[np.uint8], inside: BoolArray,
+            config: EditConfig) -> list[FloatPixels]:  # fmt: skip
+    """(R, R, 3), 0 .. 255, for each candidate."""
+    with torch.no_grad():
+        pixels = base.decode(latents)
+    if config.background == "optimization":
+        source = pixels_to_tensor(Image.fromarray(canvas)).to(base.device)
+        mask = torch.from_numpy(inside).float()[None, None].to(base.device)
+        with base.lend_vae() as vae:
+            tuned = [tune_to_source(vae, row, source, mask, config.reconstruction_steps, config.optimize)
+                     for row in latents.split(1)]  # fmt: skip
+        pixels = torch.cat(tuned)
+        check_pixels(pixels, base.parts)
+    return [p.permute(1, 2, 0).cpu().numpy() * 255 for p in pixels.float()]
+
+
+def _asset_regions(layout: Layout | None, inside: BoolArray) -> dict[str, BoolArray]:
+    """Where each asset of the prompt should be seen: the masked part of its box, if it has one."""
+    regions = {token: inside & box.rasterize(*inside.shape) for token, box in layout or ()}
+    return {token: region for token, region in regions.items() if region.any()}
+
+
+def _notes(frame: EditFrame, inside: BoolArray, config: EditConfig, islands: tuple[Island, ...]) -> tuple[str, ...]:
+    notes = []
+    if islands:
+        notes.append(f"the mask has {islands_in_words(islands)}; what is there is not edited")
+    if frame.scale < 1 / 1.5:
+        notes.append(
+            f"the edit is drawn at {frame.resolution}x{frame.resolution} pixels and enlarged {1 / frame.scale:.1f} times to fit"
+        )
+    if thickness(inside) <= 3 and not config.mask_dilation:
+        notes.append(f"the mask is {thickness(inside)} latent pixels wide at its widest; --mask-dilation 4 helps thin masks")
+    return tuple(notes)

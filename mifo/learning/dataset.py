@@ -1,0 +1,129 @@
+"""What a learning step sees: union sampling, flips, cached latents, and a typed Batch.
+
+Knows an instance's latents and masks. Knows nothing of losses or optimizers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..data.instance import FittedInstance
+from ..data.mask_sizes import union_at_latents
+from ..io.sheets import pixels_to_tensor
+from ..model.base import BaseModel
+from ..prompts import BACKGROUND_TOKEN, join_assets
+from .clean_plate import clean_plate
+
+PLATE_SHARE = 0.75  # of the steps with <background>
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training step's instance side: `B` draws of the same subset of assets."""
+
+    assets: tuple[int, ...]
+    """Indices of the sampled assets, in the prompt's order."""
+    tokens: tuple[str, ...]
+    """Their tokens, in the same order."""
+    prompt: str
+    latents: torch.Tensor
+    """(B, C, h, w), scaled"""
+    union_mask: torch.Tensor
+    """(1, 1, h, w) of 0 and 1 at latent size"""
+    asset_masks: torch.Tensor
+    """(len(assets), 1, H, W) in [0, 1] at pixel size, in the order of `assets`"""
+
+
+@dataclass(frozen=True)
+class View:
+    """The picture where it is, or shifted: the VAE's distribution of its latents, and the masks."""
+
+    mean: torch.Tensor
+    """(1, C, h, w)"""
+    std: torch.Tensor
+    masks: torch.Tensor
+    """(N, 1, H, W) in [0, 1]"""
+    whole: frozenset[int]
+    """The assets that lie inside the picture as they did before the shift"""
+
+
+class InstanceData:
+    """Both flips of one instance, encoded once; the VAE can be freed afterwards.
+
+    The VAE's distribution is kept, not one sample of it: each step draws afresh, as encoding every step would.
+    `placements` shifted copies per asset keep a token from learning where in the photo its asset stood: a step takes one of
+    the views in which all of its assets are whole.
+    Where `<background>` is learned by union sampling, most of its steps are about it alone, on a clean plate and in the whole
+    picture: the masked loss says nothing about the places where the things stood, and the model would put things there.
+    """
+
+    def __init__(self, fitted: FittedInstance, base: BaseModel, placements: int = 0, seed: int = 0):
+        self.count = len(fitted.masks)
+        self.tokens = fitted.tokens
+        image = pixels_to_tensor(fitted.image)
+        masks = torch.stack([torch.from_numpy(np.asarray(m).copy()).float() / 255 for m in fitted.masks])[:, None]
+        self.masks = {False: masks.to(base.device), True: masks.flip(-1).to(base.device)}  # (N, 1, H, W)
+        self.moments = {False: base.encode(image), True: base.encode(image.flip(-1))}
+        everything = frozenset(range(self.count))
+        self.views = {flip: [View(*self.moments[flip], self.masks[flip], everything)] for flip in (False, True)}
+        for dx, dy in random_shifts(masks, placements, np.random.default_rng([seed, 1])):
+            moved, moved_masks = shift(image, dx, dy), shift(masks, dx, dy, fill=0.0)
+            whole = frozenset(i for i in everything if float(moved_masks[i].sum()) == float(masks[i].sum()))
+            for flip in (False, True):
+                turned, their_masks = (x.flip(-1) if flip else x for x in (moved, moved_masks))
+                self.views[flip].append(View(*base.encode(turned), their_masks.to(base.device), whole))
+
+        self.background = self.tokens.index(BACKGROUND_TOKEN) if BACKGROUND_TOKEN in self.tokens else None
+        self.plate = None if self.background is None else self._plate(fitted, base)
+
+    def _plate(self, fitted: FittedInstance, base: BaseModel) -> dict[bool, View]:
+        """The picture without its things, by flip. Its mask for each asset is all that is not padding."""
+        pixels, views = pixels_to_tensor(clean_plate(fitted.image, fitted.masks[: self.background])), {}
+        for flip in (False, True):
+            valid = self.masks[flip].amax(0, keepdim=True).expand_as(self.masks[flip])
+            views[flip] = View(*base.encode(pixels.flip(-1) if flip else pixels), valid, frozenset())
+        return views
+
+    def sample(self, rng: np.random.Generator, generator: torch.Generator, draws: int, union_sampling: bool,
+               flip_probability: float) -> Batch:  # fmt: skip
+        """Draws a subset (size uniform in 1..N, random order), a flip, and `draws` latents."""
+        size = int(rng.integers(1, self.count + 1)) if union_sampling else self.count
+        assets = tuple(int(i) for i in rng.permutation(self.count)[:size])
+        flip = bool(rng.random() < flip_probability)
+        if self.plate and union_sampling and self.background in assets and rng.random() < PLATE_SHARE:
+            assets, view = (self.background,), self.plate[flip]
+        else:
+            fitting = [view for view in self.views[flip] if view.whole.issuperset(assets)]
+            view = fitting[int(rng.integers(len(fitting)))] if len(fitting) > 1 else fitting[0]
+        mean, std = view.mean, view.std
+        noise = torch.randn((draws, *mean.shape[1:]), generator=generator).to(mean)
+        masks = view.masks[list(assets)]
+        union = union_at_latents(masks, (mean.shape[-2], mean.shape[-1]))
+        tokens = tuple(self.tokens[i] for i in assets)
+        return Batch(assets, tokens, join_assets(tokens), mean + std * noise, union, masks)
+
+
+def random_shifts(masks: torch.Tensor, per_asset: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """(N, 1, H, W) masks -> `per_asset` shifts (dx, dy) in pixels for each, any that leave its bounding box inside."""
+    height, width = masks.shape[-2:]
+    shifts = []
+    for mask in masks:
+        rows, columns = (mask[0].amax(axis).nonzero().flatten().tolist() for axis in (1, 0))
+        for _ in range(per_asset):
+            dx = int(rng.integers(-columns[0], width - columns[-1]))
+            shifts.append((dx, int(rng.integers(-rows[0], height - rows[-1]))))
+    return shifts
+
+
+def shift(pixels: torch.Tensor, dx: int, dy: int, fill: float | None = None) -> torch.Tensor:
+    """(B, C, H, W) moved right by `dx` and down by `dy`; what comes in is `fill`, or each channel's mean."""
+    empty = pixels.mean((2, 3), keepdim=True) if fill is None else torch.tensor(fill)
+    moved = empty.expand_as(pixels).clone()
+    height, width = pixels.shape[-2:]
+    to_rows, to_columns = slice(max(0, dy), height + min(0, dy)), slice(max(0, dx), width + min(0, dx))
+    from_rows, from_columns = slice(max(0, -dy), height - max(0, dy)), slice(max(0, -dx), width - max(0, dx))
+    moved[..., to_rows, to_columns] = pixels[..., from_rows, from_columns]
+    return moved

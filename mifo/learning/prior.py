@@ -1,0 +1,94 @@
+"""Class-prior pictures: what the base model itself draws for the class prompt, made once and kept as latents.
+
+Knows the base model and a prompt. Knows nothing of assets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from ..config import PriorConfig
+from ..io.files import write_file
+from ..io.json_text import json_text, named_infinities
+from ..io.tensor_file import Damaged, read_header, read_state, write_state
+from ..model.base import BaseModel
+from ..model.finite import check_latents
+from ..prompts import check_class_prompt, tokenize_prompt
+from ..sampling.denoise import denoise, initial_latents
+
+
+@dataclass(frozen=True)
+class PriorData:
+    """`latents[k]` was drawn for `prompts[k % len(prompts)]`."""
+
+    prompts: tuple[str, ...]
+    latents: torch.Tensor
+    """(N, C, h, w), scaled, fp32"""
+
+    def pick(self, index: int) -> tuple[str, torch.Tensor]:
+        """-> (prompt, latents (1, C, h, w))"""
+        index %= len(self.latents)
+        return self.prompts[index % len(self.prompts)], self.latents[index : index + 1]
+
+
+def make_prior(base: BaseModel, config: PriorConfig, resolution: int, seed: int, cache_folder: Path | None = None,
+               on_progress: Callable[[int, int], None] | None = None) -> PriorData:  # fmt: skip
+    """Draws `num_class_images` latents, or reads them from `cache_folder` when the same were drawn before.
+
+    Raises InputError for a class prompt that is empty or too long, when the cache cannot be written, and where the base model
+    draws no picture.
+    """
+    prompts = class_prompts(config)
+    base.check_steps("ddim", config.sampling_steps)
+    scheduler = base.sampler("ddim")
+    sampler = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}  # other settings draw other pictures
+    weights = f"{base.dtype} {'nf4' if base.memory.nf4 else ''}".strip()
+    key = json_text([base.fingerprint, asdict(config), resolution, seed, weights, base.device.type,
+                     named_infinities(sampler)], sort_keys=True, default=str)  # fmt: skip
+    cached = cache_folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors" if cache_folder else None
+    size = resolution // base.vae_factor
+    shape = (int(base.unet.config["in_channels"]), size, size)
+    known = _read_cache(cached, key, (config.num_class_images, *shape))
+    if known is not None:
+        return PriorData(prompts, known.to(base.device))
+    ids = [tokenize_prompt(base.tokenizer, p, [], "class prompt").input_ids for p in prompts]
+    rows = []
+    for first in range(0, config.num_class_images, base.memory.max_batch):
+        count = min(base.memory.max_batch, config.num_class_images - first)
+        with torch.no_grad():
+            states = base.encode_prompt(torch.tensor([ids[k % len(ids)] for k in range(first, first + count)]))
+            empty = base.encode_prompt(torch.tensor([tokenize_prompt(base.tokenizer, "", []).input_ids]))
+        noise = initial_latents(shape, seed + first, count, base.device)
+        rows.append(denoise(base.unet, scheduler, noise, states, empty, config.sampling_steps, config.guidance_scale))
+        if on_progress:
+            on_progress(first + count, config.num_class_images)
+    latents = torch.cat(rows)
+    check_latents(latents, base.parts)
+    if cached:
+        with write_file(cached, overwrite=True) as temporary:
+            write_state(temporary, latents, "prior", key)
+    return PriorData(prompts, latents)
+
+
+def class_prompts(config: PriorConfig) -> tuple[str, ...]:
+    """The prompts that take turns. Raises InputError when there is none, or one names an asset."""
+    return check_class_prompt(config.class_prompt)
+
+
+def _read_cache(path: Path | None, key: str, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """(N, C, h, w), or None when it was never written, is damaged, or is of another prior, and has to be drawn again."""
+    if path is None or not os.path.lexists(path):
+        return None
+    try:
+        latents = read_state(path)  # with its checksum
+        identity = read_header(path).identity
+    except Damaged:
+        return None
+    fits = isinstance(latents, torch.Tensor) and latents.shape == shape and identity == key
+    return latents if fits and bool(torch.isfinite(latents).all()) else None

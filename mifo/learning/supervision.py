@@ -1,0 +1,44 @@
+"""At which sizes a base model looks at masks while it learns: its latents', and those of the supervised attention maps."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..attention.sites import choose_sites, levels_within
+from ..config import LearnConfig, learn_preset
+from ..data.mask_sizes import MaskSizes
+from ..errors import InputError
+from ..model.base import TOYBOX_FOLDER, BaseModel, model_configs
+from ..model.shapes import native_latents
+from ..model.single_file import is_single_file
+
+
+def sizes_of(base: BaseModel, config: LearnConfig) -> MaskSizes:
+    """At which sizes this model supervises masks under this configuration."""
+    resolution = config.resolution or base.resolution
+    latent = resolution // base.vae_factor
+    maps = set()
+    for terms in (config.embedding.attention, config.lora.attention):
+        if terms.loss != "none":
+            maps |= {site.map_size(latent, latent)[0] for site in choose_sites(base.unet, terms.blocks, terms.levels)}
+    return MaskSizes(resolution, latent, tuple(sorted(maps, reverse=True)))
+
+
+def sizes_by_name(name: str, resolution: int | None = None) -> MaskSizes:
+    """The same for a model that is not loaded: from its configuration files where it is local, as Stable Diffusion 1.x and 2.x
+    otherwise. Raises InputError for a folder without them."""
+    folder = TOYBOX_FOLDER if name == "toybox" else Path(name).expanduser()
+    config = learn_preset("toybox" if name == "toybox" else "stable-diffusion")
+    native, factor, depth = 64, 8, 4
+    if name and os.path.exists(folder) and (folder.is_dir() or is_single_file(folder)):
+        configs = model_configs(folder)
+        native, depth = native_latents(configs["unet"]), len(configs["unet"]["block_out_channels"])
+        factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+    latent = (resolution or native * factor) // factor
+    if latent < 1:
+        raise InputError(f"the resolution {resolution} is below one latent pixel ({factor}); give at least {16 * factor}")
+    terms = (config.embedding.attention, config.lora.attention)
+    levels = {level for each in terms for level in levels_within(each.levels, depth)}
+    maps = sorted({-(-latent // level) for level in levels}, reverse=True)
+    return MaskSizes(latent * factor, latent, tuple(maps))
