@@ -18,7 +18,7 @@ ROWS = (
     ("bundle", "sampling"),  # what is learned, on disk; what every drawing job shares
     ("learning", "synthesis", "editing"),  # the jobs; learning and synthesis meet in the bundle alone
     ("planning", "evaluation"),  # count what the jobs need, and measure what they made
-    ("demo",),
+    ("demo", "api"),
     ("cli",),
 )
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}

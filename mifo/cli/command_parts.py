@@ -57,6 +57,18 @@ def family_of(model_path: str) -> str:
     return "toybox" if model_path == "toybox" else "stable-diffusion"
 
 
+def choose_device(name: str) -> str:
+    from ..model.device import choose_device
+
+    return choose_device(name)
+
+
+def choose_dtype(precision: Precision, device: str) -> torch.dtype:
+    from ..model.device import choose_dtype
+
+    return choose_dtype(precision.value, device)
+
+
 def choose_attention(wanted: Attention, device: str, dtype: torch.dtype) -> Backend:
     """Chosen once a job, and said with its reason."""
     from ..attention.backend import choose_backend
@@ -213,30 +225,3 @@ def override(config: Any, **values: Any) -> Any:
     """The configuration with the options that were given; a choice stands for its word."""
     plain = {k: v.value if isinstance(v, Enum) else v for k, v in values.items()}
     return replace(config, **{k: v for k, v in plain.items() if v is not None})
-
-
-def choose_device(name: str) -> str:
-    import torch
-
-    if not name:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).tolist()  # "meta" makes tensors, but they have no values
-    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"the device '{name[:50]}' cannot be used here ({reason[:200]}); try --device cpu") from None
-    return name
-
-
-def choose_dtype(precision: Precision, device: str) -> torch.dtype:
-    """The frozen base's dtype. 'auto': bf16 or fp16 on a GPU, fp32 elsewhere."""
-    import torch
-
-    names = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    if precision is Precision.fp16 and not device.startswith("cuda"):
-        raise InputError(f"--mixed-precision fp16 needs a GPU, but the device is {device}; use no or bf16")
-    if precision is not Precision.auto:
-        return names[precision.value]
-    if not device.startswith("cuda"):
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16

@@ -1,0 +1,277 @@
+"""The Python API: eight functions, which `import mifo` offers.
+
+    from mifo import load_base_model, load_instance, learn, synthesize, edit
+    base = load_base_model("sd2.1", device="cuda")
+    photo = load_instance("my_photos/desk")
+    bundle = learn(photo, base, output="Model_ours/desk")
+    result = synthesize(base, bundle, "a photo of <asset0> and <asset2>", boxes=[[0, 0.2, 0.5, 0.9], [0.5, 0.2, 1, 0.9]])
+    result.save("output/first")
+    edit(base, bundle, "street.jpg", "mask.png", "a photo of <asset2>").save("output/edits")
+
+Settings come from the base model's family, and the assets' words from the bundle; a bundle is attached for as long as a call
+lasts. Every function raises `mifo.errors.InputError` for input that is wrong: one message with what was given, what was
+expected, what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .boxes import Layout, parse_layout
+from .bundle.instance_copy import kept_crops, kept_instance
+from .bundle.store import Bundle, attach, find_bundle
+from .bundle.store import load_bundle as read_bundle
+from .config import EditConfig, LearnConfig, MemoryConfig, SynthesisConfig, edit_preset, learn_preset, synthesis_preset
+from .data.instance import Instance, with_background, without_background
+from .data.instance import load_instance as read_instance
+from .editing.edit import Edit
+from .editing.edit import edit as run_edit
+from .editing.output import save_edit
+from .editing.picture_file import Picture, load_edit_mask, load_picture
+from .errors import InputError
+from .evaluation.backend import Backend
+from .evaluation.cases import mask_aspects, read_cases
+from .evaluation.choose import make_backend
+from .evaluation.report import save_evaluation, table
+from .evaluation.run import Evaluation
+from .evaluation.run import evaluate as run_evaluate
+from .io.json_text import json_text
+from .learning.checkpoints import Checkpointing
+from .learning.learn import Progress
+from .learning.learn import learn as run_learn
+from .model.base import BaseModel
+from .model.base import load_base_model as read_base_model
+from .model.device import choose_device, choose_dtype
+from .planning.planner import Plan, Settings, make_plan, read_model
+from .prompts import assets_in
+from .synthesis.synthesize import Synthesis, save_synthesis
+from .synthesis.synthesize import synthesize as run_synthesize
+
+PathLike = str | Path
+#: A box per asset in the prompt's order, a mapping of tokens to boxes, JSON text or a file of it, or a Layout.
+Boxes = Layout | Sequence[Sequence[float]] | dict[str, Sequence[float]] | PathLike
+#: (steps done, steps in all)
+OnProgress = Callable[[int, int], None]
+
+
+# --- what goes in -------------------------------------------------------------------------------
+
+
+def load_base_model(name: str = "toybox", device: str = "", precision: str = "auto",
+                    memory: MemoryConfig | None = None) -> BaseModel:  # fmt: skip
+    """A frozen Stable Diffusion 1.x or 2.x.
+
+    `name`: 'toybox' (small, ships with the package), 'sd1.5', 'sd2.1', a hub id, a folder in diffusers' layout, or a
+    `.safetensors` checkpoint. `device`: a GPU where there is one, by default. `precision`: 'auto', 'no' (fp32), 'fp16' or
+    'bf16'. `memory`: what is given up for less of it; `plan(...).settings.memory` has what a budget needs.
+    """
+    chosen = choose_device(device)
+    return read_base_model(str(name), chosen, choose_dtype(precision, chosen), memory or MemoryConfig())
+
+
+def load_instance(folder: PathLike, background: bool = False, mask_orientation: str = "auto") -> Instance:
+    """A photo and its masks: a folder with `img.{png,jpg,jpeg,webp}`, `mask0.png`, `mask1.png`, ... and, if you like,
+    `words.txt`.
+
+    `background`: learn `<background>` too, all that is outside the masks. `mask_orientation`: for photos that EXIF turns,
+    whether masks are drawn on the 'upright' picture, on the pixels as 'stored', or 'auto': as they fit.
+    """
+    instance = read_instance(Path(folder), mask_orientation)
+    return with_background(instance) if background else instance
+
+
+def load_bundle(folder: PathLike) -> Bundle:
+    """What `learn` wrote: a folder, or a name under `Model_ours`. It is read whole; later changes of the folder change
+    nothing."""
+    return read_bundle(find_bundle(str(folder), Path("Model_ours")))
+
+
+# --- the jobs -----------------------------------------------------------------------------------
+
+
+def learn(instance: Instance, base: BaseModel, output: PathLike, config: LearnConfig | None = None, *, seed: int | None = None,
+          words: Sequence[str | None] | None = None, overwrite: bool = False, resume: bool | None = False,
+          keep_base_path: bool = False, on_progress: Callable[[Progress], None] | None = None) -> Bundle:  # fmt: skip
+    """Learns each masked thing of `instance` as its own token, `<asset0>`, `<asset1>`, ...: token embeddings, then LoRA
+    (MIFO, arXiv 2511.00542, section 3). Writes the bundle to `output`, whole or not at all.
+
+    `config`: by default that of the base model's family, `mifo.config.learn_preset`. `words`: one per asset to start from.
+    `overwrite`: replace a bundle of another photo there. `resume`: go on from an interrupted run's checkpoint (True), start
+    over (False), or refuse to choose (None).
+    """
+    chosen = config or learn_preset(base.family)
+    if seed is not None:
+        chosen = replace(chosen, seed=seed)
+    return run_learn(instance, base, chosen, Path(output), on_progress or (lambda progress: None), words,
+                     Checkpointing(resume=resume), overwrite=overwrite, keep_base_path=keep_base_path)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SynthesisResult:
+    """Pictures and all that made them."""
+
+    synthesis: Synthesis
+    facts: dict[str, Any]
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """RGB; picture k has seed `seed + k`."""
+        return self.synthesis.images
+
+    def save(self, folder: PathLike, overwrite: bool = False) -> list[Path]:
+        """PNGs with their recipe in the metadata, a contact sheet and `synthesis.json`; the folder appears whole, or not at
+        all.
+
+        Raises InputError where the folder has anything in it; with `overwrite` an earlier synthesis is replaced.
+        """
+        return save_synthesis(self.synthesis, Path(folder), self.facts, overwrite)
+
+
+def synthesize(base: BaseModel, bundle: Bundle | None, prompt: str, boxes: Boxes | None = None, *, num_images: int = 1,
+               seed: int = 0, config: SynthesisConfig | None = None,
+               on_progress: OnProgress | None = None) -> SynthesisResult:  # fmt: skip
+    """Draws `num_images` pictures of `prompt`, each asset kept to its box by bounded attention and guidance (Bounded Attention,
+    arXiv 2403.16990, section 4). Without `boxes` the prompt is drawn as it is; without a bundle, by the base model alone.
+
+    `boxes`: [x0, y0, x1, y1], from 0 to 1, one per asset in the prompt's order, or by token. `config`: by default that of the
+    base model's family, `mifo.config.synthesis_preset`.
+    """
+    chosen = config or synthesis_preset(base.family)
+    tokens = bundle.tokens if bundle else ()
+    layout = _layout(boxes, prompt)
+    with attach(base, bundle, chosen.lora_scale) if bundle else nullcontext():
+        drawn = run_synthesize(base, prompt, layout, tokens, chosen, seed, num_images, on_progress)
+    return SynthesisResult(drawn, _facts(base, bundle))
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """Candidates, best first."""
+
+    edit: Edit
+    picture: Picture
+    facts: dict[str, Any]
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The whole picture, once for each candidate, RGB in sRGB."""
+        return [self.edit.picture(k) for k in range(len(self.edit.candidates))]
+
+    @property
+    def scores(self) -> list[dict[str, float]]:
+        """Of each candidate: 'prompt', and 'asset' where the prompt names one."""
+        return [candidate.scores for candidate in self.edit.candidates]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the picture and its mask could not keep, or how they were read."""
+        return (*self.picture.notes, *self.edit.notes)
+
+    def save(self, folder: PathLike, overwrite: bool = False) -> list[Path]:
+        """`edit00.png` (the best) and so on in the picture's own colour profile, a contact sheet and `edit.json`; whole, or not
+        at all. Raises InputError as `SynthesisResult.save` does."""
+        return save_edit(self.edit, self.picture, Path(folder), self.facts, overwrite)
+
+
+def edit(base: BaseModel, bundle: Bundle | None, image: PathLike, mask: PathLike, prompt: str, boxes: Boxes | None = None, *,
+         num_images: int = 1, seed: int = 0, config: EditConfig | None = None, metadata: str = "safe",
+         mask_orientation: str = "auto", on_progress: OnProgress | None = None) -> EditResult:  # fmt: skip
+    """Draws `prompt` into the white part of `mask`, a file of the size of the file `image`; every other byte of the picture
+    stays (Blended Latent Diffusion, arXiv 2206.02779). Candidates come best first.
+
+    `boxes`: where each asset stands, in fractions of the whole picture, if the prompt has several. `metadata`: what of the
+    photo's is kept, 'safe' (no places, serial numbers, owners, thumbnails), 'keep' or 'strip'. `config`: by default that of the
+    base model's family, `mifo.config.edit_preset`.
+    """
+    chosen = config or edit_preset(base.family)
+    picture = load_picture(Path(image), metadata)
+    white, reading = load_edit_mask(Path(mask), picture.image, Path(image).name, orientation=picture.orientation,
+                                    drawn=mask_orientation)  # fmt: skip
+    tokens = bundle.tokens if bundle else ()
+    crops = kept_crops(bundle.folder, bundle.tokens, bundle.instance) if bundle else {}
+    with attach(base, bundle, chosen.lora_scale) if bundle else nullcontext():
+        drawn = run_edit(base, picture.image, white, prompt, tokens, chosen, seed, num_images, _layout(boxes, prompt), crops,
+                         on_progress)  # fmt: skip
+    return EditResult(drawn, replace(picture, notes=(*picture.notes, *reading)), _facts(base, bundle))
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What was measured; `record` is what `evaluation.json` holds, with each number's definition and interval."""
+
+    evaluation: Evaluation
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return self.evaluation.record
+
+    def save(self, folder: PathLike, overwrite: bool = False) -> dict[str, str]:
+        """`evaluation.json`, a contact sheet, plots and the pictures; returns the paths by kind. Raises InputError as
+        `SynthesisResult.save` does."""
+        return save_evaluation(self.evaluation, Path(folder), True, overwrite)
+
+    def __str__(self) -> str:
+        """The table that the command prints."""
+        return table(self.record)
+
+
+def evaluate(base: BaseModel, bundle: Bundle, *, instance: Instance | None = None, prompts: PathLike | None = None,
+             samples: int = 4, seed: int = 0, config: SynthesisConfig | None = None, backend: Backend | str = "auto",
+             on_progress: OnProgress | None = None) -> EvaluationResult:  # fmt: skip
+    """Measures identity, leakage, layout, prompt fit and drift on `samples` pictures of each prompt.
+
+    `prompts`: a text file, one a line; by default each asset alone and all of them in boxes. `instance`: what the bundle was
+    learned from, by default its own copy. `backend`: 'toybox' (knows what was drawn), 'photo' (DINOv2, CLIP and a detector) or
+    'auto'. Raises InputError also where no picture could be drawn.
+    """
+    source = without_background(instance or kept_instance(bundle.folder, bundle.tokens, bundle.instance))
+    measured_by = make_backend(backend, base.family, source, str(base.device)) if isinstance(backend, str) else backend
+    cases = read_cases(Path(prompts) if prompts else None, None, source.tokens, mask_aspects(source))
+    found = run_evaluate(base, bundle, source, measured_by, config or synthesis_preset(base.family), cases, None, seed, samples,
+                         on_progress or (lambda done, total: None))  # fmt: skip
+    if found is None:
+        raise InputError("no picture could be drawn, so nothing was measured")
+    return EvaluationResult(found)
+
+
+def plan(model: str = "sd2.1", job: str = "learn", vram_gib: float | None = None, *, resolution: int | None = None,
+         assets: int = 3, num_images: int = 1, precision: str = "bf16", config: LearnConfig | None = None) -> Plan:  # fmt: skip
+    """Counts the GPU memory of `job` ('learn', 'synthesize' or 'edit') without loading any weights, and finds what to give up
+    to stay within `vram_gib`. `Plan.check()` raises InputError with the sum where nothing fits."""
+    if job not in ("learn", "synthesize", "edit"):
+        raise InputError(f"the job is {job[:50]!r}; choose learn, synthesize or edit")
+    shape, family = read_model(str(model)), "toybox" if model == "toybox" else "stable-diffusion"
+    dtype = choose_dtype(precision, "cuda")
+    settings = Settings(job, shape.check_side(resolution), dtype, config or learn_preset(family), synthesis_preset(family),
+                        assets, num_images, edit=edit_preset(family))  # fmt: skip
+    return make_plan(shape, settings, vram_gib)
+
+
+# --- parts --------------------------------------------------------------------------------------
+
+
+def _facts(base: BaseModel, bundle: Bundle | None) -> dict[str, Any]:
+    """What a record says of where its pictures come from; never a path."""
+    return {"bundle": bundle.name if bundle else None, "base_model": base.public_name, "base_fingerprint": base.fingerprint}
+
+
+def _layout(boxes: Boxes | None, prompt: str) -> Layout | None:
+    if boxes is None or isinstance(boxes, Layout):
+        return boxes
+    if isinstance(boxes, Path | str):
+        return parse_layout(boxes, assets_in(prompt))
+    plain = np.asarray(boxes).tolist() if isinstance(boxes, np.ndarray) else boxes
+    try:
+        text = json_text({k: list(v) for k, v in plain.items()} if isinstance(plain, dict) else [list(box) for box in plain])
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"boxes is {str(boxes)[:80]!r}, expected one [x0, y0, x1, y1] per asset, from 0 to 1 ({error})"
+        ) from None
+    return parse_layout(text, assets_in(prompt))

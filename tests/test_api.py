@@ -1,0 +1,102 @@
+"""The eight names, as a program uses them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from _tiny import tiny_base_folder, tiny_bundle_folder, write_instance
+from PIL import Image
+
+import mifo
+from mifo import edit, evaluate, learn, load_base_model, load_bundle, load_instance, plan, synthesize
+from mifo.config import edit_preset, learn_preset, synthesis_preset
+from mifo.errors import InputError
+
+BOXES = [[0.0, 0.1, 0.5, 0.9], [0.5, 0.1, 1.0, 0.9]]
+BOTH = "a photo of <asset0> and <asset1>"
+
+
+def test_the_names_are_there_and_importing_them_needs_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys, mifo\n"
+        "assert not {'torch', 'diffusers', 'numpy', 'PIL'} & set(sys.modules), 'heavy'\n"
+        "assert set(mifo.__all__) <= set(dir(mifo))\n"
+        "assert all(callable(getattr(mifo, name)) and getattr(mifo, name).__doc__ for name in mifo.__all__)\n"
+        "assert 'torch' in sys.modules and not hasattr(mifo, 'learner')\n"
+    )
+    root = Path(mifo.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(root)}, capture_output=True,
+                          text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_learn_place_and_edit_in_eight_lines(tmp_path: Path) -> None:
+    base = load_base_model(str(tiny_base_folder()))
+    photo = load_instance(write_instance(tmp_path / "cups"))
+    short = learn_preset(base.family)
+    short = replace(short, embedding=replace(short.embedding, train_steps=1), lora=replace(short.lora, train_steps=1),
+                    prior=replace(short.prior, enabled=False))  # fmt: skip
+    seen: list[str] = []
+    bundle = learn(photo, base, tmp_path / "bundles" / "cups", short, seed=4, on_progress=lambda p: seen.append(p.phase))
+    assert bundle.tokens == ("<asset0>", "<asset1>") and bundle.config.seed == 4 and {"embedding", "lora"} <= set(seen)
+
+    quick = replace(synthesis_preset(base.family), steps=2)
+    result = synthesize(base, load_bundle(tmp_path / "bundles" / "cups"), BOTH, BOXES, num_images=2, seed=7, config=quick)
+    assert [image.size for image in result.images] == [(base.resolution, base.resolution)] * 2
+    paths = result.save(tmp_path / "first")
+    assert [p.name for p in paths] == ["000007.png", "000008.png"] and (tmp_path / "first" / "synthesis.json").is_file()
+    assert np.array_equal(np.asarray(Image.open(paths[1])), np.asarray(result.images[1]))
+    with pytest.raises(InputError, match="--overwrite"):
+        result.save(tmp_path / "first")
+    assert base.unet.config is not None and not hasattr(base.unet, "peft_config"), "the base is handed back as it was"
+
+    edited = edit(base, bundle, photo_of(tmp_path), tmp_path / "cups" / "mask1.png", "a photo of <asset0>", num_images=2,
+                  config=replace(edit_preset(base.family), steps=2))  # fmt: skip
+    assert [image.size for image in edited.images] == [(96, 64)] * 2 and {"asset", "prompt"} <= set(edited.scores[0])
+    assert [p.name for p in edited.save(tmp_path / "edits")] == ["edit00.png", "edit01.png"]
+    outside = np.asarray(Image.open(tmp_path / "cups" / "mask1.png")) == 0
+    before, after = (np.asarray(Image.open(p).convert("RGB")) for p in (photo_of(tmp_path), tmp_path / "edits" / "edit00.png"))
+    assert np.array_equal(before[outside], after[outside])
+
+
+def photo_of(folder: Path) -> Path:
+    return folder / "cups" / "img.png"
+
+
+def test_boxes_in_every_form_are_the_same_layout(tmp_path: Path) -> None:
+    base, bundle = load_base_model(str(tiny_base_folder())), load_bundle(tiny_bundle_folder())
+    config = replace(synthesis_preset(base.family), steps=1)
+    (tmp_path / "boxes.json").write_text(str(BOXES))
+    forms = (BOXES, tuple(map(tuple, BOXES)), np.array(BOXES), dict(zip(bundle.tokens, BOXES, strict=True)), str(BOXES),
+             tmp_path / "boxes.json")  # fmt: skip
+    layouts = {synthesize(base, bundle, BOTH, form, config=config).synthesis.layout for form in forms}  # type: ignore[arg-type]
+    assert len(layouts) == 1
+    with pytest.raises(InputError, match=r"expected one \[x0, y0, x1, y1\] per asset"):
+        synthesize(base, bundle, BOTH, [1, 2, 3, 4], config=config)  # type: ignore[list-item]
+    plain = synthesize(base, None, "a photo of a cup", config=config)
+    assert plain.synthesis.layout is None and plain.facts["bundle"] is None
+
+
+def test_a_bundle_of_the_toybox_is_evaluated(tmp_path: Path) -> None:
+    base, photo = load_base_model(), load_instance(Path(__file__).parent.parent / "example" / "twins")
+    short = learn_preset("toybox")
+    short = replace(short, embedding=replace(short.embedding, train_steps=1), lora=replace(short.lora, train_steps=0),
+                    placements=0)  # fmt: skip
+    bundle = learn(photo, base, tmp_path / "twins", short)
+    found = evaluate(base, bundle, samples=1, config=replace(synthesis_preset("toybox"), steps=1))
+    assert found.record["tokens"] == list(bundle.tokens) and "identity" in str(found)
+    assert Path(found.save(tmp_path / "measured")["json"]).is_file()
+
+
+def test_a_plan_counts_and_refuses() -> None:
+    assert plan("toybox", vram_gib=8).fits
+    assert plan("sd2.1", "synthesize", assets=2).largest.peak > 1 << 30
+    with pytest.raises(InputError, match="does not fit"):
+        plan("sd2.1", vram_gib=0.7).check()
+    with pytest.raises(InputError, match="choose learn, synthesize or edit"):
+        plan("sd2.1", "draw")
