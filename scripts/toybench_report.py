@@ -23,12 +23,12 @@ MIN_SCENES = 5  # fewer have intervals that say little
 #: name in the table -> (column title, values of one item, larger is better)
 MEASURES: dict[str, tuple[str, Callable[[Item], list[float]], bool]] = {
     "margin_in_boxes": ("identity margin in boxes", lambda i: i["in_boxes"].get("identity_margin", []), True),
-    "identity_in_boxes": ("looks right in boxes", lambda i: i["in_boxes"].get("identity", []), True),
+    "identity_in_boxes": ("look similarity in boxes", lambda i: i["in_boxes"].get("identity", []), True),
     "confused_in_boxes": ("confused in boxes", lambda i: i["in_boxes"].get("confused", []), False),
     "right_in_boxes": ("right instance in boxes", lambda i: i["in_boxes"].get("right_instance", []), True),
     "margin_alone": ("identity margin alone", lambda i: i["alone"].get("identity_margin", []), True),
     "confused_alone": ("confused alone", lambda i: i["alone"].get("confused", []), False),
-    "identity_alone": ("looks right alone", lambda i: i["alone"].get("identity", []), True),
+    "identity_alone": ("look similarity alone", lambda i: i["alone"].get("identity", []), True),
     "iou": ("IoU", lambda i: i["in_boxes"].get("ious", []), True),
     "count_right": ("count right in boxes", lambda i: i["in_boxes"].get("count_right", []), True),
     "prompt_fit": ("prompt fit", lambda i: i["alone"].get("prompt_fit", []) + i["in_boxes"].get("prompt_fit", []), True),

@@ -14,7 +14,7 @@ from PIL import Image
 
 import mifo
 from mifo import edit, evaluate, learn, load_base_model, load_bundle, load_instance, plan, synthesize
-from mifo.config import edit_preset, learn_preset, synthesis_preset
+from mifo.config import LearnConfig, edit_preset, learn_preset, synthesis_preset
 from mifo.errors import InputError
 
 BOXES = [[0.0, 0.1, 0.5, 0.9], [0.5, 0.1, 1.0, 0.9]]
@@ -100,3 +100,29 @@ def test_a_plan_counts_and_refuses() -> None:
         plan("sd2.1", vram_gib=0.7).check()
     with pytest.raises(InputError, match="choose learn, synthesize or edit"):
         plan("sd2.1", "draw")
+
+
+def test_the_readmes_lines_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tiny model under the name that they give, and few steps."""
+    import re
+
+    import mifo.api
+
+    (lines,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.DOTALL)
+    real, base = mifo.api.learn_preset, str(tiny_base_folder())
+
+    def short(family: str) -> LearnConfig:
+        config = real(family)
+        return replace(config, embedding=replace(config.embedding, train_steps=1), lora=replace(config.lora, train_steps=1),
+                       prior=replace(config.prior, enabled=False))  # fmt: skip
+
+    monkeypatch.setattr(mifo.api, "learn_preset", short)
+    monkeypatch.setattr(mifo.api, "synthesis_preset", lambda family: replace(synthesis_preset(family), steps=2))
+    monkeypatch.setattr(mifo.api, "edit_preset", lambda family: replace(edit_preset(family), steps=2))
+    monkeypatch.chdir(tmp_path)
+    write_instance(tmp_path / "my_photos" / "desk", assets=3)
+    Image.open(tmp_path / "my_photos" / "desk" / "img.png").save("street.jpg")
+    (tmp_path / "mask.png").write_bytes((tmp_path / "my_photos" / "desk" / "mask1.png").read_bytes())
+    exec(compile(lines.replace('"sd2.1"', repr(base)), "README.md", "exec"), {})
+    for written in ("Model_ours/desk/bundle.json", "output/beach/000000.png", "output/street/edit00.png"):
+        assert (tmp_path / written).is_file()
