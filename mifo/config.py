@@ -313,7 +313,7 @@ def from_dict(kind: type[T], data: Mapping[str, Any], where: str = "config", nat
     values = {}
     for key, value in data.items():
         if is_dataclass(hints[key]):
-            value = from_dict(hints[key], value, f"{where}.{key}", native_latents)  # type: ignore[arg-type]
+            value = from_dict(hints[key], value, f"{where}.{key}", native_latents)
         elif isinstance(value, list):
             value = tuple(value)
         values[key] = value

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +49,7 @@ class BoundedAttention:
         self.apart = False  # True: subjects do not look at the background either, which they would otherwise continue
         self._refined: torch.Tensor | None = None  # (images, subjects, h, w) bool
         self._subjects: dict[tuple[int, int], torch.Tensor] = {}
-        self._masks: dict[tuple, torch.Tensor] = {}
+        self._masks: dict[tuple[Any, ...], torch.Tensor] = {}
         self._groups: dict[tuple[int, int], tuple[Groups, ...]] = {}
         self._wanted: dict[str, Site] = {}
         self._maps: dict[str, torch.Tensor] = {}

@@ -71,7 +71,8 @@ def principal_components(rows: npt.NDArray[np.float64], count: int) -> npt.NDArr
     centered = rows - rows.mean(0)
     last = centered.shape[1] - 1
     _, directions = scipy.linalg.eigh(centered.T @ centered, subset_by_index=[max(0, last + 1 - count), last])
-    return centered @ directions
+    points: npt.NDArray[np.float64] = centered @ directions
+    return points
 
 
 def subject_cover(cross_attention: torch.Tensor, present: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ class Site:
     @property
     def level(self) -> int:
         """How many times smaller than the latents the map is: 1, 2, 4 or 8."""
-        return 2**self.halvings
+        return 1 << self.halvings
 
     def map_size(self, latent_height: int, latent_width: int) -> tuple[int, int]:
         """(height, width) of this site's map for latents of that size; odd sizes round up, as the UNet's strides do."""
@@ -124,7 +124,8 @@ class Processor:
         out = attn.to_out[1](attn.to_out[0](out))
         if attn.residual_connection:
             out = out + hidden_states
-        return out / attn.rescale_output_factor
+        scaled: torch.Tensor = out / attn.rescale_output_factor
+        return scaled
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
         """(B, heads, H*W, D) x 2 (B, heads, L, D) -> (B, heads, H*W, D). Fused: no map is ever held in memory."""

@@ -119,7 +119,7 @@ def parse_tensors(files: Files, folder: Path, name: str) -> dict[str, torch.Tens
     if name not in files:
         raise InputError(f"{path} is missing; {AGAIN}")
     try:
-        tensors = load(files[name])
+        tensors: dict[str, torch.Tensor] = load(files[name])
     except Exception as error:  # whatever a hostile header makes safetensors raise
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise InputError(f"{path} is corrupt ({reason}); {AGAIN}") from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -71,7 +72,7 @@ def open_mask(path: Path) -> StoredMask:
     return StoredMask(path, grey, stored.orientation, tuple(notes), f"{brightest} of {limit}")
 
 
-def _to_greys(levels: npt.NDArray, limit: int, name: str, notes: list[str]) -> Greys:
+def _to_greys(levels: npt.NDArray[Any], limit: int, name: str, notes: list[str]) -> Greys:
     """White is the format's own white; the mask's own brightest level where the mask is two-valued and all below half."""
     brightest = int(levels.max())
     if brightest >= (limit + 1) // 2 or brightest == 0:
@@ -85,7 +86,7 @@ def _to_greys(levels: npt.NDArray, limit: int, name: str, notes: list[str]) -> G
     return np.where(levels > brightest / 2, 255, 0).astype(np.uint8)
 
 
-def _two_valued(levels: npt.NDArray, brightest: int) -> bool:
+def _two_valued(levels: npt.NDArray[Any], brightest: int) -> bool:
     near = NEAR / 255 * brightest
     allowed = BETWEEN if brightest > NEAR else 0  # the noise of a dark mask has all levels
     return bool(((levels > near) & (levels < brightest - near)).mean() <= allowed)
@@ -153,7 +154,7 @@ def without_islands(mask: BoolArray) -> tuple[BoolArray, tuple[Island, ...]]:
     return kept, tuple(Island(tuple(int(v) for v in corners[k]), int(areas[k])) for k in order)  # type: ignore[arg-type]
 
 
-def _distance(box: npt.NDArray, others: npt.NDArray) -> float:
+def _distance(box: npt.NDArray[Any], others: npt.NDArray[Any]) -> float:
     """Pixels between a box and the nearest of `others` (N, 4); 0 where they touch or overlap."""
     across = np.maximum(0, np.maximum(others[:, 0] - box[2], box[0] - others[:, 2]))
     along = np.maximum(0, np.maximum(others[:, 1] - box[3], box[1] - others[:, 3]))

@@ -36,7 +36,8 @@ def feather(mask: BoolArray, width: float) -> npt.NDArray[np.float32]:
     if mask.all():
         return np.ones(mask.shape, np.float32)
     distance = ndimage.distance_transform_edt(mask)  # 1 on the first pixel inside
-    return np.clip(distance / (min(width, distance.max() / 4) + 1), 0, 1).astype(np.float32)
+    softened: npt.NDArray[np.float32] = np.clip(distance / (min(width, distance.max() / 4) + 1), 0, 1).astype(np.float32)
+    return softened
 
 
 def paste(source: Pixels, drawn: npt.NDArray[np.float32], mask: BoolArray, width: float) -> Pixels:
@@ -89,7 +90,8 @@ def _seamless(source: Pixels, drawn: Pixels, mask: BoolArray) -> Pixels:
     grey = cv2.copyMakeBorder(mask.astype(np.uint8) * 255, margin, margin, margin, margin, cv2.BORDER_CONSTANT, value=0)
     x, y, width, height = cv2.boundingRect(grey)
     center = (x + width // 2, y + height // 2)
-    return cv2.seamlessClone(padded[1], padded[0], grey, center, cv2.NORMAL_CLONE)[margin:-margin, margin:-margin]
+    cloned: npt.NDArray[np.uint8] = cv2.seamlessClone(padded[1], padded[0], grey, center, cv2.NORMAL_CLONE)
+    return cloned[margin:-margin, margin:-margin]
 
 
 def _seamless_small(source: Pixels, drawn: npt.NDArray[np.float32], mask: BoolArray) -> Pixels:
@@ -139,4 +141,5 @@ def tune_to_source(vae: AutoencoderKL, latents: torch.Tensor, source: torch.Tens
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        return (own.decode(values).sample / 2 + 0.5).clamp(0, 1)
+        pixels: torch.Tensor = own.decode(values).sample
+        return (pixels / 2 + 0.5).clamp(0, 1)

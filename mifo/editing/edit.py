@@ -212,7 +212,8 @@ class _Blending:
         """The source as it enters `step`; after the last one, without noise."""
         if step == len(self.timesteps):
             return self.source
-        return self.scheduler.add_noise(self.source, self.noise, self.timesteps[step].expand(len(self.noise)))
+        noisy: torch.Tensor = self.scheduler.add_noise(self.source, self.noise, self.timesteps[step].expand(len(self.noise)))
+        return noisy
 
 
 def _layout_on_canvas(base: BaseModel, prompt: str, frame: EditFrame, size: tuple[int, int], widest: BoolArray,

@@ -6,6 +6,7 @@ Knows pixels and masks. Knows nothing of models beyond their sizes in pixels.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -62,7 +63,7 @@ class EditFrame:
         exact = self.to_canvas(grey, Image.Resampling.BOX, pad="zero")
         return np.asarray(Image.fromarray(exact).resize((size, size), Image.Resampling.BOX)) / 255.0
 
-    def from_canvas(self, canvas: npt.NDArray) -> npt.NDArray[np.float32]:
+    def from_canvas(self, canvas: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """(resolution, resolution, 3) -> the crop at the picture's own size, (h, w, 3), float."""
         left, top, right, bottom = self._placed()
         part = np.ascontiguousarray(canvas[top:bottom, left:right]).astype(np.float32)

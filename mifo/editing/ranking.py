@@ -50,7 +50,8 @@ def color_histogram(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
     """(N, 3) -> (8, 8, 8) shares that sum to 1, softened so that a shade next door still counts."""
     counts, _ = np.histogramdd(pixels.astype(np.float64), bins=(BINS,) * 3, range=[(0, 256)] * 3)
     soft = ndimage.gaussian_filter(counts, 0.7, mode="nearest")
-    return soft / max(1e-12, soft.sum())
+    histogram: npt.NDArray[np.float64] = soft / max(1e-12, soft.sum())
+    return histogram
 
 
 def edge_directions(image: npt.NDArray[np.uint8], mask: BoolArray) -> npt.NDArray[np.float64]:
@@ -92,7 +93,7 @@ def prompt_similarity(unet: Any, scheduler: Any, latents: torch.Tensor, mask: to
 
 def _clean(scheduler: Any, noisy: torch.Tensor, prediction: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
     """The latents without noise that a prediction stands for, by the scheduler's `prediction_type`."""
-    signal = scheduler.alphas_cumprod.to(noisy)[timestep.to(scheduler.alphas_cumprod.device)].view(-1, 1, 1, 1)
+    signal: torch.Tensor = scheduler.alphas_cumprod.to(noisy)[timestep.to(scheduler.alphas_cumprod.device)].view(-1, 1, 1, 1)
     kind = scheduler.config["prediction_type"]
     if kind == "epsilon":
         return (noisy - (1 - signal).sqrt() * prediction) / signal.sqrt()

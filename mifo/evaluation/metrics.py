@@ -103,7 +103,8 @@ def box_ious(a: Sequence[BoxTuple], b: Sequence[BoxTuple]) -> Array:
     sides = np.minimum(left[..., 2:], right[..., 2:]) - np.maximum(left[..., :2], right[..., :2])  # (A, B, 2)
     shared = sides.clip(min=0).prod(-1)
     areas = [(box[..., 2:] - box[..., :2]).clip(min=0).prod(-1) for box in (left, right)]
-    return shared / np.maximum(areas[0] + areas[1] - shared, 1e-12)
+    ious: npt.NDArray[np.float64] = shared / np.maximum(areas[0] + areas[1] - shared, 1e-12)
+    return ious
 
 
 def match_boxes(boxes: Sequence[BoxTuple], detections: Sequence[BoxTuple]) -> list[tuple[int | None, float]]:

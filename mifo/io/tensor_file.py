@@ -94,7 +94,8 @@ def read_state(path: Path) -> Any:
 
 def _metadata(file: Any) -> dict[str, str]:
     found = file.metadata()
-    return json.loads(found[HEADER]) if HEADER in found else found  # older files have an entry for each value
+    header: dict[str, str] = json.loads(found[HEADER]) if HEADER in found else found  # older files have an entry for each value
+    return header
 
 
 def _checksum(tree: str, tensors: dict[str, torch.Tensor]) -> str:

@@ -69,7 +69,7 @@ class Checkpoints:
                         f"the interrupted run in {self.folder} cannot be resumed with other settings: "
                         f"{'; '.join(differences[:8])}; give the same ones, or --no-resume to start over"
                     )
-                state = read_state(path)
+                state: dict[str, Any] = read_state(path)
             except Damaged:
                 continue  # a power cut may leave the newest half on the disk: the one before it is whole
             self.last_saved = saved.where

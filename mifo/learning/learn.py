@@ -367,7 +367,8 @@ def diffusion_target(scheduler: Any, latents: torch.Tensor, noise: torch.Tensor,
     if kind == "epsilon":
         return noise
     if kind == "v_prediction":
-        return scheduler.get_velocity(latents, noise, timesteps)
+        velocity: torch.Tensor = scheduler.get_velocity(latents, noise, timesteps)
+        return velocity
     if kind == "sample":
         return latents
     raise InputError(f"the base model predicts '{kind}', expected epsilon, v_prediction or sample; use another base model")
@@ -425,7 +426,8 @@ def make_optimizer(groups: list[dict[str, Any]], config: LearnConfig, use_8bit: 
     if reason is None:
         from bitsandbytes.optim import AdamW8bit
 
-        return AdamW8bit(groups, **options)
+        optimizer: torch.optim.Optimizer = AdamW8bit(groups, **options)
+        return optimizer
     message = f"note: no 8-bit Adam: {reason}; using PyTorch's AdamW, whose states take 8 bytes a weight instead of 2"
     say(message)
     return torch.optim.AdamW(groups, **options)

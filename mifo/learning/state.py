@@ -37,7 +37,8 @@ def place(phase: str, step: int, total: int) -> str:
     return f"{PHASE_NAMES[phase]}, step {step} of {total}"
 
 
-def capture(learner: Learner, phase: str, step: int, parameters: Sequence[torch.Tensor], optimizer: Any, scheduler: Any) -> dict:
+def capture(learner: Learner, phase: str, step: int, parameters: Sequence[torch.Tensor], optimizer: Any,
+            scheduler: Any) -> dict[str, Any]:  # fmt: skip
     """The state after `step` steps of `phase`."""
     scaler = learner.stepper.scaler
     return {
@@ -71,7 +72,7 @@ def restore(learner: Learner, state: dict[str, Any], parameters: Sequence[torch.
         learner.keeper.load_state(state["keeper"])
     learner.started = time.monotonic() - state["seconds"]
     _set_random_states(learner, state["random"])
-    return state["step"]
+    return int(state["step"])
 
 
 def _random_states(learner: Learner) -> dict[str, Any]:

@@ -102,16 +102,18 @@ class BaseModel:
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        device: torch.device = self.unet.device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.unet.dtype
+        dtype: torch.dtype = self.unet.dtype
+        return dtype
 
     @property
     def vae_factor(self) -> int:
         """Pixels per latent pixel."""
-        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        return 1 << (len(self.vae.config["block_out_channels"]) - 1)
 
     @property
     def native_latents(self) -> int:
@@ -141,7 +143,8 @@ class BaseModel:
 
     def encode_prompt(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(B, L) token ids -> (B, L, D) on the UNet's device in its dtype. Runs where the text encoder lives."""
-        return self.text_encoder(input_ids.to(self.text_encoder.device))[0].to(self.device, self.dtype)
+        states: torch.Tensor = self.text_encoder(input_ids.to(self.text_encoder.device))[0]
+        return states.to(self.device, self.dtype)
 
     @contextmanager
     def lend_vae(self) -> Iterator[AutoencoderKL]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,7 +58,7 @@ def use_assets(text_encoder: CLIPTextModel, token_ids: Sequence[int], rows: torc
         text_encoder.set_input_embeddings(table)
 
 
-def initial_rows(table: nn.Embedding, tokenizer, words: Sequence[str | None]) -> torch.Tensor:
+def initial_rows(table: nn.Embedding, tokenizer: Any, words: Sequence[str | None]) -> torch.Tensor:
     """(N, D) starting rows: the mean of an asset's words where given, else the mean of the vocabulary.
 
     The vocabulary's mean is the most neutral start: it stands for no thing in particular. Each row gets a little noise of

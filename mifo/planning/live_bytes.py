@@ -37,7 +37,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = (), tag: str = "activations"):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tag = tag
         self.live: Counter[str] = Counter()
         self.peak = Peak(0, {})
@@ -114,15 +114,15 @@ def _fused_cost(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, att
                 *_: Any, **__: Any) -> torch.Tensor:  # fmt: skip
     if attn_mask is not None and attn_mask.dtype is torch.bool:
         attn_mask = attn_mask.to(query.dtype)  # kernels take numbers to add; PyTorch makes them from a boolean mask each call
-    return _FusedAttention.apply(query, key, value, attn_mask)  # type: ignore[no-any-return]
+    return _FusedAttention.apply(query, key, value, attn_mask)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @contextmanager
 def fused_attention_cost() -> Iterator[None]:
     """Within the block PyTorch's fused attention costs what a fused kernel costs, which the meta device does not have."""
     before = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = _fused_cost  # type: ignore
+    F.scaled_dot_product_attention = _fused_cost
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = before  # type: ignore
+        F.scaled_dot_product_attention = before

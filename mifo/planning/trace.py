@@ -52,7 +52,7 @@ class Model:
 
     @property
     def vae_factor(self) -> int:
-        return 2 ** (len(self.configs["vae"]["block_out_channels"]) - 1)
+        return 1 << (len(self.configs["vae"]["block_out_channels"]) - 1)
 
     @property
     def native_resolution(self) -> int:
@@ -91,7 +91,7 @@ def build(model: Model, dtype: torch.dtype) -> BaseModel:
     for part in (unet, vae, text_encoder):
         part.requires_grad_(False).eval().to(dtype)
     scheduler = DDIMScheduler.from_config(configs["scheduler"])
-    return BaseModel(model.name, model.name, None, "", None, text_encoder, vae, unet, scheduler)  # type: ignore[arg-type]
+    return BaseModel(model.name, model.name, None, "", None, text_encoder, vae, unet, scheduler)
 
 
 def _known(*parts: torch.nn.Module) -> list[torch.Tensor]:

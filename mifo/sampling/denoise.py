@@ -91,8 +91,8 @@ def within_step(scheduler: Any) -> bool:
         return not scheduler.state_in_first_order
     if isinstance(scheduler, PNDMScheduler):
         if scheduler.config["skip_prk_steps"]:
-            return scheduler.counter == 1
-        return scheduler.counter < len(scheduler.prk_timesteps) and scheduler.counter % 4 != 0
+            return bool(scheduler.counter == 1)
+        return bool(scheduler.counter < len(scheduler.prk_timesteps) and scheduler.counter % 4 != 0)
     return False
 
 

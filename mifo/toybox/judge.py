@@ -200,7 +200,8 @@ def box_ious(a: Sequence[Box], b: Sequence[Box]) -> np.ndarray:
     sides = np.minimum(left[..., 2:], right[..., 2:]) - np.maximum(left[..., :2], right[..., :2])  # (A, B, 2)
     shared = sides.clip(min=0).prod(-1)
     areas = [(box[..., 2:] - box[..., :2]).prod(-1) for box in (left, right)]
-    return shared / (areas[0] + areas[1] - shared)
+    ious: np.ndarray[Any, Any] = shared / (areas[0] + areas[1] - shared)
+    return ious
 
 
 def match(findings: Sequence[Finding], things: Sequence[Thing]) -> list[Finding | None]:

@@ -7,6 +7,7 @@ Boxes are xyxy, normalized to [0, 1].
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -66,7 +67,7 @@ class Scene:
         """Everything that can be said of it."""
         return compose_caption([t.phrase() for t in self.things], self.background)
 
-    def truth(self) -> dict:
+    def truth(self) -> dict[str, Any]:
         """The ground truth as plain data, for JSON."""
         return asdict(self)
 
