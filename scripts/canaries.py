@@ -254,8 +254,8 @@ def grey_pictures() -> None:
     base_model.load_base_model = load_once
     for module in (synthesis, scenes, evaluation, demo):
         module.synthesize = drawn  # type: ignore[attr-defined]
-    for module, name in ((learn, "write_preview"), (learn, "write_attention_sheet")):
-        setattr(module, name, lambda path, *_: Image.new("RGB", (8, 8)).save(path))
+    for name in ("draw_preview", "draw_attention_sheet"):
+        setattr(learn, name, lambda *_: Image.new("RGB", (8, 8)))
     demo.learn, demo.load_base_model = learned, lambda *_: load_once(str(tiny_base_folder()))  # type: ignore[assignment]
     demo.BOXES = BOXES  # for two things, as the photo has
     demo.attach = lambda *_: nullcontext()  # type: ignore[assignment]

@@ -48,7 +48,7 @@ def folder_at_768(tiny_sd_folder: Path, tmp_path_factory: pytest.TempPathFactory
 
 def test_stable_diffusion_2_at_768_checks_learns_draws_and_edits(folder_at_768: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Before, sites were those with maps of 16 and 32, which latents of 96 do not have."""
-    monkeypatch.setattr("mifo.learning.learn.write_preview", lambda path, *_: Image.new("RGB", (8, 8)).save(path))
+    monkeypatch.setattr("mifo.learning.learn.draw_preview", lambda *_: Image.new("RGB", (8, 8)))
     instance = write_instance(tmp_path / "instances" / "pair", size=(128, 128))
     checked = mifo("check", instance, "--model-path", folder_at_768, "--output-path", tmp_path / "check.png", "--json")
     assert json.loads(checked.stdout)["supervised_map_sizes"] == [48, 24]
@@ -365,7 +365,7 @@ def test_a_pickle_is_refused_with_the_line_that_converts_it(tmp_path: Path) -> N
 
 def test_a_bundle_learned_on_a_single_file_finds_it_and_fits_its_folder(
         narrow_sd_folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:  # fmt: skip
-    monkeypatch.setattr("mifo.learning.learn.write_preview", lambda path, *_: path.touch())
+    monkeypatch.setattr("mifo.learning.learn.draw_preview", lambda *_: Image.new("RGB", (8, 8)))
     instance = write_instance(tmp_path / "pair")
     mifo("learn", instance, "--model-path", checkpoint, "--output-dir", tmp_path / "out", *FAST, "--resolution", 64,
          "--no-prior-preservation")  # fmt: skip

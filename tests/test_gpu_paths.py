@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from _tiny import load_base, mifo, tiny_base_folder, write_instance
+from PIL import Image
 
 from mifo.cli.command_parts import choose_device, choose_dtype
 from mifo.cli.options import Precision
@@ -116,7 +117,7 @@ def test_auto_precision_on_a_gpu_is_what_it_can(monkeypatch: pytest.MonkeyPatch)
 
 def test_runs_of_different_precisions_follow_one_another_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before, the second raised: Accelerate's state was the whole process's."""
-    monkeypatch.setattr("mifo.learning.learn.write_preview", lambda path, *_: path.touch())
+    monkeypatch.setattr("mifo.learning.learn.draw_preview", lambda *_: Image.new("RGB", (8, 8)))
     instance = load_instance(write_instance(tmp_path / "pair"))
     config = learn_preset("stable-diffusion")
     config = replace(config, embedding=replace(config.embedding, train_steps=1), prior=replace(config.prior, enabled=False),

@@ -35,12 +35,24 @@ def test_a_phase_is_shown_at_its_thirds_and_no_step_twice(steps: int):
 def test_no_column_of_the_attention_sheet_is_there_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Nor the first of phase 2, which is the last of phase 1."""
     sheets: list[Any] = []
-    monkeypatch.setattr("mifo.learning.learn.write_preview", lambda path, *_: path.touch())
-    monkeypatch.setattr("mifo.learning.learn.write_attention_sheet",
-                        lambda path, snapshots, *_: sheets.append(snapshots) or path.touch())  # fmt: skip
+    monkeypatch.setattr("mifo.learning.learn.draw_preview", lambda *_: Image.new("RGB", (8, 8)))
+    monkeypatch.setattr("mifo.learning.learn.draw_attention_sheet",
+                        lambda snapshots, *_: sheets.append(snapshots) or Image.new("RGB", (8, 8)))  # fmt: skip
     learn(load_instance(write_instance(tmp_path / "cups")), load_base(), short(4), tmp_path / "out")
     labels = [label for label, _ in sheets[0]]
     assert labels == ["embedding 0", "embedding 1", "embedding 2", "embedding 4", "lora 1", "lora 2", "lora 4"]
+
+
+def test_what_goes_wrong_while_previews_are_drawn_is_not_said_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """They were drawn while the folder was written, so that a font that cannot be read was "cannot be written"."""
+
+    def broken(*_: Any) -> None:
+        raise OSError("no font")
+
+    monkeypatch.setattr("mifo.learning.learn.draw_preview", broken)
+    with pytest.raises(OSError, match="no font"):
+        learn(load_instance(write_instance(tmp_path / "cups")), load_base(), short(1), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_previews_have_the_learned_resolution_a_bar_and_their_share_of_the_seconds(

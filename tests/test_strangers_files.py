@@ -24,7 +24,7 @@ from mifo.bundle.export import export_for_diffusers
 from mifo.bundle.instance_copy import keep_instance, kept_crops, kept_instance
 from mifo.bundle.store import attach, base_of_bundle, load_bundle
 from mifo.cli import command_parts
-from mifo.data.instance import MAX_ASSETS, load_instance
+from mifo.data.instance import MAX_ASSETS, fit_instance, load_instance
 from mifo.errors import InputError
 from mifo.evaluation.cases import read_cases
 from mifo.evaluation.toybox_backend import load_truth
@@ -230,12 +230,12 @@ def test_only_a_drawn_scenes_truth_goes_into_the_bundle(tmp_path: Path):
     for index, content in enumerate((b'{"password": 1}', b"[]", b"\xff", b"[" * 5000)):
         (folder / "truth.json").write_bytes(content)
         (target := tmp_path / f"kept{index}").mkdir()
-        keep_instance(target, load_instance(folder), 64)
+        keep_instance(target, load_instance(folder), fit_instance(load_instance(folder), 64))
         assert not (target / "instance" / "truth.json").exists()
     (folder / "truth.json").write_text(json.dumps({"things": []}))
     (folder / "truth.json").chmod(0o600)
     (tmp_path / "kept").mkdir()
-    keep_instance(tmp_path / "kept", load_instance(folder), 64)
+    keep_instance(tmp_path / "kept", load_instance(folder), fit_instance(load_instance(folder), 64))
     kept, plain = tmp_path / "kept" / "instance" / "truth.json", tmp_path / "plain"
     plain.touch()
     assert kept.read_text() == '{"things": []}' and kept.stat().st_mode == plain.stat().st_mode

@@ -20,8 +20,8 @@ from ..data.instance import (
     MASK_PATTERN,
     MAX_ASSETS,
     MAX_TRUTH_BYTES,
+    FittedInstance,
     Instance,
-    fit_instance,
     load_instance,
     with_background,
 )
@@ -34,11 +34,10 @@ FOLDER = "instance"
 TRUTH = "truth.json"
 
 
-def keep_instance(bundle: Path, instance: Instance, resolution: int) -> None:
+def keep_instance(bundle: Path, instance: Instance, fitted: FittedInstance) -> None:
     """Writes the fitted picture and masks; `load_instance` reads them as it reads the original."""
     folder = bundle / FOLDER
     folder.mkdir()
-    fitted = fit_instance(instance, resolution)
     fitted.image.save(folder / "img.png", "PNG")
     things = instance.count - instance.has_background  # the background's mask follows from the others
     for index, mask in enumerate(fitted.masks[:things]):

@@ -147,7 +147,7 @@ def save_bundle(folder: Path, base: BaseModel, tokens: tuple[str, ...], words: t
 
     Where a local base model lies is not written unless `keep_base_path`: its last name and its fingerprint find it again.
 
-    `facts` are written after `write_pictures` has run, which may add to them. Raises InputError when the disk is full, the folder
+    `write_pictures` gets the temporary folder. Raises InputError when the disk is full, the folder
     cannot be written or holds anything else, or a learned value is not finite; what was there before is then untouched.
     """
     source = "" if is_local(base.source) and not keep_base_path else base.source

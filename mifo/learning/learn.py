@@ -42,7 +42,7 @@ from .early_stopping import KeepBest
 from .losses import masked_diffusion_loss, match_loss, penalty_loss, reward_loss, separation_loss
 from .optimizer import Stepper
 from .prior import PriorData, make_prior
-from .report import attention_shares, environment, snapshot_maps, write_attention_sheet, write_preview
+from .report import attention_shares, draw_attention_sheet, draw_preview, environment, snapshot_maps
 from .state import capture, identity_of, place, restore
 
 
@@ -124,6 +124,9 @@ def _learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Pat
         with lend_adapters(base, config.lora, config.seed) as adapters:
             learner.train_adapters(adapters, report)
             shares = attention_shares(base, data, tokens, config.lora.attention)
+            preview = draw_preview(instance, base, tokens, config.seed, config.resolution,
+                                   lambda k, n: report(Progress("previews", k, n)))  # fmt: skip
+            attention = draw_attention_sheet(learner.snapshots, instance, tokens)
             facts: dict[str, Any] = {
                 "peak_of": peak.of,
                 "attention_inside_mask": {t: round(s, 4) for t, s in zip(tokens, shares, strict=True)},
@@ -133,14 +136,14 @@ def _learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Pat
                 "photo_digest": photo_digest(instance),
                 **({"kept": learner.kept} if learner.kept else {}),
                 **environment(),
+                "seconds": round(learner.seconds(), 1),  # the pictures included
+                "peak_gib": round(peak.gib, 3),
             }
 
             def write_pictures(target: Path) -> None:
-                write_preview(target / "preview.png", instance, base, tokens, config.seed, config.resolution,
-                              lambda k, n: report(Progress("previews", k, n)))  # fmt: skip
-                write_attention_sheet(target / "attention.png", learner.snapshots, instance, tokens)
-                keep_instance(target, instance, config.resolution or base.resolution)
-                facts.update(seconds=round(learner.seconds(), 1), peak_gib=round(peak.gib, 3))  # the pictures included
+                preview.save(target / "preview.png")
+                attention.save(target / "attention.png")
+                keep_instance(target, instance, fitted)
 
             return save_bundle(folder, base, tokens, instance.words, embedding.rows, adapters, config, facts, write_pictures,
                                overwrite=True, keep_base_path=keep_base_path)  # fmt: skip

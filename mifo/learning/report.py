@@ -8,7 +8,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,8 +81,8 @@ def attention_shares(base: BaseModel, data: InstanceData, tokens: Sequence[str],
     return [float((m * k).sum() / m.sum().clamp(min=1e-8)) for m, k in zip(maps, masks, strict=True)]
 
 
-def write_attention_sheet(path: Path, snapshots: Sequence[tuple[str, torch.Tensor]], instance: Instance,
-                          tokens: Sequence[str]) -> None:  # fmt: skip
+def draw_attention_sheet(snapshots: Sequence[tuple[str, torch.Tensor]], instance: Instance,
+                         tokens: Sequence[str]) -> Image.Image:  # fmt: skip
     """One row per asset: its mask, then where its token looked as training went on."""
     side = 128
     cells = []
@@ -91,7 +90,7 @@ def write_attention_sheet(path: Path, snapshots: Sequence[tuple[str, torch.Tenso
         cells.append(caption_below(_outlined(instance, [index], side), token))
         for label, maps in snapshots:
             cells.append(caption_below(_heat(maps[index], side), label))
-    grid(cells, columns=1 + len(snapshots)).save(path)
+    return grid(cells, columns=1 + len(snapshots))
 
 
 def _heat(attention: torch.Tensor, side: int) -> Image.Image:
@@ -101,15 +100,15 @@ def _heat(attention: torch.Tensor, side: int) -> Image.Image:
     return Image.merge("RGB", (red, red.point(lambda v: v * v // 255), red.point(lambda v: v // 3)))
 
 
-def write_preview(path: Path, instance: Instance, base: BaseModel, tokens: Sequence[str], seed: int,
-                  resolution: int | None = None, on_progress: Callable[[int, int], None] | None = None) -> None:  # fmt: skip
+def draw_preview(instance: Instance, base: BaseModel, tokens: Sequence[str], seed: int, resolution: int | None = None,
+                 on_progress: Callable[[int, int], None] | None = None) -> Image.Image:  # fmt: skip
     """The picture with its masks outlined, and one sample per asset, at the resolution that was learned."""
     side = 192
     cells = [caption_below(_outlined(instance, range(len(tokens)), side), instance.name)]
     prompts = [f"a photo of {t}" for t in tokens]
     images = sample_prompts(base, prompts, tokens, seed, PREVIEW_STEPS, resolution, on_progress)
     cells += [caption_below(image.resize((side, side), NEAREST), t) for image, t in zip(images, tokens, strict=True)]
-    grid(cells, columns=len(cells)).save(path)
+    return grid(cells, columns=len(cells))
 
 
 def _outlined(instance: Instance, indices: Sequence[int] | range, side: int) -> Image.Image:

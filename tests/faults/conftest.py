@@ -18,7 +18,7 @@ def quick_preview() -> Iterator[None]:
     from PIL import Image
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mifo.learning.learn.write_preview", lambda path, *_: Image.new("L", (8, 8)).save(path))
+        patch.setattr("mifo.learning.learn.draw_preview", lambda *_: Image.new("RGB", (8, 8)))
         yield
 
 
