@@ -69,8 +69,6 @@ class LoraPhase(Checked):
     text_encoder: bool = True
     draws: AtLeastOne = 1
     use_8bit_adam: bool = True
-    full_unet: bool = False
-    """Comparison runs only: trains the whole UNet instead of LoRA, as published; cannot be saved as a bundle."""
     attention: AttentionTerms = field(
         default_factory=lambda: AttentionTerms(blocks=("down_blocks", "mid_block", "up_blocks"), levels=(4,))
     )
@@ -288,6 +286,9 @@ def edit_preset(family: str) -> EditConfig:
     return EditConfig(steps=control.steps, guidance_scale=control.guidance_scale, guidance=control.guidance)
 
 
+#: Settings that earlier versions wrote into bundles and that nothing reads.
+RETIRED = {"full_unet"}
+
 # --- plain data ---------------------------------------------------------------------------------
 
 
@@ -307,11 +308,13 @@ def from_dict(kind: type[T], data: Mapping[str, Any], where: str = "config", nat
     hints = field_types(kind)
     if "levels" in hints and "map_sizes" in data:
         data = _with_levels(data, where, native_latents)
-    unknown = sorted(str(key)[:50] for key in set(data) - set(hints))
+    unknown = sorted(str(key)[:50] for key in set(data) - set(hints) - RETIRED)
     if unknown:
         raise InputError(f"{where} has unknown keys {unknown[:10]}; known are {sorted(hints)}")
     values = {}
     for key, value in data.items():
+        if key in RETIRED:
+            continue
         if is_dataclass(hints[key]):
             value = from_dict(hints[key], value, f"{where}.{key}", native_latents)
         elif isinstance(value, list):

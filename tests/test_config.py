@@ -85,3 +85,9 @@ def test_presets_survive_json(family: str):
 def test_whole_numbers_pass_for_real_ones():
     """JSON written by other programs has 1 for 1.0."""
     assert from_dict(SynthesisConfig, {"guidance_scale": 7}).guidance_scale == 7
+
+
+def test_a_setting_that_was_retired_is_still_read_in_old_bundles() -> None:
+    record = to_dict(learn_preset("toybox"))
+    record["lora"]["full_unet"] = False
+    assert from_dict(LearnConfig, record) == learn_preset("toybox")

@@ -89,11 +89,6 @@ def detect_and_compare(similarities: Array, among: Array) -> float:
     return max(0.0, 1.0 - float(np.linalg.norm(similarities[order] - among)))
 
 
-def collapse_rates(identities: Sequence[float], thresholds: Sequence[float]) -> dict[float, list[bool]]:
-    """Per threshold, whether each asked asset collapsed: its identity is below the threshold."""
-    return {t: [value < t for value in identities] for t in thresholds}
-
-
 # --- layout -------------------------------------------------------------------------------------
 
 
