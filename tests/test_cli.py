@@ -253,7 +253,11 @@ def test_export_writes_what_diffusers_reads(tmp_path: Path):
 
 @pytest.mark.parametrize(("how", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"),
                                                       (signal.SIGHUP, 129, "terminated")])  # fmt: skip
-def test_a_stopped_learn_keeps_the_earlier_bundle(tmp_path: Path, how: signal.Signals, status: int, word: str):
+def test_a_stopped_learn_keeps_the_earlier_bundle(
+    tmp_path: Path, how: signal.Signals, status: int, word: str, request: pytest.FixtureRequest
+):
+    before_tests = signal.signal(how, lambda *_: None)  # a process under nohup would ignore the signal, and so would its own
+    request.addfinalizer(lambda: signal.signal(how, before_tests))
     folder = copy_bundle(tmp_path / "out")
     write_instance(tmp_path / "two_cups")
     before = snapshot(tmp_path)
