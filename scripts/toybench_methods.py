@@ -158,7 +158,7 @@ def _dreambooth(config: LearnConfig) -> LearnConfig:
 
 
 def _full(rate: float) -> Callable[[LearnConfig], tuple[str, LearnConfig]]:
-    return lambda c: ("full", replace(c, lora=replace(c.lora, learning_rate=rate, full_unet=True)))
+    return lambda c: ("full", replace(c, lora=replace(c.lora, learning_rate=rate)))
 
 
 def _rank(rank: int) -> Callable[[LearnConfig], tuple[str, LearnConfig]]:

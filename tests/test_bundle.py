@@ -386,7 +386,7 @@ def test_the_swap_works_where_the_system_cannot_exchange(base: BaseModel, tmp_pa
 KILLED_SAVE = """
 import os, signal, sys
 from pathlib import Path
-from mifo import files, swap
+from mifo.io import files, swap
 from mifo.io.manifest import MANIFEST
 
 def kill(*_):
