@@ -96,8 +96,10 @@ def main_job_table() -> str:
     ]
     for label, value in rows:
         lines.append(f"| {label} | " + " | ".join(value(e, e[k]) for _, e, k in columns) + " |")
-    fair = ("One learning run each, on a busy machine: seconds are too long. Break-A-Scene's recipe has its own loss here, which it had "
-            "not in earlier versions of this table; its rates were not searched for as ours were.")  # fmt: skip
+    fair = (
+        "One learning run each, on a busy machine: seconds are too long. Break-A-Scene's recipe has its own loss here, which it "
+        "had not in earlier versions of this table; its rates were not searched for as ours were."
+    )
     return "\n".join([*lines, "", fair, "", source("main_job", result)])
 
 
