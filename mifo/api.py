@@ -15,9 +15,9 @@ expected, what to do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,13 @@ from .evaluation.report import save_evaluation, table
 from .evaluation.run import Evaluation
 from .evaluation.run import evaluate as run_evaluate
 from .io.json_text import json_text
+from .io.outputs import check_apart
 from .learning.checkpoints import Checkpointing
 from .learning.learn import Progress
 from .learning.learn import learn as run_learn
 from .model.base import BaseModel
 from .model.base import load_base_model as read_base_model
-from .model.device import choose_device, choose_dtype
+from .model.device import choose_device, choose_dtype, precision_name
 from .planning.planner import Plan, Settings, make_plan, read_model
 from .prompts import assets_in
 from .synthesis.synthesize import Synthesis, save_synthesis
@@ -57,6 +58,7 @@ from .synthesis.synthesize import synthesize as run_synthesize
 PathLike = str | Path
 #: A box per asset in the prompt's order, a mapping of tokens to boxes, JSON text or a file of it, or a Layout.
 Boxes = Layout | Sequence[Sequence[float]] | dict[str, Sequence[float]] | PathLike
+Closed = Mapping[str, str | Path | None]
 #: (steps done, steps in all)
 OnProgress = Callable[[int, int], None]
 
@@ -97,19 +99,22 @@ def load_bundle(folder: PathLike) -> Bundle:
 
 
 def learn(instance: Instance, base: BaseModel, output: PathLike, config: LearnConfig | None = None, *, seed: int | None = None,
-          words: Sequence[str | None] | None = None, overwrite: bool = False, resume: bool | None = False,
+          words: Sequence[str | None] | None = None, overwrite: bool = False, resume: bool | None = None,
           keep_base_path: bool = False, on_progress: Callable[[Progress], None] | None = None) -> Bundle:  # fmt: skip
     """Learns each masked thing of `instance` as its own token, `<asset0>`, `<asset1>`, ...: token embeddings, then LoRA
     (MIFO, arXiv 2511.00542, section 3). Writes the bundle to `output`, whole or not at all.
 
-    `config`: by default that of the base model's family, `mifo.config.learn_preset`. `words`: one per asset to start from.
-    `overwrite`: replace a bundle of another photo there. `resume`: go on from an interrupted run's checkpoint (True), start
-    over (False), or refuse to choose (None).
+    `config`: by default that of the base model's family, `mifo.config.learn_preset`; its precision is always the base model's.
+    `words`: one per asset to start from. `overwrite`: replace a bundle of another photo there. `resume`: go on from an
+    interrupted run's checkpoint (True), start over and forget it (False), or raise InputError where there is one of this very
+    run (None).
     """
-    chosen = config or learn_preset(base.family)
+    folder = Path(output)
+    check_apart(folder, folder, {}, {**_closed(base, None), "the instance": instance.source}, "output")
+    chosen = replace(config or learn_preset(base.family), mixed_precision=precision_name(base.dtype))  # type: ignore[arg-type]
     if seed is not None:
         chosen = replace(chosen, seed=seed)
-    return run_learn(instance, base, chosen, Path(output), on_progress or (lambda progress: None), words,
+    return run_learn(instance, base, chosen, folder, on_progress or (lambda progress: None), words,
                      Checkpointing(resume=resume), overwrite=overwrite, keep_base_path=keep_base_path)  # fmt: skip
 
 
@@ -119,6 +124,8 @@ class SynthesisResult:
 
     synthesis: Synthesis
     facts: dict[str, Any]
+    closed: Closed = field(default_factory=dict, repr=False)
+    """Folders in which nothing is written, by what they are: the bundle, the base model."""
 
     @property
     def images(self) -> list[Image.Image]:
@@ -129,8 +136,10 @@ class SynthesisResult:
         """PNGs with their recipe in the metadata, a contact sheet and `synthesis.json`; the folder appears whole, or not at
         all.
 
-        Raises InputError where the folder has anything in it; with `overwrite` an earlier synthesis is replaced.
+        Raises InputError where the folder has anything in it, or lies in the bundle or the base model; with `overwrite` an
+        earlier synthesis is replaced.
         """
+        check_apart(Path(folder), Path(folder), {}, self.closed, "folder")
         return save_synthesis(self.synthesis, Path(folder), self.facts, overwrite)
 
 
@@ -146,9 +155,10 @@ def synthesize(base: BaseModel, bundle: Bundle | None, prompt: str, boxes: Boxes
     chosen = config or synthesis_preset(base.family)
     tokens = bundle.tokens if bundle else ()
     layout = _layout(boxes, prompt)
+    _check_count(num_images)
     with attach(base, bundle, chosen.lora_scale) if bundle else nullcontext():
         drawn = run_synthesize(base, prompt, layout, tokens, chosen, seed, num_images, on_progress)
-    return SynthesisResult(drawn, _facts(base, bundle))
+    return SynthesisResult(drawn, _facts(base, bundle), _closed(base, bundle))
 
 
 @dataclass(frozen=True)
@@ -158,6 +168,8 @@ class EditResult:
     edit: Edit
     picture: Picture
     facts: dict[str, Any]
+    inputs: Closed = field(default_factory=dict, repr=False)
+    closed: Closed = field(default_factory=dict, repr=False)
 
     @property
     def images(self) -> list[Image.Image]:
@@ -177,6 +189,7 @@ class EditResult:
     def save(self, folder: PathLike, overwrite: bool = False) -> list[Path]:
         """`edit00.png` (the best) and so on in the picture's own colour profile, a contact sheet and `edit.json`; whole, or not
         at all. Raises InputError as `SynthesisResult.save` does."""
+        check_apart(Path(folder), Path(folder), self.inputs, self.closed, "folder")
         return save_edit(self.edit, self.picture, Path(folder), self.facts, overwrite)
 
 
@@ -190,6 +203,7 @@ def edit(base: BaseModel, bundle: Bundle | None, image: PathLike, mask: PathLike
     photo's is kept, 'safe' (no places, serial numbers, owners, thumbnails), 'keep' or 'strip'. `config`: by default that of the
     base model's family, `mifo.config.edit_preset`.
     """
+    _check_count(num_images)
     chosen = config or edit_preset(base.family)
     picture = load_picture(Path(image), metadata)
     white, reading = load_edit_mask(Path(mask), picture.image, Path(image).name, orientation=picture.orientation,
@@ -199,7 +213,8 @@ def edit(base: BaseModel, bundle: Bundle | None, image: PathLike, mask: PathLike
     with attach(base, bundle, chosen.lora_scale) if bundle else nullcontext():
         drawn = run_edit(base, picture.image, white, prompt, tokens, chosen, seed, num_images, _layout(boxes, prompt), crops,
                          on_progress)  # fmt: skip
-    return EditResult(drawn, replace(picture, notes=(*picture.notes, *reading)), _facts(base, bundle))
+    return EditResult(drawn, replace(picture, notes=(*picture.notes, *reading)), _facts(base, bundle),
+                      {"image": image, "mask": mask}, _closed(base, bundle))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -207,6 +222,7 @@ class EvaluationResult:
     """What was measured; `record` is what `evaluation.json` holds, with each number's definition and interval."""
 
     evaluation: Evaluation
+    closed: Closed = field(default_factory=dict, repr=False)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -215,6 +231,7 @@ class EvaluationResult:
     def save(self, folder: PathLike, overwrite: bool = False) -> dict[str, str]:
         """`evaluation.json`, a contact sheet, plots and the pictures; returns the paths by kind. Raises InputError as
         `SynthesisResult.save` does."""
+        check_apart(Path(folder), Path(folder), {}, self.closed, "folder")
         return save_evaluation(self.evaluation, Path(folder), True, overwrite)
 
     def __str__(self) -> str:
@@ -231,6 +248,7 @@ def evaluate(base: BaseModel, bundle: Bundle, *, instance: Instance | None = Non
     learned from, by default its own copy. `backend`: 'toybox' (knows what was drawn), 'photo' (DINOv2, CLIP and a detector) or
     'auto'. Raises InputError also where no picture could be drawn.
     """
+    _check_count(samples, "samples")
     source = without_background(instance or kept_instance(bundle.folder, bundle.tokens, bundle.instance))
     measured_by = make_backend(backend, base.family, source, str(base.device)) if isinstance(backend, str) else backend
     cases = read_cases(Path(prompts) if prompts else None, None, source.tokens, mask_aspects(source))
@@ -238,7 +256,7 @@ def evaluate(base: BaseModel, bundle: Bundle, *, instance: Instance | None = Non
                          on_progress or (lambda done, total: None))  # fmt: skip
     if found is None:
         raise InputError("no picture could be drawn, so nothing was measured")
-    return EvaluationResult(found)
+    return EvaluationResult(found, _closed(base, bundle))
 
 
 def plan(model: str = "sd2.1", job: str = "learn", vram_gib: float | None = None, *, resolution: int | None = None,
@@ -259,7 +277,17 @@ def plan(model: str = "sd2.1", job: str = "learn", vram_gib: float | None = None
 
 def _facts(base: BaseModel, bundle: Bundle | None) -> dict[str, Any]:
     """What a record says of where its pictures come from; never a path."""
-    return {"bundle": bundle.name if bundle else None, "base_model": base.public_name, "base_fingerprint": base.fingerprint}
+    return {"bundle": bundle.name if bundle else None, **base.record()}
+
+
+def _closed(base: BaseModel, bundle: Bundle | None) -> Closed:
+    """The folders in which nothing may be written, by what they are for people; see `outputs.check_apart`."""
+    return {"the bundle": bundle.folder if bundle else None, "the base model": base.location}
+
+
+def _check_count(count: int, name: str = "num_images") -> None:
+    if type(count) is not int or count < 1:
+        raise InputError(f"{name} is {count!r}, expected a whole number of at least 1")
 
 
 def _layout(boxes: Boxes | None, prompt: str) -> Layout | None:

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from _tiny import tiny_base_folder, tiny_bundle_folder, write_instance
+import torch
+from _tiny import copy_bundle, snapshot, tiny_base_folder, tiny_bundle_folder, write_instance
 from PIL import Image
 
 import mifo
 from mifo import edit, evaluate, learn, load_base_model, load_bundle, load_instance, plan, synthesize
 from mifo.config import LearnConfig, edit_preset, learn_preset, synthesis_preset
 from mifo.errors import InputError
+from mifo.learning.learn import Progress
+from mifo.model import base as base_model
 
 BOXES = [[0.0, 0.1, 0.5, 0.9], [0.5, 0.1, 1.0, 0.9]]
 BOTH = "a photo of <asset0> and <asset1>"
@@ -66,6 +69,54 @@ def test_learn_place_and_edit_in_eight_lines(tmp_path: Path) -> None:
 
 def photo_of(folder: Path) -> Path:
     return folder / "cups" / "img.png"
+
+
+def test_no_output_of_a_program_lies_in_what_it_reads(tmp_path: Path) -> None:
+    """As no command's does."""
+    base, cups = load_base_model(str(tiny_base_folder())), write_instance(tmp_path / "cups")
+    bundle, photo = load_bundle(copy_bundle(tmp_path)), load_instance(cups)
+    before = snapshot(tmp_path)
+    quick = replace(synthesis_preset(base.family), steps=1)
+    drawn = synthesize(base, bundle, BOTH, BOXES, config=quick)
+    edited = edit(base, bundle, cups / "img.png", cups / "mask1.png", "a photo of <asset0>",
+                  config=replace(edit_preset(base.family), steps=1))  # fmt: skip
+    for job, message in (
+        (lambda: learn(photo, base, cups / "new"), "lies in the instance"),
+        (lambda: learn(photo, base, tiny_base_folder() / "new"), "lies in the base model"),
+        (lambda: drawn.save(bundle.folder / "pictures"), "lies in the bundle"),
+        (lambda: drawn.save(tiny_base_folder() / "pictures", overwrite=True), "lies in the base model"),
+        (lambda: edited.save(cups, overwrite=True), "holds image"),
+        (lambda: synthesize(base, bundle, BOTH, BOXES, num_images=0), "num_images is 0, expected a whole number"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            job()
+    assert snapshot(tmp_path) == before
+
+
+def test_an_interrupted_run_is_not_forgotten_unasked(tmp_path: Path) -> None:
+    base, photo = load_base_model(str(tiny_base_folder())), load_instance(write_instance(tmp_path / "cups"))
+    short = learn_preset(base.family)
+    short = replace(short, embedding=replace(short.embedding, train_steps=2), lora=replace(short.lora, train_steps=0))
+
+    def stop(progress: Progress) -> None:
+        if progress.phase == "previews":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learn(photo, base, tmp_path / "out" / "cups", short, on_progress=stop)
+    with pytest.raises(InputError, match="has a checkpoint"):
+        learn(photo, base, tmp_path / "out" / "cups", short)
+    assert learn(photo, base, tmp_path / "out" / "cups", short, resume=True).tokens
+
+
+def test_learning_knows_its_base_models_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of an fp16 base are scaled though the settings do not say so."""
+    seen = []
+    monkeypatch.setattr("mifo.api.run_learn", lambda instance, base, config, *_, **__: seen.append(config.mixed_precision))
+    photo = load_instance(write_instance(tmp_path / "cups"))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        learn(photo, base_model.load_base_model(str(tiny_base_folder()), dtype=dtype), tmp_path / "out")
+    assert seen == ["no", "fp16", "bf16"]
 
 
 def test_boxes_in_every_form_are_the_same_layout(tmp_path: Path) -> None:

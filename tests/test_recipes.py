@@ -40,7 +40,7 @@ def gradients(loss: torch.Tensor, rows: torch.Tensor) -> float:
     return float(torch.autograd.grad(loss, rows, retain_graph=True)[0].norm())
 
 
-def ratios(recipe: str, config: LearnConfig, reward: bool, tmp_path: Path,
+def ratios(recipe: str, config: LearnConfig, phase_name: str, reward: bool, tmp_path: Path,
            monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:  # fmt: skip
     """Norm of the attention term's gradient over that of the diffusion term's, on the token embeddings: as one learning step
     has it, and as published for the very same predictions and maps."""
@@ -55,8 +55,9 @@ def ratios(recipe: str, config: LearnConfig, reward: bool, tmp_path: Path,
     add_asset_tokens(base.tokenizer, data.tokens)
     ids = [base.tokenizer.get_added_vocab()[t] for t in data.tokens]
     rows = initial_rows(base.text_encoder.get_input_embeddings(), base.tokenizer, ["car", "mug"])
-    attention = replace(config.embedding.attention, max_timestep=1000, levels=(1, 2))  # so that this one step has the term
-    phase = replace(config.embedding, draws=1, attention=attention)
+    own = getattr(config, phase_name)
+    attention = replace(own.attention, max_timestep=1000, levels=(1, 2))  # so that this one step has the term
+    phase = replace(own, draws=1, attention=attention)
     with use_assets(base.text_encoder, ids, rows) as embedding:
         learner = Learner(base, data, config, embedding, Stepper(base.device), None)
         sites = choose_sites(base.unet, attention.blocks, attention.levels)
@@ -70,15 +71,16 @@ def ratios(recipe: str, config: LearnConfig, reward: bool, tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    "recipe, family, reward",
-    [("break-a-scene", "toybox", False), ("break-a-scene", "stable-diffusion", False), ("mifo", "stable-diffusion", True),
-     ("mifo", "stable-diffusion", False)],
+    "recipe, family, phase, reward",
+    [("break-a-scene", "toybox", "embedding", False), ("break-a-scene", "toybox", "lora", False),
+     ("break-a-scene", "stable-diffusion", "lora", False), ("mifo", "stable-diffusion", "embedding", True),
+     ("mifo", "stable-diffusion", "embedding", False), ("mifo", "stable-diffusion", "lora", False)],
 )  # fmt: skip
 def test_attention_weighs_beside_the_picture_what_it_does_as_published(
-    recipe: str, family: str, reward: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str, family: str, phase: str, reward: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before, the toybox's Break-A-Scene had its own weight beside a loss by area, six times too weak on its pictures."""
-    ours, published = ratios(recipe, learn_preset(family, recipe), reward, tmp_path, monkeypatch)
+    ours, published = ratios(recipe, learn_preset(family, recipe), phase, reward, tmp_path, monkeypatch)
     assert published > 0 and np.isclose(ours, published, rtol=1e-3), (ours, published)
 
 

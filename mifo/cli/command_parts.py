@@ -111,11 +111,6 @@ def own_base(bundle: Bundle) -> str:
         raise InputError(f"the bundle '{bundle.name}' needs its own base model: {error}") from None
 
 
-def base_facts(base: BaseModel) -> dict[str, str]:
-    """What a record or a picture's metadata says of the base model: never where it lies."""
-    return {"base_model": base.public_name, "base_fingerprint": base.fingerprint}
-
-
 def load_base(model_path: str, device: str, dtype: torch.dtype, memory: MemoryConfig) -> BaseModel:
     """`load_base_model`, with the seconds that it takes."""
     from ..model.base import load_base_model

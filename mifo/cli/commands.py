@@ -26,7 +26,6 @@ from ..io.outputs import PLACE, check_apart, check_file, check_output, numbered_
 from ..io.terminal import guard_streams, quiet_libraries
 from . import edit_commands, measure_commands
 from .command_parts import (
-    base_facts,
     check_sampling,
     choose_attention,
     choose_device,
@@ -81,7 +80,6 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    import torch
 
     from ..boxes import Layout
     from ..bundle.store import Bundle
@@ -173,6 +171,7 @@ def learn(
         from ..learning.checkpoints import Checkpointing
         from ..learning.learn import learn as run_learn
         from ..learning.supervision import sizes_of
+        from ..model.device import precision_name
 
         checkpointing = Checkpointing(checkpoint_every, resume=resume)
         for each, target in zip(instances, targets, strict=True):
@@ -182,7 +181,7 @@ def learn(
         attention = choose_attention(attention_backend, chosen, dtype)
         results = []
         for each, target, initial in zip(instances, targets, words, strict=True):
-            config = _learn_overrides(learn_preset(family_of(model_path), recipe.value), given, _accelerate_name(dtype))
+            config = _learn_overrides(learn_preset(family_of(model_path), recipe.value), given, precision_name(dtype))
             plan = plan_within("learn", model_path, chosen, dtype, resolution, vram_gib, attention.name, config,
                                assets=each.count)  # fmt: skip
             base = load_base(model_path, chosen, dtype, plan.settings.memory if plan else MemoryConfig())
@@ -282,7 +281,7 @@ def synthesize(
                      bundle.config, config, len(bundle.tokens), batch_size)  # fmt: skip
         base = load_base_of(bundle, model_path, chosen, dtype, plan.settings.memory if plan else None)
         judge = measured_by(bundle, base, None, given) if best_of else None
-        facts: dict[str, Any] = {"bundle": bundle.name, **base_facts(base)}
+        facts: dict[str, Any] = {"bundle": bundle.name, **base.record()}
         recipe = [prompt, layout.to_json() if layout else None, to_dict(config), seed, best_of, attention.name]
         opened = open_job(output_path, place, "best-of", recipe, base, bundle) if best_of else nullcontext()
         with use_backend(base.unet, attention), attach(base, bundle, config.lora_scale), opened as kept:
@@ -502,10 +501,6 @@ def _synthesis_overrides(config: SynthesisConfig, given: dict[str, Any]) -> Synt
     config = override(config, **{n: given[n] for n in names})
     return replace(config, guidance=replace(config.guidance, enabled=given["guidance"]),
                    refinement=replace(config.refinement, enabled=given["refine"]))  # fmt: skip
-
-
-def _accelerate_name(dtype: torch.dtype) -> str:
-    return {"torch.float32": "no", "torch.float16": "fp16", "torch.bfloat16": "bf16"}[str(dtype)]
 
 
 def _learn_summary(bundle: Bundle) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from ..io.console import Bar, Job, running, say, waiting
 from ..io.files import check_writable
 from ..io.outputs import PLACE, check_apart, check_output, numbered_folder
 from .command_parts import (
-    base_facts,
     check_sampling,
     choose_attention,
     choose_device,
@@ -246,7 +245,7 @@ def _run_edit(job: Job, given: dict[str, Any], name: str) -> None:
                       _crops(bundle), bar.denoising)  # fmt: skip
     for note in result.notes:
         say(f"note: {note}")
-    facts = {"bundle": bundle.name if bundle else None, **base_facts(base)}
+    facts = {"bundle": bundle.name if bundle else None, **base.record()}
     with numbered_folder(given["output_path"], place) as output, waiting("writing the pictures"):
         paths = save_edit(result, picture, output, facts, given["overwrite"])
     seconds, peak = round(result.seconds, 2), round(result.peak_gib, 3)
@@ -296,7 +295,7 @@ def _run_shots(job: Job, given: dict[str, Any], command: str,
     check_sampling(wanted, config.scheduler, config.steps)
     base = load_base_of(bundle, given["model_path"], chosen, choose_dtype(given["mixed_precision"], chosen))
     shots = make_shots(bundle, base, config)
-    facts = {"bundle": bundle.name, **base_facts(base), "steps": config.steps, "guidance_scale": config.guidance_scale}
+    facts = {"bundle": bundle.name, **base.record(), "steps": config.steps, "guidance_scale": config.guidance_scale}
     recipe = [to_dict(config), [shot.recipe() for shot in shots]]
     with open_job(explicit, place, command, recipe, base, bundle) as pictures:
         job.hint = pictures.hint

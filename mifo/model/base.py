@@ -96,6 +96,15 @@ class BaseModel:
         return public_name(self.name, self.source)
 
     @property
+    def location(self) -> Path | None:
+        """The folder or file on this machine that it was read from; never for outputs."""
+        return self.folder or (Path(self.source) if is_local(self.source) else None)
+
+    def record(self) -> dict[str, str]:
+        """What a record or a picture's metadata says of it: never where it lies."""
+        return {"base_model": self.public_name, "base_fingerprint": self.fingerprint}
+
+    @property
     def family(self) -> str:
         """Whose presets fit: 'toybox' or 'stable-diffusion'."""
         return "toybox" if self.source == "toybox" else "stable-diffusion"

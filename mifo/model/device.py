@@ -9,6 +9,11 @@ from ..errors import InputError
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+def precision_name(dtype: torch.dtype) -> str:
+    """The word of a base's dtype, by which learning knows whether gradients need scaling."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
 def choose_device(name: str = "") -> str:
     """`name`, or for an empty one a GPU where there is one. Raises InputError for a device that cannot be used here."""
     if not name:
