@@ -357,10 +357,10 @@ def test_pixels_that_look_at_the_same_places_fall_into_one_cluster() -> None:
 
 def test_clusters_are_the_same_with_every_seed() -> None:
     """Before, one start decided, and the refined masks of two seeds had nothing in common at worst."""
-    points = torch.randn(9, 64, generator=torch.Generator().manual_seed(1)) * 2
-    rows = points.repeat_interleave(8, 0) + 0.3 * torch.randn(72, 64, generator=torch.Generator().manual_seed(2))
-    found = [cluster_pixels(rows, 9, seed) for seed in range(12)]
-    truth = torch.arange(9).repeat_interleave(8)
+    points = torch.randn(16, 64, generator=torch.Generator().manual_seed(1)) * 2
+    rows = points.repeat_interleave(8, 0) + 0.3 * torch.randn(128, 64, generator=torch.Generator().manual_seed(2))
+    found = [cluster_pixels(rows, 16, seed) for seed in range(12)]  # of single starts a third fail here
+    truth = torch.arange(16).repeat_interleave(8)
     for labels in found:
         assert torch.equal(labels[:, None] == labels[None], truth[:, None] == truth[None])
 
@@ -464,6 +464,35 @@ def test_a_run_refines_each_pictures_masks_from_its_own_conditional_maps(toybox_
     assert torch.equal(control.subject_masks((4, 4)), expected)
     refinement.before(14)
     assert all(control.wants(site) for site in sites)
+
+
+def test_every_step_so_far_counts_and_later_refinements_go_on_from_earlier_clusters(
+    toybox_random_base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt, layout = prompt_of(2), Layout(("<asset0>", "<asset1>"), (Box(0, 0, 0.5, 1), Box(0.5, 0, 1, 1)))
+    control = BoundedAttention(prompt, layout, (4, 4), "cpu")
+    config = RefinementConfig(every_steps=5, clusters_per_box=2, levels=(1,))
+    refinement = MaskRefinement(toybox_random_base.unet, control, config, first_step=4)
+    asked: list[tuple[torch.Tensor | None, torch.Tensor]] = []
+
+    def spy(rows: torch.Tensor, clusters: int, seed: int, before: torch.Tensor | None) -> torch.Tensor:
+        asked.append((before, cluster_pixels(rows, clusters, seed, before)))
+        return asked[-1][1]
+
+    monkeypatch.setattr("mifo.sampling.guidance.cluster_pixels", spy)
+    tokens = torch.zeros(16, LENGTH)
+    for k in (0, 1):
+        tokens[:, prompt.asset_positions[f"<asset{k}>"][0]] = (GROUPS == k).float()
+    for step in range(10):
+        refinement.before(step)
+        own = torch.eye(16) if refinement._is_due(step) else maps_of_groups()  # a due step's own map says nothing of groups
+        for site in (*refinement.self_sites, *refinement.cross_sites):
+            if control.wants(site):
+                control.note(site, (tokens if site.is_cross else own).expand(2, 4, -1, -1))
+        refinement.after(step)
+    assert torch.equal(control.subject_masks((4, 4))[0], torch.stack([GROUPS == 0, GROUPS == 1]))
+    (first, labels), (second, _) = asked
+    assert first is None and second is labels
 
 
 def test_a_guided_and_refined_run_is_finite_and_gives_the_same_twice(any_base: BaseModel) -> None:
