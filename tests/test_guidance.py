@@ -482,7 +482,7 @@ def test_every_step_so_far_counts_and_later_refinements_go_on_from_earlier_clust
     monkeypatch.setattr("mifo.sampling.guidance.cluster_pixels", spy)
     tokens = torch.zeros(16, LENGTH)
     for k in (0, 1):
-        tokens[:, prompt.asset_positions[f"<asset{k}>"][0]] = (GROUPS == k).float()
+        tokens[:, prompt.asset_positions[f"<asset{k}>"][0]] = (k == GROUPS).float()
     for step in range(10):
         refinement.before(step)
         own = torch.eye(16) if refinement._is_due(step) else maps_of_groups()  # a due step's own map says nothing of groups
