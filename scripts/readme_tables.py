@@ -99,8 +99,8 @@ def main_job_table() -> str:
         lines.append(f"| {label} | " + " | ".join(value(e, e[k]) for _, e, k in columns) + " |")
     fair = (
         "One learning run each, on a busy machine: seconds are too long. Break-A-Scene's recipe has its own loss here, which it "
-        "had not in earlier versions of this table; it takes 800 steps where ours takes 1,000, and its rates were not searched for "
-        "as ours were, so this table says nothing of which is better."
+        "had not in earlier versions of this table; it takes 800 steps where ours takes 1,000, and its rates were not searched "
+        "for as ours were, so this table does not say which is better."
     )
     return "\n".join([*lines, "", fair, "", source("main_job", result)])
 
