@@ -45,8 +45,8 @@ from .evaluation.run import evaluate as run_evaluate
 from .io.json_text import json_text
 from .io.outputs import check_apart
 from .learning.checkpoints import Checkpointing
-from .learning.learn import Progress
 from .learning.learn import learn as run_learn
+from .learning.trainer import Progress
 from .model.base import BaseModel
 from .model.base import load_base_model as read_base_model
 from .model.device import choose_device, choose_dtype, precision_name

@@ -21,9 +21,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from bench_baseline import PublishedLearner, guidance_gradient
+from bench_baseline import PublishedTrainer, guidance_gradient
 from bench_baseline import synthesize as published_synthesize
-from bench_setup import boxes_for, build_base, make_learner, run_step, write_scene
+from bench_setup import boxes_for, build_base, make_trainer, run_step, write_scene
 from results import spread, write_result
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -209,15 +209,15 @@ def bench_step(options: Options, phase: str) -> dict[str, Any]:
     for dtype in options.baseline_dtypes:
         base = build_base(options.shape, options.width_divisor, replace(options, dtype=dtype).torch_dtype, options.device)
         instance = fit_instance(write_scene(options.assets, options.resolution), options.resolution)
-        with make_learner(base, instance, replace(options, dtype=dtype), lora=False) as learner:
-            batch = learner.data.sample(learner.rng, learner.generator, 1, False, 0.0)
+        with make_trainer(base, instance, replace(options, dtype=dtype), lora=False) as trainer:
+            batch = trainer.data.sample(trainer.state.rng, trainer.state.generator, 1, False, 0.0)
             ids = [base.tokenizer.get_added_vocab()[asset_token(i)] for i in range(options.assets)]
-            config = learner.config
+            config = trainer.config
         prompt = tokenize_prompt(base.tokenizer, batch.prompt, [asset_token(i) for i in batch.assets])
         pixels = pixels_to_tensor(instance.image).to(base.device)
-        published = PublishedLearner(base, None, pixels, config, prompt, ids, full)
+        published = PublishedTrainer(base, None, pixels, config, prompt, ids, full)
         baselines[dtype] = clock(partial(published.step, batch), options)
-        del base, learner, published
+        del base, trainer, published
         _release(options.device)
     ours, _ = _our_step(options, phase, options.assets, options.resolution)
     ours["draws"] = options.draws
@@ -230,15 +230,15 @@ def _our_step(options: Options, phase: str, assets: int, resolution: int,
               count_flops: bool = False) -> tuple[dict[str, Any], int]:  # fmt: skip
     base = build_base(options.shape, options.width_divisor, options.torch_dtype, options.device, options.channels_last)
     instance = fit_instance(write_scene(assets, resolution), resolution)
-    with make_learner(base, instance, options, lora=phase == "phase2") as learner:
-        step = run_step(learner, phase)
+    with make_trainer(base, instance, options, lora=phase == "phase2") as trainer:
+        step = run_step(trainer, phase)
         found = clock(step, options)
         flops = 0
         if count_flops:
             with FlopCounterMode(display=False) as counter:
                 step()
             flops = counter.get_total_flops()
-    del base, learner
+    del base, trainer
     _release(options.device)
     return found, flops
 

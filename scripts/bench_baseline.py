@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from mifo.attention.bounded import BoundedAttention
+from mifo.attention.bounded import BoundedAttention, ForwardPass
 from mifo.attention.sites import Processor, Site, attention_probabilities, attention_sites, choose_sites, use_processors
 from mifo.config import LearnConfig, SynthesisConfig
-from mifo.learning.learn import attention_terms, diffusion_target
 from mifo.learning.losses import masked_diffusion_loss
+from mifo.learning.objective import attention_loss, diffusion_target
 from mifo.model.base import BaseModel
 from mifo.prompts import tokenize_prompt
 from mifo.sampling.denoise import denoise, initial_latents
@@ -28,12 +28,13 @@ class PublishedProcessor(Processor):
     """Materializes its map, always, and keeps it."""
 
     def __init__(self, site: Site, kept: dict[str, torch.Tensor], control: BoundedAttention | None = None):
+        super().__init__()
         self.site, self.kept, self.control = site, kept, control
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
         visible = self.control.visible(self.site) if self.control else None
-        if visible is not None and self.site.is_cross and self.control and self.control.guiding:
-            visible = torch.cat([torch.ones_like(visible), visible])  # the unconditional half runs beside it
+        if visible is not None and self.site.is_cross and self.control and len(visible) < len(query):
+            visible = torch.cat([torch.ones_like(visible), visible])  # a guidance pass: the unconditional half runs beside it
         probabilities = attention_probabilities(query, key, scale, visible)
         self.kept[self.site.name] = probabilities
         return probabilities.to(value.dtype) @ value
@@ -52,7 +53,7 @@ def guidance_gradient(base: BaseModel, guidance: LatentGuidance, states: torch.T
     """One guidance pass and its gradient, (B, C, h, w): both halves through the whole UNet, every map kept."""
     control, kept = guidance.control, {}
     latents = latents.detach().requires_grad_(True)
-    control.guiding, control.images = True, len(latents)
+    control.begin(ForwardPass(len(latents), unconditional=False, guiding=True))
     with torch.enable_grad(), published_attention(base, kept, control):
         context = torch.cat([negative.expand(len(latents), -1, -1), states.expand(len(latents), -1, -1)])
         base.unet(torch.cat([latents, latents]).to(base.dtype), timestep, context)
@@ -64,7 +65,7 @@ def guidance_gradient(base: BaseModel, guidance: LatentGuidance, states: torch.T
             for weight, is_cross in ((config.cross_weight, True), (config.self_weight, False))
         )
         (gradient,) = torch.autograd.grad(loss.sum(), latents)
-    control.guiding = False
+    control.end()
     return gradient
 
 
@@ -94,7 +95,7 @@ def synthesize(base: BaseModel, prompt: Any, guidance: LatentGuidance, config: S
 # --- learning -----------------------------------------------------------------------------------
 
 
-class PublishedLearner:
+class PublishedTrainer:
     """One phase's steps. `pixels` (1, 3, H, W) in [-1, 1], with its masks; phase 2 has the prior's picture before it."""
 
     def __init__(self, base: BaseModel, data: Any, pixels: torch.Tensor, config: LearnConfig, prompt: Any, ids: list[int],
@@ -136,8 +137,8 @@ class PublishedLearner:
         maps = {name: found.mean(1) for name, found in kept.items()}
         target = diffusion_target(base.scheduler, latents, noise, timesteps)
         loss = masked_diffusion_loss(prediction[-1:], target[-1:], batch.union_mask)
-        loss = loss + attention_terms(maps, self.sites, self.phase.attention, batch, self.prompt.asset_positions, timesteps,
-                                      rows - 1, 0, (latents.shape[-2], latents.shape[-1]))  # fmt: skip
+        loss = loss + attention_loss(maps, self.sites, self.phase.attention, batch, self.prompt.asset_positions, timesteps,
+                                     rows - 1, 0, (latents.shape[-2], latents.shape[-1]))  # fmt: skip
         if self.full:
             loss = loss + F.mse_loss(prediction[:1].float(), target[:1])
         loss.backward()

@@ -1,4 +1,4 @@
-"""Models, scenes and learners for the bench and the memory measurements. Random weights; nothing is read from disk."""
+"""Models, scenes and trainers for the bench and the memory measurements. Random weights; nothing is read from disk."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from mifo.boxes import Box, Layout
 from mifo.config import MemoryConfig, learn_preset
 from mifo.data.instance import Instance, load_instance
 from mifo.learning.dataset import InstanceData
-from mifo.learning.learn import Learner, gradient_checkpointing, lend_adapters, make_optimizer
-from mifo.learning.optimizer import Stepper
+from mifo.learning.learn import gradient_checkpointing, lend_adapters
+from mifo.learning.optimizer import make_optimizer
 from mifo.learning.prior import PriorData
+from mifo.learning.trainer import Trainer
 from mifo.model.base import BaseModel
 from mifo.model.embedding import initial_rows, use_assets
 from mifo.model.shapes import shape_of
@@ -74,8 +75,8 @@ def write_scene(assets: int, side: int) -> Instance:
 
 
 @contextmanager
-def make_learner(base: BaseModel, instance: Any, options: Any, lora: bool) -> Iterator[Learner]:
-    """A learner with its rows, adapters and optimizer in place, on random prior latents. `options`: as bench.Options."""
+def make_trainer(base: BaseModel, instance: Any, options: Any, lora: bool) -> Iterator[Trainer]:
+    """A trainer with its rows, adapters and optimizer in place, on random prior latents. `options`: as bench.Options."""
     config = learn_preset("stable-diffusion")
     config = replace(
         config,
@@ -90,33 +91,32 @@ def make_learner(base: BaseModel, instance: Any, options: Any, lora: bool) -> It
     ids = [base.tokenizer.get_added_vocab()[t] for t in tokens]
     prior = PriorData(("a photo of a house",), torch.randn(data.moments[False][0].shape).to(base.device))
     rows = initial_rows(base.text_encoder.get_input_embeddings(), base.tokenizer, [None] * data.count)
-    stepper = Stepper(base.device, "fp16" if base.dtype is torch.float16 else "no")
     with ExitStack() as stack:
         embedding = stack.enter_context(use_assets(base.text_encoder, ids, rows))
         stack.enter_context(gradient_checkpointing(base, config.gradient_checkpointing))
-        learner = Learner(base, data, config, embedding, stepper, prior if lora else None)
+        trainer = Trainer(base, data, config, embedding, prior if lora else None)
         parameters: list[Any] = [embedding.rows]
         if lora:
             adapters = stack.enter_context(lend_adapters(base, config.lora, 0))
             embedding.rows.requires_grad_(True)
             parameters += [p for a in adapters.values() for p in a.parameters() if p.requires_grad and p is not embedding.rows]
         groups = [{"params": parameters, "lr": 1e-4}]
-        learner.optimizer = make_optimizer(groups, config, lora)  # type: ignore[attr-defined]
-        learner.parameters = parameters  # type: ignore[attr-defined]
-        yield learner
+        trainer.optimizer = make_optimizer(groups, config, lora)  # type: ignore[attr-defined]
+        trainer.parameters = parameters  # type: ignore[attr-defined]
+        yield trainer
 
 
-def run_step(learner: Any, phase: str) -> Callable[[], None]:
-    """One whole optimizer step, as the learner's own loop makes it."""
-    settings = learner.config.lora if phase == "phase2" else learner.config.embedding
-    sites = choose_sites(learner.base.unet, settings.attention.blocks, settings.attention.levels)
-    optimizer = learner.optimizer
+def run_step(trainer: Any, phase: str) -> Callable[[], None]:
+    """One whole optimizer step, as the trainer's own loop makes it."""
+    settings = trainer.config.lora if phase == "phase2" else trainer.config.embedding
+    sites = choose_sites(trainer.base.unet, settings.attention.blocks, settings.attention.levels)
+    optimizer = trainer.optimizer
 
     def step() -> None:
-        with record_attention(learner.base.unet, sites) as recorder:
-            losses = learner._losses(settings, 0, sites, recorder, learner.prior)
-            learner.stepper.backward(losses.total, optimizer, learner.parameters, learner.config.max_grad_norm)
-            learner.stepper.step(optimizer)
+        with record_attention(trainer.base.unet, sites) as recorder:
+            losses = trainer.objective.losses(settings, 0, sites, recorder, trainer.prior)
+            trainer.stepper.backward(losses.total, optimizer, trainer.parameters, trainer.config.max_grad_norm)
+            trainer.stepper.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
             losses.as_floats()
 

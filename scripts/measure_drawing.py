@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from bench_setup import boxes_for
 
-from mifo.attention.bounded import BoundedAttention, bound_attention
+from mifo.attention.bounded import BoundedAttention, ForwardPass, bound_attention
 from mifo.attention.sites import attention_sites
 from mifo.config import SynthesisConfig
 from mifo.io.json_text import json_text, record_text
@@ -52,9 +52,9 @@ def draw(base: BaseModel, piece: str, resolution: int, assets: int, between: Cal
             losses = LatentGuidance(base.unet, control, config.guidance, states[:, :length]).losses(0, timestep, latents)
             torch.autograd.grad(losses.sum(), latents)
             return
-        control.guiding = True
+        control.begin(ForwardPass(unconditional=False, guiding=True))
         guiding_masks = _masks(base, control)  # they stay while it samples
-        control.guiding = False
+        control.end()
         pair = (torch.cat([latents, latents]).to(base.dtype), timestep, states.expand(2, -1, -1))
         with torch.no_grad():
             base.unet(*pair)

@@ -31,9 +31,9 @@ from mifo.evaluation.checkpoints import checkpoint_judge
 from mifo.io.json_text import record_text
 from mifo.io.sheets import pixels_to_tensor
 from mifo.learning.dataset import Batch, InstanceData
-from mifo.learning.learn import Learner, learn, lend_adapters
-from mifo.learning.optimizer import Stepper
+from mifo.learning.learn import learn, lend_adapters
 from mifo.learning.prior import make_prior
+from mifo.learning.trainer import Trainer
 from mifo.model.base import BaseModel
 from mifo.model.embedding import initial_rows, use_assets
 from mifo.prompts import add_asset_tokens, join_assets
@@ -219,11 +219,11 @@ def trained(base: BaseModel, instance: Instance, plan: Training, work: Path, bac
     with_prior = config.prior.enabled and config.lora.train_steps > 0
     prior = make_prior(base, config.prior, base.resolution, config.seed, work.parent / ".prior") if with_prior else None
     with use_assets(base.text_encoder, ids, rows) as embedding:
-        learner = Learner(base, data, config, embedding, Stepper(base.device), prior)
-        learner.train_rows(lambda _: None)
+        trainer = Trainer(base, data, config, embedding, prior)
+        trainer.train_embedding()
         lend = whole_model(base, embedding.table) if plan.kind == "full" else lend_adapters(base, config.lora, config.seed)
         with lend as parts:
-            learner.train_adapters(parts, lambda _: None)
+            trainer.train_lora(parts)
             yield {"learn_seconds": round(time.monotonic() - started, 1)}
 
 

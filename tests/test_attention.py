@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from mifo.attention.bounded import BoundedAttention, bound_attention
+from mifo.attention.bounded import BoundedAttention, ForwardPass, bound_attention
 from mifo.attention.record import record_attention, token_maps
 from mifo.attention.sites import (
     Site,
     attention_probabilities,
     attention_sites,
     choose_sites,
-    fused_attention,
+    sdpa,
     use_processors,
 )
 from mifo.boxes import Box, Layout
@@ -325,10 +326,13 @@ def test_token_maps_picks_columns_and_keeps_rows_in_order() -> None:
 # --- what may see what --------------------------------------------------------------------------
 
 
-def control_of(layout: Layout = CORNERS, **settings: Any) -> BoundedAttention:
-    control = BoundedAttention(PROMPT, layout, (4, 4), "cpu")
-    for name, value in settings.items():
-        setattr(control, name, value)
+def control_of(layout: Layout = CORNERS, guiding: bool = False, images: int = 1, unconditional: bool = True,
+               **settings: Any) -> BoundedAttention:  # fmt: skip
+    """In a sampling pass, or in a guidance pass, which has no unconditional rows."""
+    sampling = ForwardPass(images, unconditional)
+    control = BoundedAttention(PROMPT, layout, (4, 4), "cpu", sampling=sampling, **settings)
+    if guiding:
+        control.begin(ForwardPass(images, unconditional=False, guiding=True))
     return control
 
 
@@ -357,7 +361,7 @@ def test_cross_attention_of_a_guidance_pass() -> None:
 
 
 def test_without_classifier_free_guidance_there_is_no_unconditional_half() -> None:
-    whole, half = control_of(images=3).visible(CROSS), control_of(images=3, halves=1).visible(CROSS)
+    whole, half = control_of(images=3).visible(CROSS), control_of(images=3, unconditional=False).visible(CROSS)
     assert whole is not None and half is not None
     assert whole.shape == (6, 1, 16, LENGTH)
     assert whole[:3].all() and torch.equal(whole[3:], half)
@@ -394,11 +398,8 @@ def test_an_asset_that_stands_twice_shows_twice() -> None:
     assert (rows[0], rows[3], rows[15]) == ("111101111", "110101001", "110111011")
 
 
-def own_text_control(**settings: Any) -> BoundedAttention:
-    control = BoundedAttention(PROMPT, CORNERS, (4, 4), "cpu", own_text=True)
-    for name, value in settings.items():
-        setattr(control, name, value)
-    return control
+def own_text_control(guiding: bool = False) -> BoundedAttention:
+    return control_of(guiding=guiding, own_text=True)
 
 
 def test_with_a_text_of_its_own_an_asset_reads_nothing_of_the_others() -> None:
@@ -424,12 +425,12 @@ def test_own_texts_are_read_as_they_would_be_one_by_one_and_change_nothing_witho
     texts, negative = (torch.randn((n, LENGTH, 8), generator=generator) for n in (3, 1))
     keys = torch.stack([negative.repeat(3, 1, 1).flatten(0, 1), texts.flatten(0, 1)])[:, None]  # (2, 1, 27, 8)
     control = own_text_control()
-    mixed = fused_attention(query, keys, keys, control.visible(CROSS), 0.3)
-    plain = fused_attention(query[:1], negative[None], negative[None], None, 0.3)
+    mixed = sdpa(query, keys, keys, control.visible(CROSS), 0.3)
+    plain = sdpa(query[:1], negative[None], negative[None], None, 0.3)
     torch.testing.assert_close(mixed[:1], plain)
     for pixel, text, words in ((0, 1, [0, 2, 4, 6, 7, 8]), (15, 2, [0, 2, 4, 6, 7, 8]), (2, 0, [0, 2, 8])):
         seen = texts[None, None, text, words]
-        alone = fused_attention(query[1:, :, pixel : pixel + 1], seen, seen, None, 0.3)
+        alone = sdpa(query[1:, :, pixel : pixel + 1], seen, seen, None, 0.3)
         torch.testing.assert_close(mixed[1:, :, pixel], alone[:, :, 0])
 
 
@@ -438,9 +439,9 @@ def every_control() -> Iterator[BoundedAttention]:
     sliver = Layout(("<asset0>", "<asset1>"), (Box(0, 0, 0.1, 0.1), Box(0.5, 0.5, 1, 1)))  # no pixel on a small map
     for layout in (CORNERS, full, sliver):
         for guiding in (False, True):
-            for halves in (1, 2):
+            for unconditional in (False, True):
                 for refined in (None, torch.zeros(2, 2, 4, 4, dtype=torch.bool), torch.ones(2, 2, 4, 4, dtype=torch.bool)):
-                    control = control_of(layout, guiding=guiding, halves=halves, images=2)
+                    control = control_of(layout, guiding=guiding, unconditional=unconditional, images=2)
                     if refined is not None:
                         control.refine(refined)
                     yield control
@@ -455,7 +456,7 @@ def test_every_query_sees_something() -> None:
                 assert mask is not None and mask.any(-1).all()
                 if is_cross:
                     assert mask[..., 0].all(), "the start token is everybody's"
-                batch = control.images * (1 if control.guiding else control.halves)
+                batch = control.images * (2 if control._pass.unconditional else 1)
                 assert len(mask) in (1, batch)
 
 
@@ -492,8 +493,7 @@ def test_a_refined_mask_too_thin_for_a_small_map_keeps_its_box_there() -> None:
 
 def test_unbounded_control_masks_nothing(toybox_random_base: BaseModel) -> None:
     unet = toybox_random_base.unet
-    control = BoundedAttention(PROMPT, CORNERS, (16, 16), "cpu")
-    control.bounded = False
+    control = BoundedAttention(PROMPT, CORNERS, (16, 16), "cpu", bounded=False)
     given = inputs(unet, batch=2)
     with torch.no_grad():
         plain = unet(**given).sample
@@ -522,7 +522,8 @@ class Dense:
 def test_bounded_attention_equals_dense_attention_under_the_same_masks(any_base: BaseModel, guiding: bool) -> None:
     unet, size = any_base.unet, (16, 16)
     control = BoundedAttention(PROMPT, CORNERS, size, "cpu")
-    control.guiding, control.images = guiding, 1 if not guiding else 2
+    forward_pass = ForwardPass(2, unconditional=False, guiding=True) if guiding else ForwardPass()
+    control.begin(forward_pass)
     given, sites = inputs(unet, batch=2, size=size), attention_sites(unet)
     masks = {s.name: control.visible(s) for s in sites}
     with torch.no_grad():
@@ -531,9 +532,9 @@ def test_bounded_attention_equals_dense_attention_under_the_same_masks(any_base:
             dense = unet(**given).sample
         with bound_attention(unet, control):
             fused = unet(**given).sample
-            control.want(sites)
+            control.begin(replace(forward_pass, recorded=tuple(sites)))
             materialised = unet(**given).sample
-            maps = control.take()
+            maps = control.end()
     # fp32 rounding of different orders of summation through the whole UNet; the masks' own effect is far above it
     torch.testing.assert_close(fused, dense, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(materialised, dense, rtol=1e-4, atol=1e-5)

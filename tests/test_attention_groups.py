@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
@@ -12,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_attention import CORNERS, PROMPT, SELF, as_text, control_of, inputs
 
-from mifo.attention.bounded import BoundedAttention, bound_attention
+from mifo.attention.bounded import BoundedAttention, ForwardPass, bound_attention
 from mifo.attention.groups import Groups, attention_in_groups, group_pixels
-from mifo.attention.sites import fused_attention, set_fused_attention
+from mifo.attention.sites import Processor, sdpa, use_processors
 from mifo.boxes import Box, Layout
 from mifo.model.base import BaseModel
 
@@ -75,7 +73,7 @@ def test_groups_equal_the_mask_with_gradients(columns: list[list[bool]]) -> None
         if in_groups:
             out = attention_in_groups(query, key, value, [group_pixels(subjects.numpy())], 0.5)
         else:
-            out = fused_attention(query, key, value, visible, 0.5)
+            out = sdpa(query, key, value, visible, 0.5)
         results.append((out, *torch.autograd.grad((out * tensors[3]).sum(), (query, key, value))))
     for grouped, masked in zip(*reversed(results), strict=True):
         torch.testing.assert_close(grouped, masked, rtol=1e-4, atol=1e-5)  # fp32, another order of summation
@@ -86,20 +84,16 @@ def test_groups_are_used_where_they_take_less_memory_than_a_mask() -> None:
     subjects = np.zeros((2, 100), dtype=bool)
     subjects[0, :20] = subjects[1, 20:50] = True
     groups = group_pixels(subjects)
+    saves = groups.saves_memory
     # 100 x 100 numbers of a mask against keys and values, queries and outputs
-    assert groups.pays(19, with_gradient=True) and not groups.pays(20, with_gradient=True)  # 2 (150 + 100) x 20 = 10,000
-    assert groups.pays(27, with_gradient=False) and not groups.pays(28, with_gradient=False)  # 2 (80 + 100) x 28 = 10,080
+    assert saves(19, with_gradient=True) and not saves(20, with_gradient=True)  # 2 (150 + 100) x 20 = 10,000
+    assert saves(27, with_gradient=False) and not saves(28, with_gradient=False)  # 2 (80 + 100) x 28 = 10,080
 
 
 def test_a_mask_is_needed_where_halves_differ() -> None:
-    def has_groups(change: Callable[[BoundedAttention], object]) -> bool:
-        control = control_of(images=2)
-        change(control)
-        return control.groups(SELF, 0) is not None
-
-    assert has_groups(lambda c: None)
-    assert not has_groups(lambda c: setattr(c, "bounded", False))
-    assert not has_groups(lambda c: setattr(c, "apart", True))
+    assert control_of(images=2).groups(SELF, 0) is not None
+    assert control_of(images=2, bounded=False).groups(SELF, 0) is None
+    assert control_of(images=2, apart=True).groups(SELF, 0) is None
 
 
 def test_refining_makes_new_groups() -> None:
@@ -116,9 +110,8 @@ def test_refining_makes_new_groups() -> None:
 def run(unet: UNet2DConditionModel, refined: torch.Tensor | None, grouped: bool,
         monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Output of both halves of two pictures and its gradient in the latents, bounded, with groups everywhere or nowhere."""
-    monkeypatch.setattr(Groups, "pays", lambda *_, **__: grouped)
-    control = BoundedAttention(PROMPT, OVERLAPPING, (16, 16), "cpu")
-    control.images = 2
+    monkeypatch.setattr(Groups, "saves_memory", lambda *_, **__: grouped)
+    control = BoundedAttention(PROMPT, OVERLAPPING, (16, 16), "cpu", sampling=ForwardPass(2))
     if refined is not None:
         control.refine(refined)
     feed = inputs(unet, batch=4, size=(16, 16))
@@ -149,7 +142,8 @@ def test_no_mask_of_the_largest_map_is_made_at_stable_diffusions_size(tiny_sd_ba
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)
 
     control = BoundedAttention(PROMPT, CORNERS, (64, 64), "cpu")
-    with torch.no_grad(), set_fused_attention(kernel), bound_attention(unet, control):
+    own = {name: Processor(kernel) for name in unet.attn_processors}
+    with torch.no_grad(), use_processors(unet, own), bound_attention(unet, control):
         unet(**inputs(unet, batch=2, size=(64, 64)))
     large = [masked for queries, keys, masked in sizes if min(queries, keys) >= 1024]  # the texts have few keys
     assert large and not any(large)

@@ -15,7 +15,7 @@ from mifo.data.instance import fit_instance, load_instance, with_background
 from mifo.io.sheets import pixels_to_tensor
 from mifo.learning.clean_plate import clean_plate
 from mifo.learning.dataset import InstanceData, random_shifts, shift
-from mifo.learning.learn import Learner
+from mifo.learning.objective import Objective
 from mifo.prompts import tokenize_prompt
 from mifo.toybox.examples import EXAMPLES
 from mifo.toybox.world import Scene, draw_scene
@@ -93,11 +93,12 @@ def test_locality_counts_what_the_tokens_change_outside_the_masks_and_nothing_el
         without = base.unet(noisy, timesteps, base.encode_prompt(torch.tensor([ids]))).sample
     union = torch.zeros(1, 1, size, size)
     union[..., : size // 2] = 1
-    learner = SimpleNamespace(base=base, config=replace(learn_preset("toybox"), masked_loss_by_area=True))
+    config = replace(learn_preset("toybox"), masked_loss_by_area=True)
+    objective = Objective(base, None, config, None, None)  # type: ignore[arg-type]
     batch = SimpleNamespace(union_mask=union)
 
     def locality(prediction: torch.Tensor) -> float:
-        return float(Learner._locality(learner, prediction, noisy, timesteps, batch))  # type: ignore[arg-type]
+        return float(objective.locality(prediction, noisy, timesteps, batch))  # type: ignore[arg-type]
 
     assert locality(without) < 1e-9
     assert locality(without + 3 * union) < 1e-9  # inside, a token may do what it likes

@@ -13,9 +13,10 @@ from PIL import Image, ImageDraw
 from mifo.boxes import Box, snapped_box
 from mifo.config import EditConfig, GuidanceConfig
 from mifo.data.asset_crops import cut_out
-from mifo.editing.blending import clone, feather, paste, paste_around, tune_to_source
-from mifo.editing.edit import _Blending, edit
+from mifo.editing.blending import Blending, clone, feather, paste, paste_around, tune_to_source
+from mifo.editing.edit import edit
 from mifo.editing.frame import latent_mask, make_frame, shrinking_masks, thickness, within_length
+from mifo.editing.hooks import EditHooks
 from mifo.editing.ranking import asset_similarity, best_first, prompt_similarity
 from mifo.errors import InputError
 
@@ -242,20 +243,21 @@ def test_the_latents_outside_follow_the_source_down_to_no_noise(toybox_random_ba
     source, noise = torch.randn((2, 1, 8, 16, 16), generator=torch.Generator().manual_seed(0))
     wide, true = block((16, 16), 3, 3, 12, 12), block((16, 16), 5, 5, 9, 9)
     masks = [wide, wide, true, true]  # three steps are left
-    blend = _Blending(scheduler, replace(QUICK, start="noise"), 1, source, noise, masks)
-    start = blend.start()
+    scheduler.set_timesteps(QUICK.steps)
+    blending = Blending(scheduler, scheduler.timesteps[1:], source, noise, [torch.from_numpy(m) for m in masks])
+    hooks = EditHooks(blending)
+    start = hooks.start(from_image=False)
     first = scheduler.add_noise(source, noise, scheduler.timesteps[1:2])
     inside = torch.from_numpy(wide)
     assert torch.equal(start[..., inside], noise[..., inside]) and torch.equal(start[..., ~inside], first[..., ~inside])
-    altered = _Blending(scheduler, replace(QUICK, start="image"), 1, source, noise, masks)
-    assert torch.equal(altered.start(), first)
+    assert torch.equal(hooks.start(from_image=True), first)
     moved = torch.full_like(source, 7.0)
     for step in (0, 1):
         mask = torch.from_numpy(masks[step + 1])
-        after = blend.after_step(step, scheduler.timesteps[1 + step], moved)
+        after = hooks.after_step(step, scheduler.timesteps[1 + step], moved)
         level = scheduler.add_noise(source, noise, scheduler.timesteps[2 + step : 3 + step])
         assert (after[..., mask] == 7).all() and torch.equal(after[..., ~mask], level[..., ~mask])
-    last = blend.after_step(2, scheduler.timesteps[3], moved)
+    last = hooks.after_step(2, scheduler.timesteps[3], moved)
     assert torch.equal(last[..., ~torch.from_numpy(true)], source[..., ~torch.from_numpy(true)])
 
 
@@ -327,7 +329,7 @@ def test_apart_from_the_background_a_subject_goes_on_with_nothing():
     site = Site("site", "mid_block", False, 0)
     visible = control.visible(site)
     assert visible is not None and visible[0, 0][own].all()  # a subject sees its box and the background
-    control.apart = True
+    control = BoundedAttention(prompt, Layout(("<asset0>",), (Box(0, 0, 0.5, 1),)), (4, 4), "cpu", apart=True)
     control.refine(own.view(1, 1, 4, 4))
     visible = control.visible(site)
     assert visible is not None

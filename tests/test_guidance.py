@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from mifo.attention.bounded import BoundedAttention, bound_attention
+from mifo.attention.bounded import BoundedAttention, ForwardPass, bound_attention
 from mifo.attention.refine import MeanMap, assign_clusters, cluster_pixels, refine_masks, subject_cover
 from mifo.attention.sites import attention_sites, choose_sites
 from mifo.boxes import Box, Layout
@@ -71,7 +71,7 @@ def scene_of(base: BaseModel, subjects: int, images: int = 2, **settings: Any) -
 
 
 def guidance_of(scene: Scene) -> LatentGuidance:
-    control = BoundedAttention(scene.prompt, scene.layout, scene.size, "cpu")
+    control = BoundedAttention(scene.prompt, scene.layout, scene.size, "cpu", sampling=ForwardPass(len(scene.latents)))
     return LatentGuidance(scene.unet, control, scene.config, scene.states)
 
 
@@ -311,7 +311,6 @@ def test_a_sampling_pass_after_guidance_is_whole_and_bounded_again(toybox_random
     scene = scene_of(toybox_random_base, 2)
     guidance, both = guidance_of(scene), torch.cat([scene.latents, scene.latents])
     states = torch.cat([scene.negative_states.expand(2, -1, -1), scene.states.expand(2, -1, -1)])
-    guidance.control.images = 2
     with torch.no_grad(), bound_attention(scene.unet, guidance.control):
         before = scene.unet(both, TIMESTEP, states).sample
         guidance.guide(0, TIMESTEP, scene.latents)
@@ -432,8 +431,7 @@ def test_a_subject_left_with_nothing_keeps_its_box() -> None:
 def test_a_run_refines_each_pictures_masks_from_its_own_conditional_maps(toybox_random_base: BaseModel) -> None:
     unet, prompt = toybox_random_base.unet, prompt_of(2)
     layout = Layout(("<asset0>", "<asset1>"), (Box(0, 0, 0.5, 1), Box(0.5, 0, 1, 1)))
-    control = BoundedAttention(prompt, layout, (4, 4), "cpu")
-    control.images = 2
+    control = BoundedAttention(prompt, layout, (4, 4), "cpu", sampling=ForwardPass(2))
     config = RefinementConfig(every_steps=5, clusters_per_box=2, levels=(1,))
     refinement = MaskRefinement(unet, control, config, first_step=9)
     sites = choose_sites(unet, ("up_blocks",), (1,), ("cross", "self"))
@@ -442,14 +440,14 @@ def test_a_run_refines_each_pictures_masks_from_its_own_conditional_maps(toybox_
     boxes = control.subject_masks((4, 4))
     for step in (0, 8, 10, 13):  # the maps of every step count, but masks change at 9, 14, ...
         refinement.before(step)
-        wanted = {s.name for s in attention_sites(unet) if control.wants(s)}
+        wanted = {s.name for s in attention_sites(unet) if control.records(s)}
         assert wanted == {s.name for s in sites if not s.is_cross}
         for site in sites:
             control.note(site, torch.eye(16).expand(4, 4, 16, 16))  # every pixel looks at itself: says nothing of groups
         refinement.after(step)
     assert torch.equal(control.subject_masks((4, 4)), boxes)
     refinement.before(9)
-    assert {s.name for s in attention_sites(unet) if control.wants(s)} == {s.name for s in sites}
+    assert {s.name for s in attention_sites(unet) if control.records(s)} == {s.name for s in sites}
     for site in sites:
         found = []
         for groups in rows:
@@ -463,7 +461,7 @@ def test_a_run_refines_each_pictures_masks_from_its_own_conditional_maps(toybox_
     expected = torch.stack([torch.stack([groups == 0, groups == 1]) for groups in rows[2:]])
     assert torch.equal(control.subject_masks((4, 4)), expected)
     refinement.before(14)
-    assert all(control.wants(site) for site in sites)
+    assert all(control.records(site) for site in sites)
 
 
 def test_every_step_so_far_counts_and_later_refinements_go_on_from_earlier_clusters(
@@ -487,7 +485,7 @@ def test_every_step_so_far_counts_and_later_refinements_go_on_from_earlier_clust
         refinement.before(step)
         own = torch.eye(16) if refinement._is_due(step) else maps_of_groups()  # a due step's own map says nothing of groups
         for site in (*refinement.self_sites, *refinement.cross_sites):
-            if control.wants(site):
+            if control.records(site):
                 control.note(site, (tokens if site.is_cross else own).expand(2, 4, -1, -1))
         refinement.after(step)
     assert torch.equal(control.subject_masks((4, 4))[0], torch.stack([GROUPS == 0, GROUPS == 1]))
@@ -500,7 +498,6 @@ def test_a_guided_and_refined_run_is_finite_and_gives_the_same_twice(any_base: B
     for _ in range(2):
         guidance = guidance_of(scene)
         control, masks = guidance.control, []
-        control.images = len(scene.latents)
         config = RefinementConfig(every_steps=1, levels=(2,), blocks=("up_blocks",))
         refinement = MaskRefinement(scene.unet, control, config, first_step=1)
 

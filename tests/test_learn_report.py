@@ -15,7 +15,9 @@ from PIL import Image
 
 from mifo.config import LearnConfig, learn_preset
 from mifo.data.instance import load_instance
-from mifo.learning.learn import Progress, learn, snapshot_steps
+from mifo.learning.callbacks import snapshot_steps
+from mifo.learning.learn import learn
+from mifo.learning.trainer import Progress
 from mifo.sampling import sample
 
 

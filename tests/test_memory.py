@@ -23,8 +23,9 @@ from mifo.data.instance import fit_instance, load_instance
 from mifo.editing.blending import tune_to_source
 from mifo.errors import InputError
 from mifo.learning.dataset import InstanceData
-from mifo.learning.learn import Learner, gradient_checkpointing, lend_adapters, make_optimizer
-from mifo.learning.optimizer import Stepper
+from mifo.learning.learn import gradient_checkpointing, lend_adapters
+from mifo.learning.optimizer import Stepper, make_optimizer
+from mifo.learning.trainer import Trainer
 from mifo.model.base import BaseModel, load_base_model
 from mifo.model.embedding import use_assets
 from mifo.model.half_precision import follow_input_dtype
@@ -63,7 +64,7 @@ def test_the_known_shapes_have_the_published_numbers_of_weights(name: str, unet:
     assert (sizes["unet"], sizes["text_encoder"], sizes["vae"]) == (unet, text, 83_653_863)
 
 
-def real_learner(base: BaseModel, folder: Path, checkpointing: bool) -> tuple[LearnConfig, InstanceData]:
+def config_and_data(base: BaseModel, folder: Path, checkpointing: bool) -> tuple[LearnConfig, InstanceData]:
     config = learn_preset("stable-diffusion")
     terms = replace(config.lora.attention, levels=(1,), max_timestep=1001)
     config = replace(config, lora=replace(config.lora, attention=terms), union_sampling=False,
@@ -75,7 +76,7 @@ def real_learner(base: BaseModel, folder: Path, checkpointing: bool) -> tuple[Le
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_plan_of_a_learning_step_is_what_a_real_step_takes(tmp_path: Path, checkpointing: bool) -> None:
     base = load_base()
-    config, data = real_learner(base, tmp_path, checkpointing)
+    config, data = config_and_data(base, tmp_path, checkpointing)
     tokens = ["<asset0>", "<asset1>"]
     add_asset_tokens(base.tokenizer, tokens)
     ids = [base.tokenizer.get_added_vocab()[t] for t in tokens]
@@ -84,11 +85,11 @@ def test_the_plan_of_a_learning_step_is_what_a_real_step_takes(tmp_path: Path, c
     with use_assets(base.text_encoder, ids, rows) as embedding, lend_adapters(base, config.lora, 0), \
             gradient_checkpointing(base, checkpointing):  # fmt: skip
         embedding.rows.requires_grad_(True)
-        learner = Learner(base, data, config, embedding, Stepper(base.device), None)
+        trainer = Trainer(base, data, config, embedding)
         gc.collect()
         known = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
         with record_attention(base.unet, sites) as recorder, LiveBytes(known) as live:
-            learner._losses(config.lora, 0, sites, recorder, None).total.backward()
+            trainer.objective.losses(config.lora, 0, sites, recorder, None).total.backward()
     measured = live.peak.total
     traced = trace_learning(read_model(str(tiny_base_folder())), 64, torch.float32, 1, 2, config.lora.rank, True, True,
                             checkpointing, config.lora.attention, "sdpa")  # fmt: skip
@@ -244,25 +245,24 @@ def test_a_gradient_scaler_steps_adapters_on_an_fp16_base() -> None:
     assert moved > 0.9 * len(weights), f"{moved} of {len(weights)}"
 
 
-def test_both_phases_learn_in_fp16_through_the_learners_own_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_phases_learn_in_fp16_through_the_trainers_own_loop(tmp_path: Path) -> None:
     base = load_base_model(str(tiny_base_folder()), "cpu", torch.float16)
-    config, data = real_learner(base, tmp_path, checkpointing=False)
+    config, data = config_and_data(base, tmp_path, checkpointing=False)
     config = replace(config, embedding=replace(config.embedding, train_steps=2), lora=replace(config.lora, train_steps=1, rank=2))
     stepper = Stepper(base.device, "fp16", torch.amp.GradScaler("cpu", init_scale=256.0))
     tokens = ["<asset0>", "<asset1>"]
     add_asset_tokens(base.tokenizer, tokens)
     ids = [base.tokenizer.get_added_vocab()[t] for t in tokens]
     with use_assets(base.text_encoder, ids, torch.zeros(2, base.text_encoder.config.hidden_size)) as embedding:
-        learner = Learner(base, data, config, embedding, stepper, None)
-        monkeypatch.setattr(learner, "_keep_snapshot", lambda *_: None)  # fp16 is slow on a CPU
-        learner.train_rows(lambda _: None)
+        trainer = Trainer(base, data, config, embedding, stepper=stepper)
+        trainer.train_embedding()
         rows = embedding.rows.detach().clone()
         with lend_adapters(base, config.lora, 0) as adapters:
-            learner.train_adapters(adapters, lambda _: None)
+            trainer.train_lora(adapters)
             opened = [p for a in adapters.values() for n, p in a.named_parameters() if "lora_B" in n]
             assert opened and all(p.dtype == torch.float32 and p.abs().max() > 0 for p in opened)
     assert rows.dtype == torch.float32 and bool(rows.any()) and not torch.equal(embedding.rows, rows)
-    assert learner.skipped_steps == 0, "a skipped step would hide what it could not unscale"
+    assert trainer.state.skipped_steps == 0, "a skipped step would hide what it could not unscale"
 
 
 def test_adapters_that_follow_their_input_are_the_same_on_an_fp32_base() -> None:
@@ -296,9 +296,9 @@ def test_nf4_weights_are_near_the_real_ones_and_adapters_learn_on_them() -> None
 
 
 def test_without_8bit_adam_the_reason_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from mifo.learning import learn
+    from mifo.learning import optimizer as module
 
-    monkeypatch.setattr(learn, "why_no_8bit_adam", lambda devices: "bitsandbytes has no build for this platform")
+    monkeypatch.setattr(module, "why_no_8bit_adam", lambda devices: "bitsandbytes has no build for this platform")
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = make_optimizer([{"params": [weight]}], learn_preset("toybox"), use_8bit=True)
     assert type(optimizer) is torch.optim.AdamW

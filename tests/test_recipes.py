@@ -11,14 +11,13 @@ import pytest
 import torch
 from _tiny import load_base, write_instance
 
-import mifo.learning.learn as learning
+import mifo.learning.objective as objective
 from mifo.attention.record import record_attention
 from mifo.attention.sites import choose_sites
 from mifo.config import LearnConfig, learn_preset
 from mifo.data.instance import fit_instance, load_instance
 from mifo.learning.dataset import InstanceData
-from mifo.learning.learn import Learner
-from mifo.learning.optimizer import Stepper
+from mifo.learning.trainer import Trainer
 from mifo.model.embedding import initial_rows, use_assets
 from mifo.prompts import add_asset_tokens
 
@@ -46,10 +45,10 @@ def ratios(recipe: str, config: LearnConfig, phase_name: str, reward: bool, tmp_
     has it, and as published for the very same predictions and maps."""
     base, maps, pictures = load_base(), [], []
     for name in ("match_loss", "reward_loss", "penalty_loss"):
-        real = getattr(learning, name)
-        monkeypatch.setattr(learning, name, lambda a, m, real=real: maps.append((a, m)) or real(a, m))
-    kept = learning.masked_diffusion_loss
-    monkeypatch.setattr(learning, "masked_diffusion_loss",
+        real = getattr(objective, name)
+        monkeypatch.setattr(objective, name, lambda a, m, real=real: maps.append((a, m)) or real(a, m))
+    kept = objective.masked_diffusion_loss
+    monkeypatch.setattr(objective, "masked_diffusion_loss",
                         lambda p, t, m, *more: pictures.append((p, t, m)) or kept(p, t, m, *more))  # fmt: skip
     data = InstanceData(fit_instance(load_instance(write_instance(tmp_path / "cups")), base.resolution), base)
     add_asset_tokens(base.tokenizer, data.tokens)
@@ -59,10 +58,10 @@ def ratios(recipe: str, config: LearnConfig, phase_name: str, reward: bool, tmp_
     attention = replace(own.attention, max_timestep=1000, levels=(1, 2))  # so that this one step has the term
     phase = replace(own, draws=1, attention=attention)
     with use_assets(base.text_encoder, ids, rows) as embedding:
-        learner = Learner(base, data, config, embedding, Stepper(base.device), None)
+        trainer = Trainer(base, data, config, embedding)
         sites = choose_sites(base.unet, attention.blocks, attention.levels)
         with record_attention(base.unet, sites) as recorder:
-            found: Any = learner._losses(phase, 0 if reward else 10_000, sites, recorder, None)
+            found: Any = trainer.objective.losses(phase, 0 if reward else 10_000, sites, recorder, None)
         prediction, target, mask = pictures[0]
         diffusion = mean_square((prediction - target) * mask.expand_as(prediction))
         ours = gradients(found.attention, embedding.rows) / gradients(found.diffusion, embedding.rows)

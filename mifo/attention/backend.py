@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 
 from ..errors import InputError
-from .sites import Processor, attention_probabilities, set_fused_attention, use_processors
+from .sites import Kernel, Processor, attention_probabilities, sdpa, use_processors
 
 BACKENDS = ("auto", "sdpa", "xformers", "materialized")
 
@@ -28,14 +27,9 @@ class Backend:
     reason: str
 
 
-def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None, scale: float) -> torch.Tensor:
-    """(B, heads, Q, D), (B, heads, L, D) twice, a boolean mask that broadcasts to (B, heads, Q, L) -> (B, heads, Q, D)."""
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)
-
-
 def materialized(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None,
                  scale: float) -> torch.Tensor:  # fmt: skip
-    """As `sdpa`, through the whole map in fp32: slow and large, and right by its looks."""
+    """As `sdpa`, through the whole map in fp32: slow and large, for comparison."""
     return attention_probabilities(query, key, scale, visible).to(value.dtype) @ value
 
 
@@ -58,7 +52,7 @@ def _aligned_bias(visible: torch.Tensor, query: torch.Tensor, keys: int) -> torc
     return bias.expand(batch, heads, -1, -1)
 
 
-_KERNELS = {"sdpa": sdpa, "xformers": xformers, "materialized": materialized}
+_KERNELS: dict[str, Kernel] = {"sdpa": sdpa, "xformers": xformers, "materialized": materialized}
 
 
 def choose_backend(name: str, device: torch.device | str, dtype: torch.dtype) -> Backend:
@@ -100,7 +94,6 @@ def _why_no_xformers(device: torch.device | str, dtype: torch.dtype) -> str | No
 @contextmanager
 def use_backend(unet: UNet2DConditionModel, backend: Backend) -> Iterator[None]:
     """Within the block every attention layer that materializes no map for its own sake runs on `backend`."""
-    kernel = _KERNELS[backend.name]
-    processors: dict[str, Any] = {name: Processor() for name in unet.attn_processors}
-    with use_processors(unet, processors), set_fused_attention(kernel):
+    processors: dict[str, Any] = {name: Processor(_KERNELS[backend.name]) for name in unet.attn_processors}
+    with use_processors(unet, processors):
         yield

@@ -5,8 +5,9 @@ Knows boxes, token positions and sites. Knows nothing of losses, steps or schedu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,42 +19,59 @@ from diffusers import UNet2DConditionModel
 from ..boxes import Layout
 from ..prompts import BACKGROUND_TOKEN, TokenizedPrompt
 from .groups import Groups, attention_in_groups, group_pixels
-from .sites import Processor, Site, attention_probabilities, attention_sites, fused_attention, use_processors
+from .sites import Kernel, Processor, Site, attention_probabilities, attention_sites, kernel_of, use_processors
 
 
 class StopForward(Exception):
     """Raised inside a forward pass when everything that was asked of it is recorded; the rest would be wasted."""
 
 
+@dataclass(frozen=True)
+class ForwardPass:
+    """What one forward pass of the UNet is to bounded attention: its rows, and the maps that are kept of it."""
+
+    images: int = 1
+    unconditional: bool = True
+    """Classifier-free guidance: as many unconditional rows stand before the conditional ones."""
+    guiding: bool = False
+    """A pass for box guidance, which compares places; otherwise one that draws."""
+    recorded: tuple[Site, ...] = ()
+    stop_when_recorded: bool = False
+    """Ends the pass by `StopForward` once all of `recorded` are there."""
+
+    def __post_init__(self) -> None:
+        if self.guiding and self.unconditional:
+            raise ValueError("a guidance pass has conditional rows alone")
+
+
 class BoundedAttention:
     """Masks for every map size, built once each, and the maps that guidance and refinement ask for.
 
-    `subjects` are the layout's assets, in its order. A pass is one of two kinds: a sampling pass runs both halves of
-    classifier-free guidance, unconditional first; a guidance pass (`guiding`) runs the conditional half alone.
+    `subjects` are the layout's assets, in its order. `sampling` is the pass that draws; `begin` says of any other pass what it
+    is, and `end` gives its maps and goes back to `sampling`.
 
     With `own_text` each of several subjects has a text of its own: the prompt, read as if all its assets were that one. A text
     encoder mixes what stands in one prompt, and look-alikes blend in it before any attention mask can part them (this
     project's own; measured in scripts/results/toybench*.json). The keys of a sampling pass's cross-attention are the states
     of all `texts`, one behind another. A guidance pass reads the prompt alone: it is about places, which the one text compares.
+
+    Without `bounded` nothing is masked, and boxes only guide. With `apart` subjects do not look at the background either, which
+    they would otherwise continue.
     """
 
     def __init__(self, prompt: TokenizedPrompt, layout: Layout, latent_size: tuple[int, int], device: torch.device | str,
-                 own_text: bool = False):  # fmt: skip
+                 own_text: bool = False, bounded: bool = True, apart: bool = False,
+                 sampling: ForwardPass = ForwardPass()):  # fmt: skip
         self.own_text = own_text and len(layout) > 1  # one subject's own text is the prompt
+        self.bounded, self.apart, self.sampling = bounded, apart, sampling
+        self._pass = sampling
         self.prompt, self.layout, self.latent_size, self.device = prompt, layout, latent_size, torch.device(device)
         self._asset_positions = [p for token, _ in layout for p in prompt.asset_positions[token]]
-        self.guiding = False
-        self.halves = 2  # 1 when classifier-free guidance is off and only the conditional half runs
-        self.images = 1
-        self.bounded = True  # False: nothing is masked, boxes only guide
-        self.apart = False  # True: subjects do not look at the background either, which they would otherwise continue
         self._refined: torch.Tensor | None = None  # (images, subjects, h, w) bool
         self._subjects: dict[tuple[int, int], torch.Tensor] = {}
         self._masks: dict[tuple[Any, ...], torch.Tensor] = {}
         self._groups: dict[tuple[int, int], tuple[Groups, ...]] = {}
-        self._wanted: dict[str, Site] = {}
         self._maps: dict[str, torch.Tensor] = {}
-        self._stop_when_complete = False
 
     # --- subjects' pixels ---
 
@@ -102,7 +120,7 @@ class BoundedAttention:
 
     @property
     def _reads_own(self) -> bool:
-        return self.own_text and not self.guiding
+        return self.own_text and not self._pass.guiding
 
     # --- what may see what ---
 
@@ -114,7 +132,7 @@ class BoundedAttention:
         if not self.bounded:
             return None
         size = site.map_size(*self.latent_size)
-        key = (site.is_cross, size, self.guiding, self.halves, self.images)
+        key = (site.is_cross, size, self._pass.guiding, self._pass.unconditional, self._pass.images)
         if key not in self._masks:
             self._masks[key] = self._cross_mask(size) if site.is_cross else self._self_mask(size)
         return self._masks[key]
@@ -131,12 +149,12 @@ class BoundedAttention:
         mask = torch.cat([self._words(reader, background) for reader in readers], -1)  # (I, h*w, keys)
         mask[..., self._asset_positions] = False
         for index, subject in enumerate(subjects.unbind(1)):
-            shown = subject | background if self.guiding else subject
+            shown = subject | background if self._pass.guiding else subject
             mask[..., self.subject_keys(index)] = shown[..., None]
-        if not self.guiding:
+        if not self._pass.guiding:
             mask[..., self.prompt.end_position] &= ~background
-        mask = mask[:, None].expand(self.images, -1, -1, -1)  # (images, 1, h*w, keys)
-        if self.guiding or self.halves == 1:
+        mask = mask[:, None].expand(self._pass.images, -1, -1, -1)  # (images, 1, h*w, keys)
+        if not self._pass.unconditional:
             return mask
         return torch.cat([torch.ones_like(mask), mask])  # the unconditional half sees everything
 
@@ -156,71 +174,78 @@ class BoundedAttention:
         """
         subjects = self.subject_masks(size)
         background = ~subjects.any(1)
-        apart = self.apart and not self.guiding
+        apart = self.apart and not self._pass.guiding
         keys = torch.zeros_like(background) if apart else background
         mask = background[:, :, None] | keys[:, None, :]  # (I, h*w, h*w): 256 MiB for 1024 pixels, so nothing beside it
         for subject in subjects.unbind(1):
             mask |= subject[:, :, None] & subject[:, None, :]
         mask = mask[:, None]  # (I, 1, h*w, h*w)
-        if apart and self.halves == 2:
-            mask = mask.expand(self.images, -1, -1, -1)
+        if apart and self._pass.unconditional:
+            mask = mask.expand(self._pass.images, -1, -1, -1)
             return torch.cat([torch.ones_like(mask), mask])
         if len(mask) == 1:
             return mask
-        return mask if self.guiding or self.halves == 1 else torch.cat([mask, mask])
+        return torch.cat([mask, mask]) if self._pass.unconditional else mask
 
     def groups(self, site: Site, elements: int) -> tuple[Groups, ...] | None:
         """Of the pixels of a self-attention map, to be used instead of `visible`: for all pictures, or for each of them;
-        `elements` as in `Groups.pays`.
+        `elements` as in `Groups.saves_memory`.
 
         None where a mask is needed (halves differ), where nothing is bounded, or where groups do not pay.
         """
-        if site.is_cross or not self.bounded or (self.apart and not self.guiding):
+        if site.is_cross or not self.bounded or (self.apart and not self._pass.guiding):
             return None
         size = site.map_size(*self.latent_size)
         if size not in self._groups:
             self._groups[size] = tuple(group_pixels(masks).to(self.device) for masks in self.known_masks(size))
         found, with_gradient = self._groups[size], torch.is_grad_enabled()
-        return found if all(g.pays(elements // len(found), with_gradient) for g in found) else None
+        return found if all(g.saves_memory(elements // len(found), with_gradient) for g in found) else None
 
     def known_masks(self, size: tuple[int, int]) -> Iterable[npt.NDArray[np.bool_]]:
         """(subjects, h*w) for all pictures, or for each of them; from boxes without a look at the device."""
         return [self.box_masks(size)] if self._refined is None else self.subject_masks(size).cpu().numpy()
 
-    # --- recording ---
+    # --- passes ---
 
-    def want(self, sites: Sequence[Site], stop_when_complete: bool = False) -> None:
-        """Keep the maps of `sites` in the next pass, and stop it once all are there if told so."""
-        self._wanted = {s.name: s for s in sites}
-        self._maps, self._stop_when_complete = {}, stop_when_complete
+    def begin(self, forward_pass: ForwardPass) -> None:
+        """The next forward pass is `forward_pass`."""
+        self._pass, self._maps = forward_pass, {}
 
-    def take(self) -> dict[str, torch.Tensor]:
-        """Maps by site name, (batch, heads, h*w, keys); recording ends."""
-        maps, self._maps, self._wanted = self._maps, {}, {}
+    def end(self) -> dict[str, torch.Tensor]:
+        """The maps of the pass that `begin` announced, by site name, (batch, heads, h*w, keys); the next one draws."""
+        maps, self._maps, self._pass = self._maps, {}, self.sampling
         return maps
 
-    def wants(self, site: Site) -> bool:
-        return site.name in self._wanted
+    @property
+    def images(self) -> int:
+        """In the pass that runs."""
+        return self._pass.images
+
+    def records(self, site: Site) -> bool:
+        """Whether the pass that runs keeps the map of `site`."""
+        return site in self._pass.recorded
 
     def note(self, site: Site, probabilities: torch.Tensor) -> None:
+        """Keeps a map, (batch, heads, h*w, keys). Raises StopForward when it was the last that was asked for."""
         self._maps[site.name] = probabilities
-        if self._stop_when_complete and len(self._maps) == len(self._wanted):
+        if self._pass.stop_when_recorded and len(self._maps) == len(self._pass.recorded):
             raise StopForward
 
 
 class _BoundedProcessor(Processor):
     """Fused attention under the mask, or without one in groups; the map itself only where it is wanted."""
 
-    def __init__(self, site: Site, control: BoundedAttention):
+    def __init__(self, site: Site, control: BoundedAttention, kernel: Kernel):
+        super().__init__(kernel)
         self.site, self.control = site, control
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-        wanted = self.control.wants(self.site)
-        if not wanted and (groups := self.control.groups(self.site, query.numel() // query.shape[2])):
-            return attention_in_groups(query, key, value, groups, scale)
+        recorded = self.control.records(self.site)
+        if not recorded and (groups := self.control.groups(self.site, query.numel() // query.shape[2])):
+            return attention_in_groups(query, key, value, groups, scale, self.kernel)
         visible = self.control.visible(self.site)
-        if not wanted:
-            return fused_attention(query, key, value, visible, scale)
+        if not recorded:
+            return self.kernel(query, key, value, visible, scale)
         probabilities = attention_probabilities(query, key, scale, visible)
         self.control.note(self.site, probabilities)
         return probabilities.to(value.dtype) @ value
@@ -228,6 +253,7 @@ class _BoundedProcessor(Processor):
 
 @contextmanager
 def bound_attention(unet: UNet2DConditionModel, control: BoundedAttention) -> Iterator[BoundedAttention]:
-    """Within the block every attention layer obeys `control`; afterwards the model is as it was."""
-    with use_processors(unet, {s.name: _BoundedProcessor(s, control) for s in attention_sites(unet)}):
+    """Within the block every attention layer obeys `control`, on the kernel that it has; afterwards the model is as it was."""
+    processors = {s.name: _BoundedProcessor(s, control, kernel_of(unet, s)) for s in attention_sites(unet)}
+    with use_processors(unet, processors):
         yield control

@@ -1,6 +1,6 @@
 """Bounded self-attention without a mask: pixels that see the same keys are one group, and one fused product a group is enough.
 
-A mask over a map of N pixels has N x N entries, which kernels turn into numbers at every layer; groups need none.
+A mask over a map of N pixels has N x N entries, which kernels convert to floats at every layer; groups need none.
 Knows queries, keys, values and pixels. Knows nothing of boxes, sites or models.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .sites import fused_attention
+from .sites import Kernel, sdpa
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Groups:
         moved = (Group(g.queries.to(device), None if g.keys is None else g.keys.to(device)) for g in self.groups)
         return Groups(tuple(moved), self.pixels)
 
-    def pays(self, elements: int, with_gradient: bool) -> bool:
-        """Whether what is gathered takes less memory than a mask does, which kernels turn into numbers;
+    def saves_memory(self, elements: int, with_gradient: bool) -> bool:
+        """Whether what is gathered takes less memory than a mask does, which kernels convert to floats;
         `elements` are those of one pixel of the query, (B * heads * D).
 
         With a gradient every group's keys and values are kept for it, without one a group's at a time. Large maps pay.
@@ -68,23 +68,24 @@ def group_pixels(subjects: npt.NDArray[np.bool_]) -> Groups:
 
 
 def attention_in_groups(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: Sequence[Groups],
-                        scale: float) -> torch.Tensor:  # fmt: skip
+                        scale: float, kernel: Kernel = sdpa) -> torch.Tensor:  # fmt: skip
     """(B, heads, N, D) three times -> (B, heads, N, D): what a mask would give, up to rounding.
 
     One `Groups` for all rows, or one for each of I pictures; row b is then of picture b % I.
     """
     images = len(groups)
     if images == 1:
-        return _one_picture(query, key, value, groups[0], scale)
-    pictures = [_one_picture(query[k::images], key[k::images], value[k::images], g, scale) for k, g in enumerate(groups)]
+        return _one_picture(query, key, value, groups[0], scale, kernel)
+    pictures = [_one_picture(query[k::images], key[k::images], value[k::images], g, scale, kernel) for k, g in enumerate(groups)]
     return torch.stack(pictures, 1).flatten(0, 1)
 
 
-def _one_picture(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: Groups, scale: float) -> torch.Tensor:
+def _one_picture(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: Groups, scale: float,
+                 kernel: Kernel) -> torch.Tensor:  # fmt: skip
     """Rows that all have the same groups: shapes as in `attention_in_groups`."""
     parts = []
     for group in groups.groups:
         own_key, own_value = (x if group.keys is None else x.index_select(2, group.keys) for x in (key, value))
-        part = fused_attention(query.index_select(2, group.queries), own_key, own_value, None, scale)
+        part = kernel(query.index_select(2, group.queries), own_key, own_value, None, scale)
         parts.append(part.transpose(1, 2))
     return torch.cat(parts, 1).index_select(1, groups.order).transpose(1, 2)  # so that joining the heads copies nothing

@@ -43,6 +43,7 @@ class RecordingProcessor(Processor):
     """Materialises the map of one site and hands it to the recorder."""
 
     def __init__(self, site_name: str, recorder: AttentionRecorder):
+        super().__init__()
         self.site_name, self.recorder = site_name, recorder
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:

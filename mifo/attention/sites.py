@@ -107,8 +107,21 @@ def use_processors(unet: UNet2DConditionModel, processors: Mapping[str, Any]) ->
             module.processor = before[name]
 
 
+#: (query, key, value, visible, scale): (B, heads, Q, D), (B, heads, L, D) twice, a boolean mask that broadcasts to
+#: (B, heads, Q, L) or None -> (B, heads, Q, D)
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float], torch.Tensor]
+
+
+def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """PyTorch's fused attention: no map is ever held in memory."""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)
+
+
 class Processor:
     """The parts that every attention processor shares; subclasses say how queries meet keys in `attend`."""
+
+    def __init__(self, kernel: Kernel = sdpa):
+        self.kernel = kernel
 
     def __call__(self, attn: Attention, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None,
                  attention_mask: torch.Tensor | None = None, temb: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
@@ -129,29 +142,13 @@ class Processor:
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
         """(B, heads, H*W, D) x 2 (B, heads, L, D) -> (B, heads, H*W, D). Fused: no map is ever held in memory."""
-        return fused_attention(query, key, value, None, scale)
+        return self.kernel(query, key, value, None, scale)
 
 
-FusedAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float], torch.Tensor]
-_forced: list[FusedAttention] = []  # the last one counts; set for a job's length, never within a forward pass
-
-
-def fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None,
-                    scale: float) -> torch.Tensor:  # fmt: skip
-    """As `attend`, where `visible`, a boolean mask that broadcasts to the map, is not False. SDPA unless told otherwise."""
-    if _forced:
-        return _forced[-1](query, key, value, visible, scale)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)
-
-
-@contextmanager
-def set_fused_attention(kernel: FusedAttention) -> Iterator[None]:
-    """Within the block `fused_attention` is `kernel`."""
-    _forced.append(kernel)
-    try:
-        yield
-    finally:
-        _forced.pop()
+def kernel_of(unet: UNet2DConditionModel, site: Site) -> Kernel:
+    """The kernel on which a layer computes: that of its processor, or SDPA, as diffusers' own do."""
+    processor = unet.get_submodule(site.name.removesuffix(".processor")).processor
+    return processor.kernel if isinstance(processor, Processor) else sdpa
 
 
 def attention_probabilities(query: torch.Tensor, key: torch.Tensor, scale: float,

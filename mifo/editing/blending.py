@@ -1,4 +1,4 @@
-"""Bringing back what lies outside the mask: pasted, cloned seamlessly, or by tuning the decoder to one picture.
+"""Keeping what lies outside the mask: blended as latents at each step, then pasted, cloned seamlessly, or by tuning the decoder.
 
 Knows pixels, latents and a VAE. Knows nothing of prompts or of how the latents came about.
 Source: Blended Latent Diffusion (arXiv 2206.02779), section 4.2; Poisson image editing (Perez et al. 2003), by OpenCV.
@@ -6,8 +6,10 @@ Source: Blended Latent Diffusion (arXiv 2206.02779), section 4.2; Poisson image 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -26,6 +28,37 @@ OUTSIDE_WEIGHT = 100.0
 #: Pixels up to which OpenCV's Poisson solver runs at full size: it takes about 190 bytes a pixel, 1.4 GiB for these.
 MAX_CLONED = 8_000_000
 LEARNING_RATES = {"weights": 5e-4, "latents": 5e-2}
+
+
+@dataclass(frozen=True)
+class Blending:
+    """Latents whose part outside a mask is the source's, at every noise level (Blended Latent Diffusion, section 4.1)."""
+
+    scheduler: Any
+    timesteps: torch.Tensor
+    """(S,) of the steps that run"""
+    source: torch.Tensor
+    """(B, C, h, w), scaled, without noise"""
+    noise: torch.Tensor
+    """(B, C, h, w). The same outside and inside, and all the way down: DDIM keeps it."""
+    masks: Sequence[torch.Tensor]
+    """S + 1 of (h, w) bool, True where the edit is drawn: as each step begins, and after the last"""
+
+    def start(self, from_image: bool) -> torch.Tensor:
+        """(B, C, h, w) at the first step's noise level: noise inside the mask, or, `from_image`, the noised source there too."""
+        known = self.source_at(0)
+        return known if from_image else torch.where(self.masks[0], self.noise, known)
+
+    def blend(self, step: int, latents: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w) at the noise level at which `step` begins -> the same, outside its mask the source."""
+        return torch.where(self.masks[step], latents, self.source_at(step))
+
+    def source_at(self, step: int) -> torch.Tensor:
+        """The source as it enters `step`; after the last one, without noise."""
+        if step == len(self.timesteps):
+            return self.source
+        noisy: torch.Tensor = self.scheduler.add_noise(self.source, self.noise, self.timesteps[step].expand(len(self.noise)))
+        return noisy
 
 
 def feather(mask: BoolArray, width: float) -> npt.NDArray[np.float32]:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from ..attention.bounded import BoundedAttention, bound_attention
+from ..attention.bounded import BoundedAttention, ForwardPass, bound_attention
 from ..attention.sites import smallest_map
 from ..boxes import Box, Layout, snapped_box
 from ..config import EditConfig, to_dict
@@ -31,8 +31,9 @@ from ..prompts import NEGATIVE, TokenizedPrompt, assets_in, check_prompt, tokeni
 from ..sampling.denoise import denoise, initial_latents
 from ..sampling.guidance import LatentGuidance
 from ..sampling.layout_control import check_boxes, encode_texts
-from .blending import clone, paste, paste_around, tune_to_source
-from .frame import BoolArray, EditFrame, latent_mask, make_frame, shrinking_masks, thickness, within_length
+from .blending import Blending, clone, paste, paste_around, tune_to_source
+from .frame import BoolArray, EditFrame, latent_mask, make_frame, shrinking_masks, thickness
+from .hooks import EditHooks
 from .ranking import asset_similarity, best_first, prompt_similarity
 
 FloatPixels = npt.NDArray[np.float32]
@@ -119,43 +120,32 @@ def edit(base: BaseModel, image: Image.Image, mask: BoolArray, prompt: str, toke
     check_prompt(prompt, tokens)
     check_prompt(config.negative_prompt, tokens, NEGATIVE)
     base.check_steps("ddim", config.steps)
-    mask, islands = without_islands(mask)
-    frame = make_frame(mask, base.resolution)
+    scene = _prepare(base, image, mask, prompt, config, layout)
     side = base.native_latents
-    inside = latent_mask(frame, mask, side)
-    first_step = min(int(config.steps * config.blending_start_percentage), config.steps - 1)
-    masks = shrinking_masks(inside, config.mask_dilation, config.steps - first_step + 1)
-    on_canvas = _layout_on_canvas(base, prompt, frame, image.size, masks[0], layout)
-    canvas = frame.to_canvas(image)
-    source = base.encode(pixels_to_tensor(Image.fromarray(canvas)))[0]  # (1, C, h, w)
+    source = base.encode(pixels_to_tensor(Image.fromarray(scene.canvas)))[0]  # (1, C, h, w)
     noise = initial_latents((source.shape[1], side, side), seed, count, base.device)
 
     assets = [t for t in tokens if t in prompt.lower()]
     tokenized = tokenize_prompt(base.tokenizer, prompt, assets)
     negative = tokenize_prompt(base.tokenizer, config.negative_prompt, [], NEGATIVE)
-    scheduler = base.sampler("ddim")
-    blend = _Blending(scheduler, config, first_step, source, noise, masks)
-    control = None
-    bound = on_canvas
-    if config.bounded and bound is None and (words := _as_one_subject(tokenized)):
-        tokenized, bound = words, Layout((WORDS,), (_box_around(base, masks[0]),))
-    if bound and config.bounded:
-        control = BoundedAttention(tokenized, bound, (side, side), base.device, config.own_text)
-        control.images, control.halves = count, 1 if config.guidance_scale == 1.0 else 2
-    texts = control.texts if control else [tokenized.input_ids]
-    states, negative_states = encode_texts(base, texts, negative.input_ids)
+    control = _control(base, scene, tokenized, config, count)
+    states, negative_states = encode_texts(base, control.texts if control else [tokenized.input_ids], negative.input_ids)
     prompt_states, empty_states = (s[:, : len(tokenized.input_ids)] for s in (states, negative_states))
-    if control:
-        blend.guidance = LatentGuidance(base.unet, control, config.guidance, prompt_states)
-        if on_canvas is None:
-            blend.bind_words(control)
+    guidance = LatentGuidance(base.unet, control, config.guidance, prompt_states) if control else None
+    scheduler = base.sampler("ddim")
+    scheduler.set_timesteps(config.steps, device=noise.device)
+    masks = tuple(torch.from_numpy(m).to(noise.device) for m in scene.masks)
+    blending = Blending(scheduler, scheduler.timesteps[scene.first_step :], source.expand_as(noise), noise, masks)
+    hooks = EditHooks(blending, guidance, control if scene.layout is None else None)
     with PeakMemory(base.device) as peak:
         with bound_attention(base.unet, control) if control else nullcontext():
-            latents = denoise(base.unet, scheduler, blend.start(), states, negative_states, config.steps, config.guidance_scale,
-                              blend.before_step, blend.after_step, on_progress, first_step)  # fmt: skip
-        closeness = prompt_similarity(base.unet, scheduler, latents, blend.masks[-1], prompt_states, empty_states)
-        drawn = _decode(base, latents, canvas, frame.coverage(mask, base.resolution) >= 0.5, config)
-    regions = _asset_regions(on_canvas, frame.coverage(mask, base.resolution) > 0)
+            start = hooks.start(from_image=config.start == "image")
+            latents = denoise(base.unet, scheduler, start, states, negative_states, config.steps, config.guidance_scale,
+                              hooks.before_step, hooks.after_step, on_progress, scene.first_step)  # fmt: skip
+        closeness = prompt_similarity(base.unet, scheduler, latents, masks[-1], prompt_states, empty_states)
+        coverage = scene.frame.coverage(scene.mask, base.resolution)
+        drawn = _decode(base, latents, scene.canvas, coverage >= 0.5, config)
+    regions = _asset_regions(scene.layout, coverage > 0)
     candidates = []
     for k, pixels in enumerate(drawn):
         scores = {"prompt": closeness[k]}
@@ -165,55 +155,53 @@ def edit(base: BaseModel, image: Image.Image, mask: BoolArray, prompt: str, toke
             scores["asset"] = float(np.mean(own))
         candidates.append(Candidate(pixels, seed + k, scores))
     ranked = [candidates[k] for k in best_first([c.scores for c in candidates])]
-    return Edit(image, mask, frame, canvas, ranked, frame.side / side, prompt, on_canvas, config, seed,
-                time.monotonic() - started, peak.gib, _notes(frame, inside, config, islands))  # fmt: skip
+    return Edit(image, scene.mask, scene.frame, scene.canvas, ranked, scene.frame.side / side, prompt, scene.layout, config, seed,
+                time.monotonic() - started, peak.gib, _notes(scene, config))  # fmt: skip
 
 
-class _Blending:
-    """The hooks of one run: after every step, the latents outside the mask are the source's at that step's noise level."""
+@dataclass(frozen=True)
+class EditScene:
+    """Where an edit happens, before anything is drawn."""
 
-    def __init__(self, scheduler: Any, config: EditConfig, first_step: int, source: torch.Tensor, noise: torch.Tensor,
-                 masks: Sequence[BoolArray]):  # fmt: skip
-        scheduler.set_timesteps(config.steps, device=noise.device)
-        self.scheduler, self.config, self.source, self.noise = scheduler, config, source.expand_as(noise), noise
-        self.timesteps = scheduler.timesteps[first_step:]
-        self.masks = [torch.from_numpy(m).to(noise.device) for m in masks]  # (h, w), one more than there are steps
-        self.guidance: LatentGuidance | None = None
-        self.words: BoundedAttention | None = None
+    mask: BoolArray
+    """(H, W), without its tiny islands"""
+    islands: tuple[Island, ...]
+    frame: EditFrame
+    canvas: npt.NDArray[np.uint8]
+    """The image's own part around the mask, (R, R, 3)"""
+    inside: BoolArray
+    """The mask at the latents' size, (h, w)"""
+    first_step: int
+    """Of the schedule; the steps before it are left out."""
+    masks: tuple[BoolArray, ...]
+    """`inside`, widened at first: one a step, and one after the last"""
+    layout: Layout | None
+    """A box per asset of the prompt, on the canvas"""
 
-    def bind_words(self, control: BoundedAttention) -> None:
-        """The prompt's words keep to the mask as it shrinks. Beyond the ends of the true mask they say nothing: what they
-        draw would stand there, and be cut away."""
-        self.words = control
-        control.apart = self.config.mask_dilation > 0  # a thin mask would be filled with its surroundings
-        self._bind(0)
 
-    def _bind(self, step: int) -> None:
-        if self.words:
-            region = within_length(self.masks[step].cpu().numpy(), self.masks[-1].cpu().numpy())
-            self.words.refine(torch.from_numpy(region).to(self.noise.device)[None, None])
+def _prepare(base: BaseModel, image: Image.Image, mask: BoolArray, prompt: str, config: EditConfig,
+             layout: Layout | None) -> EditScene:  # fmt: skip
+    mask, islands = without_islands(mask)
+    frame = make_frame(mask, base.resolution)
+    inside = latent_mask(frame, mask, base.native_latents)
+    first_step = min(int(config.steps * config.blending_start_percentage), config.steps - 1)
+    masks = tuple(shrinking_masks(inside, config.mask_dilation, config.steps - first_step + 1))
+    on_canvas = _layout_on_canvas(base, prompt, frame, image.size, masks[0], layout)
+    return EditScene(mask, islands, frame, frame.to_canvas(image), inside, first_step, masks, on_canvas)
 
-    def start(self) -> torch.Tensor:
-        """(B, C, h, w) at the first step's level. The same noise outside and inside, and all the way down: DDIM keeps it."""
-        known = self._source_at(0)
-        return known if self.config.start == "image" else torch.where(self.masks[0], self.noise, known)
 
-    def before_step(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        if self.guidance is None:
-            return latents
-        return torch.where(self.masks[step], self.guidance.guide(step, timestep, latents), latents)
-
-    def after_step(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        if not torch.equal(self.masks[step], self.masks[step + 1]):
-            self._bind(step + 1)
-        return torch.where(self.masks[step + 1], latents, self._source_at(step + 1))
-
-    def _source_at(self, step: int) -> torch.Tensor:
-        """The source as it enters `step`; after the last one, without noise."""
-        if step == len(self.timesteps):
-            return self.source
-        noisy: torch.Tensor = self.scheduler.add_noise(self.source, self.noise, self.timesteps[step].expand(len(self.noise)))
-        return noisy
+def _control(base: BaseModel, scene: EditScene, prompt: TokenizedPrompt, config: EditConfig,
+             count: int) -> BoundedAttention | None:  # fmt: skip
+    """Assets keep to their boxes, and the content words of a prompt without assets to the mask; None where nothing is bound."""
+    bound = scene.layout
+    if config.bounded and bound is None and (words := _as_one_subject(prompt)):
+        prompt, bound = words, Layout((WORDS,), (_box_around(base, scene.masks[0]),))
+    if bound is None or not config.bounded:
+        return None
+    # words that are to fill a thin mask would fill it with its surroundings, if they looked at them
+    apart = scene.layout is None and config.mask_dilation > 0
+    return BoundedAttention(prompt, bound, (base.native_latents, base.native_latents), base.device, config.own_text, apart=apart,
+                            sampling=ForwardPass(count, unconditional=config.guidance_scale != 1.0))  # fmt: skip
 
 
 def _layout_on_canvas(base: BaseModel, prompt: str, frame: EditFrame, size: tuple[int, int], widest: BoolArray,
@@ -278,10 +266,10 @@ def _asset_regions(layout: Layout | None, inside: BoolArray) -> dict[str, BoolAr
     return {token: region for token, region in regions.items() if region.any()}
 
 
-def _notes(frame: EditFrame, inside: BoolArray, config: EditConfig, islands: tuple[Island, ...]) -> tuple[str, ...]:
-    notes = []
-    if islands:
-        notes.append(f"the mask has {islands_in_words(islands)}; what is there is not edited")
+def _notes(scene: EditScene, config: EditConfig) -> tuple[str, ...]:
+    notes, frame, inside = [], scene.frame, scene.inside
+    if scene.islands:
+        notes.append(f"the mask has {islands_in_words(scene.islands)}; what is there is not edited")
     if frame.scale < 1 / 1.5:
         notes.append(
             f"the edit is drawn at {frame.resolution}x{frame.resolution} pixels and enlarged {1 / frame.scale:.1f} times to fit"

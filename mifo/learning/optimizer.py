@@ -1,10 +1,16 @@
-"""Backward pass, clipping and the optimizer's step: in fp16 with scaled gradients, else as they are."""
+"""Optimizers, learning rate schedules, and the step: in fp16 with scaled gradients, else as they are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+from diffusers.optimization import get_constant_schedule_with_warmup, get_cosine_with_hard_restarts_schedule_with_warmup
+
+from ..config import EmbeddingPhase, LearnConfig, LoraPhase
+from ..io.console import say
+from ..model.quantize import why_no_8bit_adam
 
 
 class Stepper:
@@ -38,3 +44,27 @@ class Stepper:
         self.scaler.step(optimizer)
         self.scaler.update()
         return self.scaler.get_scale() >= before
+
+
+def make_optimizer(groups: list[dict[str, Any]], config: LearnConfig, use_8bit: bool) -> torch.optim.Optimizer:
+    """8-bit AdamW by bitsandbytes where it runs; torch's AdamW otherwise, which learns the same with larger states."""
+    options: dict[str, Any] = {"betas": config.adam_betas, "weight_decay": config.weight_decay}
+    if not use_8bit:
+        return torch.optim.AdamW(groups, **options)
+    devices = {p.device.type for group in groups for p in group["params"]}
+    reason = why_no_8bit_adam(devices)
+    if reason is None:
+        from bitsandbytes.optim import AdamW8bit
+
+        optimizer: torch.optim.Optimizer = AdamW8bit(groups, **options)
+        return optimizer
+    message = f"note: no 8-bit Adam: {reason}; using PyTorch's AdamW, whose states take 8 bytes a weight instead of 2"
+    say(message)
+    return torch.optim.AdamW(groups, **options)
+
+
+def make_lr_schedule(optimizer: Any, phase: EmbeddingPhase | LoraPhase) -> Any:
+    """Phase 1: warm-up and cosine with restarts. Phase 2: constant."""
+    if isinstance(phase, EmbeddingPhase) and phase.cosine_restarts:
+        return get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, phase.warmup_steps, phase.train_steps, 1)
+    return get_constant_schedule_with_warmup(optimizer, getattr(phase, "warmup_steps", 0))

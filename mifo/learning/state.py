@@ -1,25 +1,70 @@
-"""The whole state of a learning run between two steps, as plain data: what a checkpoint holds.
-
-Knows optimizers, schedules and random states. Knows nothing of losses or files.
-"""
+"""The state of a training run between two steps: what changes as it goes on, and as plain data for a checkpoint."""
 
 from __future__ import annotations
 
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..bundle.target import photo_digest
-from ..config import LearnConfig, to_dict
+from ..config import EmbeddingPhase, LearnConfig, LoraPhase, to_dict
 from ..data.instance import Instance
 from ..model.base import BaseModel
 
-Learner = Any  # learn.Learner; naming it would make the imports a circle
 PHASE_NAMES = {"embedding": "phase 1", "lora": "phase 2"}
+
+
+@dataclass
+class TrainerState:
+    """What changes as a run goes on, besides weights and optimizer; a checkpoint holds it (`state.capture`)."""
+
+    rng: np.random.Generator
+    generator: torch.Generator
+    started: float
+    """On `time.monotonic`'s clock; of a resumed run, moved so that the interruption does not count."""
+    loss_history: list[dict[str, float | str]] = field(default_factory=list)
+    """Every tenth step: phase, step, and the weighted losses"""
+    snapshots: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    """(label, attention maps (N, h, w))"""
+    skipped_steps: int = 0
+    last_saved: str | None = None
+    """Of the last checkpoint, for people: "phase 1, step 350 of 600"."""
+    kept: dict[str, Any] | None = None
+    """Which checkpoint early stopping kept, and all scores."""
+
+    @classmethod
+    def start(cls, seed: int, started: float | None = None) -> TrainerState:
+        now = time.monotonic() if started is None else started
+        return cls(np.random.default_rng(seed), torch.Generator().manual_seed(seed), now)
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, without the time between an interruption and the resumption."""
+        return time.monotonic() - self.started
+
+
+@dataclass
+class PhaseRun:
+    """One phase under way."""
+
+    name: str
+    """'embedding' or 'lora'"""
+    config: EmbeddingPhase | LoraPhase
+    parameters: list[torch.Tensor]
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    steps_done: int = 0
+    stop_asked: bool = False
+    """A signal came; the run ends after the callbacks of this step."""
+
+    @property
+    def is_last_step(self) -> bool:
+        return self.steps_done == self.config.train_steps
 
 
 def identity_of(instance: Instance, base: BaseModel, config: LearnConfig, words: Sequence[str | None] | None) -> dict[str, Any]:
@@ -37,45 +82,41 @@ def place(phase: str, step: int, total: int) -> str:
     return f"{PHASE_NAMES[phase]}, step {step} of {total}"
 
 
-def capture(learner: Learner, phase: str, step: int, parameters: Sequence[torch.Tensor], optimizer: Any,
-            scheduler: Any) -> dict[str, Any]:  # fmt: skip
-    """The state after `step` steps of `phase`."""
-    scaler = learner.stepper.scaler
+def capture(state: TrainerState, phase: PhaseRun, scaler: Any = None, kept: Any = None) -> dict[str, Any]:
+    """The whole state between two steps. `scaler`: the gradient scaler; `kept`: early stopping's own state."""
     return {
-        "phase": phase,
-        "step": step,
-        "seconds": learner.seconds(),
-        "parameters": [p.detach() for p in parameters],
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
+        "phase": phase.name,
+        "step": phase.steps_done,
+        "seconds": state.seconds,
+        "parameters": [p.detach() for p in phase.parameters],
+        "optimizer": phase.optimizer.state_dict(),
+        "scheduler": phase.scheduler.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
-        "random": _random_states(learner),
-        "curve": learner.curve,
-        "snapshots": learner.snapshots,
-        "skipped_steps": learner.skipped_steps,
-        "keeper": learner.keeper.state() if learner.keeper else None,
+        "random": _random_states(state),
+        "curve": state.loss_history,
+        "snapshots": state.snapshots,
+        "skipped_steps": state.skipped_steps,
+        "keeper": kept,
     }
 
 
-def restore(learner: Learner, state: dict[str, Any], parameters: Sequence[torch.Tensor], optimizer: Any, scheduler: Any) -> int:
-    """Puts everything back as `capture` saw it; returns the number of steps that are done."""
+def restore(state: TrainerState, phase: PhaseRun, saved: dict[str, Any], scaler: Any = None) -> None:
+    """Puts everything back as `capture` saw it; early stopping's own state, `saved["keeper"]`, is its callback's to load."""
     with torch.no_grad():
-        for parameter, saved in zip(parameters, state["parameters"], strict=True):
-            parameter.copy_(saved)
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
-    if state["scaler"] is not None and learner.stepper.scaler is not None:
-        learner.stepper.scaler.load_state_dict(state["scaler"])
-    learner.curve, learner.snapshots = state["curve"], state["snapshots"]
-    learner.skipped_steps = state["skipped_steps"]
-    if state["keeper"] is not None and learner.keeper is not None:
-        learner.keeper.load_state(state["keeper"])
-    learner.started = time.monotonic() - state["seconds"]
-    _set_random_states(learner, state["random"])
-    return int(state["step"])
+        for parameter, value in zip(phase.parameters, saved["parameters"], strict=True):
+            parameter.copy_(value)
+    phase.optimizer.load_state_dict(saved["optimizer"])
+    phase.scheduler.load_state_dict(saved["scheduler"])
+    if saved["scaler"] is not None and scaler is not None:
+        scaler.load_state_dict(saved["scaler"])
+    state.loss_history, state.snapshots = saved["curve"], saved["snapshots"]
+    state.skipped_steps = saved["skipped_steps"]
+    state.started = time.monotonic() - saved["seconds"]
+    _set_random_states(state, saved["random"])
+    phase.steps_done = int(saved["step"])
 
 
-def _random_states(learner: Learner) -> dict[str, Any]:
+def _random_states(state: TrainerState) -> dict[str, Any]:
     """Of every library that has one, and the run's own."""
     numpy_state: Any = np.random.get_state(legacy=False)
     key = numpy_state["state"]["key"].tolist()
@@ -83,18 +124,18 @@ def _random_states(learner: Learner) -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": {**numpy_state, "state": {**numpy_state["state"], "key": key}},
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if learner.base.device.type == "cuda" else [],
-        "rng": learner.rng.bit_generator.state,
-        "generator": learner.generator.get_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "rng": state.rng.bit_generator.state,
+        "generator": state.generator.get_state(),
     }
 
 
-def _set_random_states(learner: Learner, states: dict[str, Any]) -> None:
+def _set_random_states(state: TrainerState, states: dict[str, Any]) -> None:
     random.setstate(states["python"])
     inner = states["numpy"]["state"]
     np.random.set_state({**states["numpy"], "state": {**inner, "key": np.array(inner["key"], dtype=np.uint32)}})
     torch.set_rng_state(states["torch"])
     if states["cuda"]:
         torch.cuda.set_rng_state_all(states["cuda"])
-    learner.rng.bit_generator.state = states["rng"]
-    learner.generator.set_state(states["generator"])
+    state.rng.bit_generator.state = states["rng"]
+    state.generator.set_state(states["generator"])

@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ..attention.backend import Backend, use_backend
-from ..attention.bounded import BoundedAttention, bound_attention
+from ..attention.bounded import BoundedAttention, ForwardPass, bound_attention
 from ..attention.record import AttentionRecorder, RecordingProcessor
 from ..attention.sites import Site, choose_sites, use_processors
 from ..boxes import Box, Layout
@@ -247,9 +247,9 @@ def trace_placing(model: Model, resolution: int, dtype: torch.dtype, batch: int,
     assets, length = len(layout), int(model.configs["text_encoder"]["max_position_embeddings"])
     positions: dict[str, tuple[int, ...]] = {token: (1 + i,) for i, token in enumerate(layout.tokens)}
     prompt = TokenizedPrompt(list(range(length)), positions, (), assets + 1, assets + 2)
-    control = _TaggedControl(prompt, layout, (side, side), "meta", config.own_text and config.bounded)
+    control = _TaggedControl(prompt, layout, (side, side), "meta", config.own_text and config.bounded, config.bounded,
+                             sampling=ForwardPass(batch))  # fmt: skip
     texts = len(control.texts)
-    control.images, control.bounded = batch, config.bounded
     guidance = LatentGuidance(base.unet, control, config.guidance, _states(model, base))
     with counting(base, backend) as live, bound_attention(base.unet, control):
         control.live = live

@@ -6,12 +6,12 @@ Knows the control's maps and the losses. Knows nothing of schedulers or prompts'
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import UNet2DConditionModel
 
-from ..attention.bounded import BoundedAttention, StopForward
+from ..attention.bounded import BoundedAttention, ForwardPass, StopForward
 from ..attention.refine import MeanMap, cluster_pixels, refine_masks
 from ..attention.sites import Site, choose_sites
 from ..config import GuidanceConfig, RefinementConfig
@@ -91,16 +91,13 @@ class LatentGuidance:
 
     def losses(self, step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """(B,) guidance loss of each picture. Only the conditional half runs, and only up to the last supervised site."""
-        self.control.guiding = True
-        self.control.images = len(latents)
-        self.control.want(self.sites, stop_when_complete=True)
+        self.control.begin(ForwardPass(len(latents), False, True, tuple(self.sites), stop_when_recorded=True))
         try:
             self.unet(latents.to(self.unet.dtype), timestep, self.states.expand(len(latents), -1, -1))
         except StopForward:
             pass
         finally:
-            self.control.guiding = False
-        maps = self.control.take()
+            maps = self.control.end()
         alpha = alpha_schedule(step, self.config.steps)
         cross = self._kind_loss(maps, [s for s in self.sites if s.is_cross], alpha)
         own = self._kind_loss(maps, [s for s in self.sites if not s.is_cross], alpha)
@@ -151,13 +148,14 @@ class MaskRefinement:
 
     def before(self, step: int) -> None:
         if self.config.enabled:
-            self.control.want([*self.self_sites, *(self.cross_sites if self._is_due(step) else ())])
+            recorded = (*self.self_sites, *(self.cross_sites if self._is_due(step) else ()))
+            self.control.begin(replace(self.control.sampling, recorded=recorded))
 
     def after(self, step: int) -> None:
         if not self.config.enabled:
             return
-        maps = self.control.take()
-        conditional = slice(-self.control.images, None)  # the conditional half stands last
+        maps = self.control.end()
+        conditional = slice(-self.control.sampling.images, None)  # the conditional half stands last
         self.watched.add(torch.stack([maps[s.name][conditional].mean(1) for s in self.self_sites]).mean(0))
         if self._is_due(step):
             cross = torch.stack([maps[s.name][conditional].mean(1) for s in self.cross_sites]).mean(0)  # (I, h*w, L)
@@ -166,7 +164,7 @@ class MaskRefinement:
     def _refine(self, cross: torch.Tensor) -> None:
         size = self.self_sites[0].map_size(*self.control.latent_size)
         subjects = range(len(self.control.layout))
-        present = self.control.subject_masks(size).expand(self.control.images, -1, -1)
+        present = self.control.subject_masks(size).expand(self.control.sampling.images, -1, -1)
         refined = []
         for image, (own, looks) in enumerate(zip(self.watched.mean, cross, strict=True)):
             clusters = self.config.clusters_per_box * len(subjects)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..attention.bounded import BoundedAttention
+from ..attention.bounded import BoundedAttention, ForwardPass
 from ..attention.sites import smallest_map
 from ..boxes import Layout
 from ..config import SynthesisConfig
@@ -45,9 +45,8 @@ def layout_control(base: BaseModel, config: SynthesisConfig, prompt: TokenizedPr
     """What bounds attention to the boxes of `layout`; None where there are none, or nothing shall be bounded or guided."""
     if layout is None or not (config.bounded or config.guidance.enabled):
         return None
-    control = BoundedAttention(prompt, layout, latent_size, base.device, config.own_text and config.bounded)
-    control.images, control.halves, control.bounded = count, 1 if config.guidance_scale == 1.0 else 2, config.bounded
-    return control
+    return BoundedAttention(prompt, layout, latent_size, base.device, config.own_text and config.bounded, config.bounded,
+                            sampling=ForwardPass(count, unconditional=config.guidance_scale != 1.0))  # fmt: skip
 
 
 class LayoutHooks:

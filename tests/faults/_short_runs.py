@@ -12,8 +12,10 @@ from _tiny import load_base, snapshot
 
 from mifo.config import LearnConfig, learn_preset
 from mifo.data.instance import Instance
+from mifo.learning.callbacks import CheckpointJudge
 from mifo.learning.checkpoints import Checkpointing
-from mifo.learning.learn import CheckpointJudge, Progress, learn
+from mifo.learning.learn import learn
+from mifo.learning.trainer import Progress
 from mifo.model.base import BaseModel
 
 STEPS = 3  # of each phase

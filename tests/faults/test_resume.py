@@ -26,7 +26,8 @@ from mifo.io.interrupts import stop_between_steps
 from mifo.io.lock import checkpoint_folder, hold_lock
 from mifo.io.tensor_file import read_state, write_state
 from mifo.learning.checkpoints import Checkpointing, latest
-from mifo.learning.learn import Learner, learn
+from mifo.learning.learn import learn
+from mifo.learning.objective import Objective
 
 pytestmark = pytest.mark.usefixtures("quick_preview")
 
@@ -133,7 +134,7 @@ def test_a_signal_keeps_the_state_after_the_step(tmp_path: Path, monkeypatch: py
 
     cups, arguments = write_instance(tmp_path / "cups"), ("--no-prior-preservation", "--checkpoint-every", 50)
     mifo(*learn_arguments(cups, tmp_path / "whole", *arguments))
-    losses, calls = Learner._losses, []
+    losses, calls = Objective.losses, []
 
     def interrupted(*given: Any) -> Any:
         calls.append(given)
@@ -143,7 +144,7 @@ def test_a_signal_keeps_the_state_after_the_step(tmp_path: Path, monkeypatch: py
 
     earlier = [signal.signal(signal.SIGTERM, terminate), signal.signal(signal.SIGINT, signal.default_int_handler)]
     try:
-        monkeypatch.setattr(Learner, "_losses", interrupted)
+        monkeypatch.setattr(Objective, "losses", interrupted)
         result = mifo(*learn_arguments(cups, tmp_path / "out", *arguments), exit_code=status)
         assert signal.getsignal(signal.SIGTERM) is terminate
     finally:
@@ -224,14 +225,14 @@ def test_a_loss_that_is_not_finite_stops_with_its_name(instance: Instance, tmp_p
                                                        monkeypatch: pytest.MonkeyPatch):  # fmt: skip
     """The bundle from before stays, and the checkpoint of the step before is kept."""
     folder = copy_bundle(tmp_path, "cups")
-    before, losses, calls = snapshot(folder), Learner._losses, []
+    before, losses, calls = snapshot(folder), Objective.losses, []
 
     def spoiled(*given: Any) -> Any:
         calls.append(given)
         result = losses(*given)
         return replace(result, **{part: getattr(result, part) * value + value}) if len(calls) == 3 else result
 
-    monkeypatch.setattr(Learner, "_losses", spoiled)
+    monkeypatch.setattr(Objective, "losses", spoiled)
     kept = r"The last good checkpoint, phase 1, step 2 of 3, is kept"
     with pytest.raises(InputError, match=rf"the {part} loss is not finite at step 2 of the embedding phase.* {kept}"):
         run(instance, tmp_path / "cups")
@@ -245,14 +246,14 @@ def test_a_gradient_that_is_not_finite_stops_too(instance: Instance, tmp_path: P
     def poison(gradient: torch.Tensor) -> torch.Tensor:
         return gradient * float("nan")
 
-    losses = Learner._losses
+    losses = Objective.losses
 
-    def spoiled(learner: Learner, *given: Any) -> Any:
-        result = losses(learner, *given)
+    def spoiled(objective: Objective, *given: Any) -> Any:
+        result = losses(objective, *given)
         result.diffusion.register_hook(poison)
         return result
 
-    monkeypatch.setattr(Learner, "_losses", spoiled)
+    monkeypatch.setattr(Objective, "losses", spoiled)
     with pytest.raises(InputError, match="the gradient is not finite at step 0 of the embedding phase"):
         run(instance, tmp_path / "cups")
     assert not (tmp_path / "cups").exists()

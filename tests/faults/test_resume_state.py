@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,12 @@ import torch
 from _short_runs import STEPS, Crash, base, config, learned, run
 
 from mifo.bundle.store import load_bundle
-from mifo.config import KeepConfig, LearnConfig
+from mifo.config import KeepConfig, LearnConfig, LoraPhase
 from mifo.data.instance import Instance
 from mifo.io.tensor_file import read_state, write_state
-from mifo.learning.learn import Progress
 from mifo.learning.optimizer import Stepper
-from mifo.learning.state import capture, restore
+from mifo.learning.state import PhaseRun, TrainerState, capture, restore
+from mifo.learning.trainer import Progress
 
 pytestmark = pytest.mark.usefixtures("quick_preview")
 
@@ -143,18 +142,17 @@ def test_random_states_skipped_steps_curve_and_seconds_go_on(instance: Instance,
 def test_the_scale_of_a_scaler_comes_back(tmp_path: Path):
     """fp16 needs a GPU, but its scaler alone works without."""
 
-    def learner(scale: float) -> Any:
+    def scaler_at(scale: float) -> Any:
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         scaler.scale(torch.ones(1))  # it takes its scale at the first use
-        parts = {"stepper": SimpleNamespace(scaler=scaler), "base": SimpleNamespace(device=torch.device("cpu"))}
-        return SimpleNamespace(**parts, seconds=lambda: 0.0, curve=[], snapshots=[], skipped_steps=3, keeper=None,
-                               rng=np.random.default_rng(0), generator=torch.Generator())  # fmt: skip
+        return scaler
 
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([weight])
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    state = capture(learner(1024.0), "lora", 5, [weight], optimizer, scheduler)
-    write_state(tmp_path / "1.safetensors", state, "here", {})
-    other = learner(2.0)
-    assert restore(other, read_state(tmp_path / "1.safetensors"), [weight], optimizer, scheduler) == 5
-    assert other.stepper.scaler.get_scale() == 1024 and other.skipped_steps == 3
+    phase = PhaseRun("lora", LoraPhase(), [weight], optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), steps_done=5)
+    state, other, scaler = TrainerState.start(0), TrainerState.start(1), scaler_at(2.0)
+    state.skipped_steps = 3
+    write_state(tmp_path / "1.safetensors", capture(state, phase, scaler_at(1024.0)), "here", {})
+    phase.steps_done = 0
+    restore(other, phase, read_state(tmp_path / "1.safetensors"), scaler)
+    assert phase.steps_done == 5 and scaler.get_scale() == 1024 and other.skipped_steps == 3

@@ -1,0 +1,96 @@
+"""What happens beside the training loop: checkpoints, early stopping, and the attention maps that the report shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..config import AttentionTerms, KeepConfig
+from ..model.base import BaseModel
+from .checkpoints import Checkpoints
+from .dataset import InstanceData
+from .early_stopping import KeepBest
+from .report import snapshot_maps
+from .state import PhaseRun, capture, place
+from .trainer import Callback, Trainer
+
+#: (base with assets and adapters as they stand, data, tokens, supervised sites) -> {"score": larger is better, ...}
+CheckpointJudge = Callable[[BaseModel, InstanceData, Sequence[str], AttentionTerms], dict[str, float]]
+
+
+class EarlyStopping(Callback):
+    """Keeps the best checkpoint of the last phase by a judge's score, and ends the phase when the score stops improving. The
+    first candidate is what the phase before has left."""
+
+    def __init__(self, config: KeepConfig, judge: CheckpointJudge):
+        self.config, self.judge = config, judge
+        self.keeper: KeepBest | None = None
+        self._saved: dict[str, Any] | None = None
+
+    def on_phase_start(self, trainer: Trainer, phase: PhaseRun) -> bool:
+        self.keeper = None
+        if phase.name == "embedding" and trainer.config.lora.train_steps:
+            return False
+        data, terms = trainer.data, phase.config.attention
+        self.keeper = KeepBest(phase.parameters, lambda: self.judge(trainer.base, data, data.tokens, terms),
+                               self.config.every_steps, self.config.patience)  # fmt: skip
+        if self._saved is not None:
+            self.keeper.load_state(self._saved)
+        if phase.steps_done == 0:
+            self.keeper.after(0, False)
+            return False
+        return self.keeper.has_stopped_improving()
+
+    def on_step_end(self, trainer: Trainer, phase: PhaseRun) -> bool:
+        return self.keeper is not None and self.keeper.after(phase.steps_done, phase.is_last_step)
+
+    def on_phase_end(self, trainer: Trainer, phase: PhaseRun) -> None:
+        if self.keeper:
+            trainer.state.kept = {"phase": phase.name, **self.keeper.restore()}
+
+    def load_state(self, checkpoint: dict[str, Any]) -> None:
+        self._saved = checkpoint["keeper"]
+
+
+class SaveCheckpoints(Callback):
+    """Writes the state every so many steps, and at the end of a phase or of an interrupted run. Comes after `EarlyStopping`,
+    whose scores it holds."""
+
+    def __init__(self, checkpoints: Checkpoints, early_stopping: EarlyStopping | None = None):
+        self.checkpoints, self.early_stopping = checkpoints, early_stopping
+
+    def on_step_end(self, trainer: Trainer, phase: PhaseRun) -> bool:
+        if self.checkpoints.due(phase.steps_done, phase.stop_asked or phase.is_last_step):
+            trainer.check_finite({"weight": max(float(p.detach().abs().max()) for p in phase.parameters)}, phase)
+            keeper = self.early_stopping.keeper if self.early_stopping else None
+            saved = capture(trainer.state, phase, trainer.stepper.scaler, keeper.state() if keeper else None)
+            where = place(phase.name, phase.steps_done, phase.config.train_steps)
+            self.checkpoints.save(saved, where)
+            trainer.state.last_saved = where
+        return False
+
+
+class Snapshots(Callback):
+    """Where the assets' tokens look, at thirds of each phase and at its end."""
+
+    def on_phase_start(self, trainer: Trainer, phase: PhaseRun) -> bool:
+        self.shown = snapshot_steps(phase.config.train_steps, first_phase=not trainer.state.snapshots)
+        return False
+
+    def on_step_start(self, trainer: Trainer, phase: PhaseRun) -> None:
+        if phase.steps_done in self.shown:
+            self._keep(trainer, phase)
+
+    def on_phase_end(self, trainer: Trainer, phase: PhaseRun) -> None:
+        self._keep(trainer, phase)
+
+    def _keep(self, trainer: Trainer, phase: PhaseRun) -> None:
+        maps = snapshot_maps(trainer.base, trainer.data, trainer.data.tokens, phase.config.attention)
+        trainer.state.snapshots.append((f"{phase.name} {phase.steps_done}", maps))
+
+
+def snapshot_steps(train_steps: int, first_phase: bool) -> set[int]:
+    """The steps before which attention maps are kept, beside those after the last: thirds of a phase, each once. A later phase
+    starts where the one before it ended, which is shown already."""
+    steps = {k * train_steps // 3 for k in range(3)}
+    return steps if first_phase else steps - {0}

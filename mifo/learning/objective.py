@@ -1,0 +1,152 @@
+"""What one training step minimizes: the masked diffusion loss, the attention loss, prior preservation and locality."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..attention.record import AttentionRecorder, token_maps
+from ..attention.sites import Site
+from ..config import AttentionTerms, EmbeddingPhase, LearnConfig, LoraPhase
+from ..data.mask_sizes import mask_at_map
+from ..errors import InputError
+from ..model.base import BaseModel
+from ..prompts import tokenize_prompt
+from .dataset import Batch, InstanceData
+from .losses import masked_diffusion_loss, match_loss, penalty_loss, reward_loss, separation_loss
+from .prior import PriorData
+
+
+@dataclass
+class StepLosses:
+    """The parts of one step's loss, weighted as they are added up."""
+
+    diffusion: torch.Tensor
+    attention: torch.Tensor
+    prior: torch.Tensor
+
+    @property
+    def total(self) -> torch.Tensor:
+        return self.diffusion + self.attention + self.prior
+
+    def as_floats(self) -> dict[str, float]:
+        return {k: float(getattr(self, k).detach()) for k in ("diffusion", "attention", "prior")}
+
+
+@dataclass
+class Objective:
+    """Draws a batch and computes its losses (MIFO, arXiv 2511.00542, section 3; Break-A-Scene, arXiv 2305.16311, section 3).
+
+    `rng` chooses assets and views, `generator` noise and timesteps: both are the run's own, and a checkpoint holds their state.
+    """
+
+    base: BaseModel
+    data: InstanceData
+    config: LearnConfig
+    rng: np.random.Generator
+    generator: torch.Generator
+
+    def losses(self, phase: EmbeddingPhase | LoraPhase, step: int, sites: Sequence[Site], recorder: AttentionRecorder,
+               prior: PriorData | None) -> StepLosses:  # fmt: skip
+        """One step's losses with their graph. With a `prior` its picture goes through the UNet beside the instance's draws."""
+        config = self.config
+        batch = self.data.sample(self.rng, self.generator, phase.draws, config.union_sampling, config.flip_probability)
+        prompts, latents = [batch.prompt], batch.latents
+        if prior is not None:
+            prior_prompt, prior_latents = prior.pick(step)
+            prompts, latents = [prior_prompt, batch.prompt], torch.cat([prior_latents, latents])
+        tokenized = [tokenize_prompt(self.base.tokenizer, p, _assets_of(p, batch)) for p in prompts]
+        timesteps = torch.randint(0, int(self.base.scheduler.config["num_train_timesteps"]), (len(latents),),
+                                  generator=self.generator).to(latents.device)  # fmt: skip
+        noise = torch.randn(latents.shape, generator=self.generator).to(latents)
+        noisy = self.base.scheduler.add_noise(latents, noise, timesteps)
+        recorder.open()
+        prompt_embeds = self.base.encode_prompt(torch.tensor([t.input_ids for t in tokenized]))  # (1 or 2, L, D)
+        prompt_embeds = torch.cat([prompt_embeds[:-1], prompt_embeds[-1:].expand(phase.draws, -1, -1)])
+        prediction = self.base.unet(noisy.to(self.base.dtype), timesteps, prompt_embeds).sample
+        maps = recorder.take()
+        target = diffusion_target(self.base.scheduler, latents, noise, timesteps)
+        own = slice(len(latents) - phase.draws, None)  # the instance's draws stand last
+        diffusion = masked_diffusion_loss(prediction[own], target[own], batch.union_mask, config.masked_loss_by_area)
+        latent_size = (latents.shape[-2], latents.shape[-1])
+        positions = tokenized[-1].asset_positions
+        attention = attention_loss(maps, sites, phase.attention, batch, positions, timesteps, own.start, step, latent_size)
+        zero = torch.zeros((), device=latents.device)
+        if config.locality_weight:
+            diffusion = diffusion + config.locality_weight * self.locality(prediction[own], noisy[own], timesteps[own], batch)
+        prior_loss = zero if prior is None else config.prior.weight * F.mse_loss(prediction[:1].float(), target[:1])
+        return StepLosses(diffusion, attention, prior_loss)
+
+    def locality(self, prediction: torch.Tensor, noisy: torch.Tensor, timesteps: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Outside the masks the assets' tokens must change nothing: there the prediction keeps to the one without them.
+
+        `prediction` and `noisy` are (draws, C, h, w), `timesteps` (draws,); the reference is the model as it stands, adapters
+        included, without gradient. This project's own term; the idea is prior preservation's, applied by place.
+        The masked loss alone says nothing about the outside, so a token may fill it with its asset as well.
+        """
+        with torch.no_grad():
+            ids = tokenize_prompt(self.base.tokenizer, "a photo", []).input_ids
+            prompt_embeds = self.base.encode_prompt(torch.tensor([ids])).expand(len(noisy), -1, -1)
+            without = self.base.unet(noisy.to(self.base.dtype), timesteps, prompt_embeds).sample
+        return masked_diffusion_loss(prediction, without, 1 - batch.union_mask, self.config.masked_loss_by_area)
+
+
+def _assets_of(prompt: str, batch: Batch) -> list[str]:
+    return list(batch.tokens) if prompt == batch.prompt else []
+
+
+def diffusion_target(scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    """What the UNet should predict, by the scheduler's own `prediction_type`: noise, velocity or the clean latents."""
+    kind = scheduler.config["prediction_type"]
+    if kind == "epsilon":
+        return noise
+    if kind == "v_prediction":
+        velocity: torch.Tensor = scheduler.get_velocity(latents, noise, timesteps)
+        return velocity
+    if kind == "sample":
+        return latents
+    raise InputError(f"the base model predicts '{kind}', expected epsilon, v_prediction or sample; use another base model")
+
+
+def attention_loss(maps: dict[str, torch.Tensor], sites: Sequence[Site], terms: AttentionTerms, batch: Batch,
+                   positions: dict[str, tuple[int, ...]], timesteps: torch.Tensor, first_row: int, step: int,
+                   latent_size: tuple[int, int]) -> torch.Tensor:  # fmt: skip
+    """Weighted attention loss of one step: summed over sites and assets, averaged over the draws.
+
+    A draw counts only where its own timestep, the instance's, is below `max_timestep`.
+    """
+    total = torch.zeros((), device=timesteps.device)
+    rows = [row for row in range(first_row, len(timesteps)) if int(timesteps[row]) < terms.max_timestep]
+    if terms.loss == "none":
+        return total
+    for row in rows:
+        by_asset = [token_maps(maps, sites, positions[token], row, latent_size) for token in batch.tokens]
+        if terms.average_sites:
+            by_asset = [[_mean_map(found)] for found in by_asset]
+        for found, mask in zip(by_asset, batch.asset_masks, strict=True):
+            for attention in found:
+                size = (attention.shape[0], attention.shape[1])
+                total = total + _one_term(attention, mask_at_map(mask[0], size), terms, step)
+        if terms.separation_weight:
+            for at_site in zip(*by_asset, strict=True):
+                total = total + terms.separation_weight * separation_loss(at_site)
+    return total / (len(timesteps) - first_row)
+
+
+def _mean_map(maps: list[torch.Tensor]) -> torch.Tensor:
+    """One map from several sites', at the largest one's size."""
+    size = max(m.shape for m in maps)
+    return torch.stack([F.interpolate(m[None, None], size, mode="bilinear")[0, 0] for m in maps]).mean(0)
+
+
+def _one_term(attention: torch.Tensor, mask: torch.Tensor, terms: AttentionTerms, step: int) -> torch.Tensor:
+    if terms.loss == "match":
+        return terms.penalty_weight * match_loss(attention, mask)
+    if step < terms.reward_steps:
+        return terms.reward_weight * reward_loss(attention, mask)
+    return terms.penalty_weight * penalty_loss(attention, mask)

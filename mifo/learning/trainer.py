@@ -1,0 +1,149 @@
+"""The training loop of both phases. What happens beside it (checkpoints, early stopping, snapshots) is in `callbacks`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+from ..attention.record import record_attention
+from ..attention.sites import choose_sites
+from ..config import EmbeddingPhase, LearnConfig, LoraPhase
+from ..errors import InputError
+from ..io.interrupts import stop_between_steps
+from ..model.base import BaseModel
+from ..model.embedding import AssetEmbedding
+from ..model.finite import broken_weights
+from .dataset import InstanceData
+from .objective import Objective
+from .optimizer import Stepper, make_lr_schedule, make_optimizer
+from .prior import PriorData
+from .state import PhaseRun, TrainerState, restore
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a progress bar needs to know after each step."""
+
+    phase: str
+    """'prior', 'embedding', 'lora' or 'previews'"""
+    step: int
+    total: int
+    losses: dict[str, float] = field(default_factory=dict)
+
+
+Report = Callable[[Progress], None]
+
+
+class Callback:
+    """Hooks of the training loop, called in the order in which the trainer was given them."""
+
+    def on_phase_start(self, trainer: Trainer, phase: PhaseRun) -> bool:
+        """Before the first step of a phase, or of what is left of it; `phase.steps_done` says which. True ends it at once."""
+        return False
+
+    def on_step_start(self, trainer: Trainer, phase: PhaseRun) -> None:
+        """Before a step; `phase.steps_done` are behind."""
+
+    def on_step_end(self, trainer: Trainer, phase: PhaseRun) -> bool:
+        """After a step. True ends the phase early."""
+        return False
+
+    def on_phase_end(self, trainer: Trainer, phase: PhaseRun) -> None:
+        """After the last step."""
+
+    def load_state(self, checkpoint: dict[str, Any]) -> None:
+        """Takes its own part of a checkpoint, before `on_phase_start` of the phase that goes on."""
+
+
+class Trainer:
+    """Trains token embeddings (phase 1), then LoRA with them (phase 2), on one instance (MIFO, arXiv 2511.00542, section 3)."""
+
+    def __init__(self, base: BaseModel, data: InstanceData, config: LearnConfig, embedding: AssetEmbedding,
+                 prior: PriorData | None = None, callbacks: Sequence[Callback] = (), state: TrainerState | None = None,
+                 report: Report = lambda _: None, stepper: Stepper | None = None,
+                 checkpoint: dict[str, Any] | None = None):  # fmt: skip
+        """`stepper`: by default one for `config.mixed_precision`. `checkpoint`: what `state.capture` made of an interrupted run;
+        the phases that it has behind it are not run again."""
+        self.base, self.data, self.config, self.embedding, self.prior = base, data, config, embedding, prior
+        self.callbacks, self.report = list(callbacks), report
+        self.state = state or TrainerState.start(config.seed)
+        self.stepper = stepper or Stepper(base.device, config.mixed_precision)
+        self.objective = Objective(base, data, config, self.state.rng, self.state.generator)
+        self.checkpoint = checkpoint
+
+    def train_embedding(self) -> None:
+        """Phase 1: the assets' token embeddings alone."""
+        if self.checkpoint is not None and self.checkpoint["phase"] != "embedding":
+            return  # the checkpoint holds what this phase has learned
+        phase = self.config.embedding
+        groups = [{"params": [self.embedding.rows], "lr": phase.learning_rate}]
+        optimizer = torch.optim.AdamW(groups, betas=self.config.adam_betas, weight_decay=self.config.weight_decay)
+        self._train("embedding", phase, optimizer, None)
+
+    def train_lora(self, adapters: dict[str, PeftModel]) -> None:
+        """Phase 2: the adapters, and the token embeddings with them."""
+        phase = self.config.lora
+        if not phase.train_steps:
+            return
+        weights = [p for a in adapters.values() for p in a.parameters() if p.requires_grad and p is not self.embedding.rows]
+        self.embedding.rows.requires_grad_(True)  # freezing the base for LoRA froze them with it
+        groups = [
+            {"params": weights, "lr": phase.learning_rate},
+            {"params": [self.embedding.rows], "lr": phase.row_learning_rate},
+        ]
+        optimizer = make_optimizer(groups, self.config, phase.use_8bit_adam)
+        self._train("lora", phase, optimizer, self.prior)
+
+    def _train(self, name: str, config: EmbeddingPhase | LoraPhase, optimizer: torch.optim.Optimizer,
+               prior: PriorData | None) -> None:  # fmt: skip
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        phase = PhaseRun(name, config, parameters, optimizer, make_lr_schedule(optimizer, config))
+        sites = choose_sites(self.base.unet, config.attention.blocks, config.attention.levels)
+        if self.checkpoint is not None:
+            restore(self.state, phase, self.checkpoint, self.stepper.scaler)
+            for callback in self.callbacks:
+                callback.load_state(self.checkpoint)
+            self.checkpoint = None
+        with stop_between_steps() as stop, record_attention(self.base.unet, sites) as recorder:
+            ended = any([callback.on_phase_start(self, phase) for callback in self.callbacks])
+            while not ended and phase.steps_done < config.train_steps:
+                for callback in self.callbacks:
+                    callback.on_step_start(self, phase)
+                losses = self.objective.losses(config, phase.steps_done, sites, recorder, prior)
+                parts = losses.as_floats()
+                self.check_finite({f"{k} loss": v for k, v in parts.items()}, phase)
+                norm = self.stepper.backward(losses.total, optimizer, parameters, self.config.max_grad_norm)
+                if self.stepper.scaler is None:  # a scaler skips such a step by itself, and is counted
+                    self.check_finite({"gradient": float(norm)}, phase)
+                self.state.skipped_steps += not self.stepper.step(optimizer)
+                phase.scheduler.step()
+                optimizer.zero_grad(set_to_none=True)
+                if phase.steps_done % 10 == 0:
+                    rounded = {k: round(v, 6) for k, v in parts.items()}
+                    self.state.loss_history.append({"phase": name, "step": phase.steps_done, **rounded})
+                phase.steps_done += 1
+                self.report(Progress(name, phase.steps_done, config.train_steps, parts))
+                phase.stop_asked = stop.asked is not None
+                ended = any([callback.on_step_end(self, phase) for callback in self.callbacks])
+                if stop.asked is not None:
+                    stop.take_effect()
+        for callback in self.callbacks:
+            callback.on_phase_end(self, phase)
+
+    def check_finite(self, values: dict[str, float], phase: PhaseRun) -> None:
+        """Raises InputError, which names what is broken and the last good checkpoint, unless all of `values` are finite."""
+        bad = [name for name, value in values.items() if not np.isfinite(value)]
+        if bad:
+            if broken := broken_weights(self.base.parts):
+                raise InputError(f"the {' and the '.join(bad)} is not finite: {broken}")
+            kept = self.state.last_saved
+            raise InputError(
+                f"the {' and the '.join(bad)} is not finite at step {phase.steps_done} of the {phase.name} phase; lower the "
+                "learning rate or use --mixed-precision no"
+                + (f". The last good checkpoint, {kept}, is kept" if kept else "")
+            )
