@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class InputError(ValueError):
     """The input is wrong, not the program: the message says what was given, what was expected and what to do.
@@ -13,3 +16,9 @@ class InputError(ValueError):
 class NotFinite(Exception):
     """A job's result is not finite, and nothing that the user gave is known to be wrong: exit status 1. The message says what
     helps."""
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """"; did you mean 'toy_car'?" where one of `known` is close to what was given, else nothing."""
+    close = get_close_matches(given, list(known), 1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .errors import InputError
+from .errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,7 +119,7 @@ def check_prompt(prompt: str, known: Sequence[str], what: str = "prompt") -> Non
     named = [*ALMOST_ASSET_PATTERN.findall(prompt), *BACKGROUND_PATTERN.findall(prompt)]
     unknown = [token for token in named if token.lower() not in known]
     if unknown:
-        raise InputError(f"The {what} has {_some(unknown)}, but {exist}.")
+        raise InputError(f"The {what} has {_some(unknown)}, but {exist}{did_you_mean(unknown[0].lower(), known) or '.'}")
     if bare := BARE_ASSET_PATTERN.search(ASSET_PATTERN.sub(" ", prompt)):
         word = bare.group().lower()[:30]
         raise InputError(f"The {what} has {word!r} without both its brackets; write <{word}> ({exist}).")

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 
 from mifo.boxes import Box, Layout
 from mifo.bundle.store import load_bundle
-from mifo.cli.command_parts import instance_of
+from mifo.cli.parts import instance_of
 from mifo.config import KeepConfig, learn_preset
 from mifo.data.instance import load_instance
 from mifo.errors import InputError

@@ -13,8 +13,8 @@ import torch
 from _tiny import load_base, mifo, tiny_base_folder, write_instance
 from PIL import Image
 
-from mifo.cli.command_parts import choose_device, choose_dtype
 from mifo.cli.options import Precision
+from mifo.cli.parts import choose_device, choose_dtype
 from mifo.config import learn_preset
 from mifo.data.instance import load_instance
 from mifo.learning.learn import learn

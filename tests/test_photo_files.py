@@ -270,7 +270,7 @@ def test_system_files_and_folders_are_skipped(tmp_path: Path):
         (tmp_path / "all" / "cups" / name).write_bytes(b"x")
         (tmp_path / "all" / name).write_bytes(b"x")
     (tmp_path / "all" / "cups" / "__MACOSX").mkdir()
-    from mifo.cli.command_parts import instance_folders
+    from mifo.cli.parts import instance_folders
 
     assert [p.name for p in instance_folders(None, tmp_path / "all")] == ["cups"]
     assert load_instance(tmp_path / "all" / "cups").warnings == ()

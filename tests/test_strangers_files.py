@@ -23,7 +23,7 @@ from mifo.boxes import parse_layout
 from mifo.bundle.export import export_for_diffusers
 from mifo.bundle.instance_copy import keep_instance, kept_crops, kept_instance
 from mifo.bundle.store import attach, base_of_bundle, load_bundle
-from mifo.cli import command_parts
+from mifo.cli import parts
 from mifo.data.instance import MAX_ASSETS, fit_instance, load_instance
 from mifo.errors import InputError
 from mifo.evaluation.cases import read_cases
@@ -111,7 +111,7 @@ def test_a_bundle_replaced_after_it_was_read_draws_what_was_read(tmp_path: Path)
 
 
 def test_a_bundle_replaced_while_the_base_loads_draws_one_bundles_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    folder, load = copy_bundle(tmp_path), command_parts.load_base_of
+    folder, load = copy_bundle(tmp_path), parts.load_base_of
     command = ["synthesize", folder, "--prompt", "a photo of <asset0>", "--steps", 2, "--seed", 4]
     mifo(*command, "--output-path", tmp_path / "expected")
 
@@ -119,7 +119,7 @@ def test_a_bundle_replaced_while_the_base_loads_draws_one_bundles_pictures(tmp_p
         replace(folder)
         return load(*arguments)
 
-    monkeypatch.setattr("mifo.cli.commands.load_base_of", slowly)
+    monkeypatch.setattr("mifo.cli.draw.load_base_of", slowly)
     mifo(*command, "--output-path", tmp_path / "drawn")
     pictures = [np.asarray(Image.open(tmp_path / name / "000004.png")) for name in ("expected", "drawn")]
     assert (pictures[0] == pictures[1]).all()

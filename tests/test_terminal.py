@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from _tiny import FAST, ROOT, learn_arguments, mifo, tiny_base_folder, write_instance
+from _tiny import FAST, ROOT, copy_bundle, learn_arguments, mifo, tiny_base_folder, write_instance
 from typer.testing import CliRunner
 
 from mifo.cli import app
@@ -184,3 +185,41 @@ def test_json_is_whole_for_a_reader_that_stays(tmp_path: Path):
     process = start("boxes", "[[0, 0, 1, 1]]", "--json", folder=tmp_path)
     out, _ = process.communicate()
     assert process.returncode == 0 and json.loads(out)["boxes"] == {"<asset0>": [0.0, 0.0, 1.0, 1.0]}
+
+
+# --- finding one's way --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_sections_an_example_that_is_a_command_and_no_option_twice(command: str):
+    import typer
+
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"}).stdout
+    example = shown.partition("Example:\n")[2]
+    words = shlex.split(example.replace("\\\n", " "))
+    assert words[:2] == ["mifo", command]
+    known = {name for p in typer.main.get_command(app).commands[command].params for name in p.opts}  # type: ignore[attr-defined]
+    assert {word for word in words if word.startswith("--")} <= known
+    assert re.search(r"^Other:$", shown, re.MULTILINE) and shown.count("--json") == 1
+    assert command in ("plan", "boxes", "export", "demo", "check") or re.search(r"^Memory and device:$", shown, re.MULTILINE)
+
+
+def test_a_mistyped_bundle_or_asset_is_answered_with_the_nearest_one(tmp_path: Path):
+    copy_bundle(tmp_path, "cups")
+    said = mifo("decompose", "cupss", "--output-dir", tmp_path, exit_code=2).output
+    assert "there are cups; did you mean 'cups'?" in said
+    said = mifo("synthesize", "cups", "--output-dir", tmp_path, "--prompt", "a photo of <asset7>", exit_code=2).output
+    assert "did you mean '<asset" in said
+
+
+def test_the_shell_completes_bundles_and_instances(tmp_path: Path):
+    copy_bundle(tmp_path / "bundles", "cups")
+    write_instance(tmp_path / "photos" / "shelf")
+    (tmp_path / "photos" / "empty").mkdir()
+    for words, expected in ((f"mifo export --output-dir {tmp_path}/bundles ", "cups"),
+                            (f"mifo learn --folder-path {tmp_path}/photos ", "shelf")):  # fmt: skip
+        typed = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()))}
+        environment = {**ENVIRONMENT, "_MIFO_COMPLETE": "complete_bash", **typed}
+        code = "from mifo.cli import app; app(prog_name='mifo')"
+        found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path)
+        assert found.stdout.split() == [expected], found

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from ..config import LearnConfig, from_dict, to_dict
 from ..data.instance import MAX_ASSETS
-from ..errors import InputError
+from ..errors import InputError, did_you_mean
 from ..io.files import write_folder
 from ..io.json_text import json_text
 from ..io.swap import finish_swaps
@@ -193,7 +193,7 @@ def find_bundle(model_id: str, output_dir: Path) -> Path:
             raise InputError(f"{folder} is no learned bundle: it has no bundle.json; learn it again")
     names = sorted(p.parent.name for p in output_dir.glob("*/bundle.json") if not p.parent.name.startswith("."))
     there = f"there are {', '.join(names)}" if names else f"{output_dir} has none; run 'learn' first"
-    raise InputError(f"there is no learned bundle '{model_id[:200]}': {there}")
+    raise InputError(f"there is no learned bundle '{model_id[:200]}': {there}{did_you_mean(model_id, names)}")
 
 
 def load_bundle(folder: Path) -> Bundle:

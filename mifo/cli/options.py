@@ -1,14 +1,18 @@
-"""Options that the commands share: their choices, their types and their help."""
+"""Options that the commands share: their choices, their types, their help, and the groups in which they are shown."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
+
+from .job import OptionGroup
 
 
 class Precision(str, Enum):
@@ -102,9 +106,9 @@ def _at_home(value: Any) -> Any:
     return type(value)(os.path.expanduser(value)) if isinstance(value, (str, Path)) and str(value)[:1] == "~" else value
 
 
-def path(help: str | None = None) -> Any:
+def path(help: str | None = None, **more: Any) -> Any:
     """An option that is a path, or may be one: a hub id, or boxes as text, passes unchanged."""
-    return typer.Option(callback=_at_home, help=help)
+    return typer.Option(callback=_at_home, help=help, **more)
 
 
 def path_argument(help: str, **more: Any) -> Any:
@@ -112,32 +116,241 @@ def path_argument(help: str, **more: Any) -> Any:
     return typer.Argument(callback=_at_home, help=help, **more)
 
 
+def _folders_in(option: str, default: str, marker: str) -> Callable[[typer.Context, str], list[str]]:
+    """Completes the names of the folders in the one that `option` names which hold a file like `marker`."""
+
+    def complete(ctx: typer.Context, incomplete: str) -> list[str]:
+        folder = Path(os.path.expanduser(ctx.params.get(option) or default))
+        try:
+            found = sorted({p.parent.name for p in folder.glob(f"*/{marker}") if not p.parent.name.startswith(".")})
+        except OSError:
+            return []
+        return [name for name in found if name.startswith(incomplete)]
+
+    return complete
+
+
+bundle_names = _folders_in("output_dir", "Model_ours", "bundle.json")
+instance_names = _folders_in("folder_path", "example", "mask0.png")
+
+
 def number(minimum: float, maximum: float | None = None, help: str | None = None) -> Any:
     """A finite number within bounds: typer's own bounds let NaN through."""
     return typer.Option(min=minimum, max=maximum, callback=_finite, help=help)
 
 
+BundleName = Annotated[str, path_argument("A bundle's name under --output-dir, or its folder.", autocompletion=bundle_names)]
+OptionalBundleName = Annotated[
+    str | None,
+    path_argument("A bundle's name under --output-dir, or its folder.", metavar="[MODEL_ID]", autocompletion=bundle_names),
+]
+InstanceName = Annotated[
+    str | None,
+    path_argument("Folder name under --folder-path; without it, each of them.", autocompletion=instance_names),
+]
+MaskOrientation = Annotated[
+    MasksDrawn, typer.Option(help="For photos that EXIF turns: masks drawn on the upright picture, or on the stored pixels.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote there, all of it its own.")]
+OverwriteFile = Annotated[bool, typer.Option("--overwrite", help="Replace a file of that name.")]
+Resolution = Annotated[int | None, typer.Option(min=32, help="Pixels; the model's own by default.")]
 ModelPath = Annotated[str, path("toybox (embedded), sd1.5, sd2.1, a hub id, or a folder.")]
-OwnText = Annotated[bool, typer.Option(help="In boxes, each asset reads the prompt as if it spoke of that asset alone.")]
+Precisions = Annotated[Precision, typer.Option(help="auto: what the device is best at.")]
+Boxes = Annotated[str | None, path("JSON file or text: one [x0, y0, x1, y1] per asset, 0 to 1.")]
+FolderPath = Annotated[Path, path("Holds the instance folders.")]
 OutputDir = Annotated[Path, path("Where learned bundles are kept.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="The same seed gives the same result.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; empty picks what is there.")]
 VramGib = Annotated[float | None, number(0.5, 1024, "GPU memory to stay within; see 'plan'.")]
-AttentionBackend = Annotated[Attention, typer.Option(help="auto: xformers where it works, else PyTorch's own.")]
-JudgedBy = Annotated[Judge, typer.Option(help="What measures pictures; auto: toybox for the toybox, photo for all else.")]
-Dino = Annotated[str | None, path("DINOv2 model of the photo back end: hub id or folder.")]
-Clip = Annotated[str | None, path("CLIP model of the photo back end.")]
-Detector = Annotated[str | None, path("OWL-ViT or OWLv2 detector of the photo back end.")]
-MaskOrientation = Annotated[
-    MasksDrawn, typer.Option(help="For photos that EXIF turns: masks drawn on the upright picture, or on the stored pixels.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-BundleName = Annotated[str, path_argument("A bundle's name under --output-dir, or its folder.")]
-OwnBase = Annotated[str | None, path("The base model; the bundle's own by default.")]
-OutputPath = Annotated[Path | None, path("Folder to write; by default the next number in output/<bundle>/.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote there, all of it its own.")]
-Resolution = Annotated[int | None, typer.Option(min=32, help="Pixels; the model's own by default.")]
-Steps = Annotated[int | None, typer.Option(min=1, max=1000)]
-Scale = Annotated[float | None, number(1)]
-LoraScale = Annotated[float | None, number(0, 4)]
-BlendingStart = Annotated[float | None, typer.Option(callback=_part, help="Part of the schedule left out, 0 to 1.")]
+Steps = Annotated[int | None, typer.Option(min=1, max=1000, help="Denoising steps.")]
+Scale = Annotated[float | None, number(1, help="How strictly the prompt is followed; 1: no guidance.")]
+
+
+# --- groups -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BundleOptions(OptionGroup):
+    """Which base model draws, and where bundles lie."""
+
+    heading: ClassVar[str] = "Input"
+    model_path: Annotated[str | None, path("The base model; the bundle's own by default.")] = None
+    output_dir: OutputDir = Path("Model_ours")
+
+
+@dataclass(frozen=True)
+class OutputOptions(OptionGroup):
+    """Where results go."""
+
+    heading: ClassVar[str] = "Output"
+    output_path: Annotated[Path | None, path("Folder to write; by default the next number in output/<bundle>/.")] = None
+    overwrite: Overwrite = False
+
+
+@dataclass(frozen=True)
+class ComputeOptions(OptionGroup):
+    """On what a job runs, and within which memory."""
+
+    heading: ClassVar[str] = "Memory and device"
+    mixed_precision: Precisions = Precision.auto
+    vram_gib: VramGib = None
+    attention_backend: Annotated[
+        Attention, typer.Option(help="auto: xformers where it works, else PyTorch's own.")
+    ] = Attention.auto
+    seed: Seed = 0
+    device: Device = ""
+
+
+@dataclass(frozen=True)
+class DeviceOptions(OptionGroup):
+    """As `ComputeOptions`, for jobs without a memory budget."""
+
+    heading: ClassVar[str] = "Memory and device"
+    mixed_precision: Precisions = Precision.auto
+    seed: Seed = 0
+    device: Device = ""
+
+
+@dataclass(frozen=True)
+class EvaluatorOptions(OptionGroup):
+    """What measures images."""
+
+    heading: ClassVar[str] = "Evaluation"
+    backend: Annotated[
+        Judge, typer.Option(help="What measures pictures; auto: toybox for the toybox, photo for all else.")
+    ] = Judge.auto
+    dino: Annotated[str | None, path("DINOv2 model of the photo back end: hub id or folder.")] = None
+    clip: Annotated[str | None, path("CLIP model of the photo back end.")] = None
+    detector: Annotated[str | None, path("OWL-ViT or OWLv2 detector of the photo back end.")] = None
+
+
+@dataclass(frozen=True)
+class SamplingOptions(OptionGroup):
+    """How images are drawn, where nothing else can be chosen."""
+
+    heading: ClassVar[str] = "Sampling"
+    steps: Steps = None
+    guidance_scale: Scale = None
+
+
+@dataclass(frozen=True)
+class LearnInput(OptionGroup):
+    heading: ClassVar[str] = "Input"
+    folder_path: FolderPath = Path("example")
+    model_path: ModelPath = "toybox"
+    mask_orientation: MaskOrientation = MasksDrawn.auto
+    initializer_tokens: Annotated[str | None, typer.Option(help="Words per asset to start from, comma-separated.")] = None
+    background_asset: Annotated[bool, typer.Option("--background-asset", help="Learn <background>, outside all masks.")] = False
+
+
+@dataclass(frozen=True)
+class TrainingOptions(OptionGroup):
+    """What is trained, and how; None keeps the preset's value."""
+
+    heading: ClassVar[str] = "Training"
+    recipe: Annotated[Recipe, typer.Option(help="break-a-scene: that paper's losses, for comparison.")] = Recipe.mifo
+    phase1_train_steps: Annotated[int | None, typer.Option(min=1, help="Steps on the token embeddings alone.")] = None
+    phase2_train_steps: Annotated[int | None, typer.Option(min=0, help="Steps with LoRA; 0 leaves it out.")] = None
+    phase1_learning_rate: Annotated[float | None, number(0, help="Of the token embeddings.")] = None
+    phase2_learning_rate: Annotated[float | None, number(0, help="Of LoRA.")] = None
+    lora_rank: Annotated[int | None, typer.Option(min=1, max=256, help="Higher: more detail, a larger bundle.")] = None
+    train_text_encoder: Annotated[bool | None, typer.Option(help="LoRA in the text encoder too.")] = None
+    penalty_weight: Annotated[float | None, number(0, help="Weight of the penalty attention loss.")] = None
+    prior_preservation: Annotated[bool, typer.Option(help="Keep the base model's knowledge with its own pictures.")] = True
+    class_prompt: Annotated[str | None, typer.Option(help="For prior preservation; several, separated by '|'.")] = None
+    num_class_images: Annotated[int | None, typer.Option(min=1, max=10_000, help="Drawn once, for prior preservation.")] = None
+    resolution: Resolution = None
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory for more time.")] = False
+    resume: Annotated[bool | None, typer.Option(help="Go on from the last checkpoint of an interrupted run.")] = None
+    checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints, at most 2 minutes; 0: none.")] = 50
+    keep: Annotated[Keep, typer.Option(help="best: the checkpoint with the least leakage and the best samples.")] = Keep.last
+
+
+@dataclass(frozen=True)
+class LearnOutput(OptionGroup):
+    heading: ClassVar[str] = "Output"
+    output_dir: OutputDir = Path("Model_ours")
+    name: Annotated[str | None, typer.Option(help="The bundle's name; the folder's name by default.")] = None
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a bundle learned from another photo, other masks or on another base.")
+    ] = False
+    keep_base_path: Annotated[bool, typer.Option("--keep-base-path", help="Write into the bundle where the base lies.")] = False
+
+
+@dataclass(frozen=True)
+class SynthesisOptions(OptionGroup):
+    heading: ClassVar[str] = "Sampling"
+    batch_size: Annotated[int, typer.Option(min=1, max=64, help="Pictures, drawn together.")] = 1
+    best_of: Annotated[int | None, typer.Option(min=2, max=1000, help="Draw so many seeds, keep the best.")] = None
+    steps: Steps = None
+    guidance_scale: Scale = None
+    negative_prompt: Annotated[str, typer.Option(help="What the picture should not show.")] = ""
+    scheduler: Annotated[Sampler | None, typer.Option(help="own: the one that the base model's folder names.")] = None
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels; the model's own by default.")] = None
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels; the model's own by default.")] = None
+    lora_scale: Annotated[float | None, number(0, 4, "Strength of what was learned; 1 by default.")] = None
+    subject_token_indices: Annotated[str | None, typer.Option(help="Accepted for compatibility; never needed.")] = None
+
+
+@dataclass(frozen=True)
+class LayoutOptions(OptionGroup):
+    heading: ClassVar[str] = "Boxes"
+    guidance: Annotated[bool, typer.Option(help="Move the latents until the assets lie in their boxes.")] = True
+    refine: Annotated[bool, typer.Option(help="Tighten the boxes to the things' own shapes.")] = True
+    bounded: Annotated[bool, typer.Option(help="Mask attention to the boxes.")] = True
+    own_text: Annotated[
+        bool, typer.Option(help="In boxes, each asset reads the prompt as if it spoke of that asset alone.")
+    ] = True
+
+
+@dataclass(frozen=True)
+class EditInput(OptionGroup):
+    heading: ClassVar[str] = "Input"
+    init_image: Annotated[Path, path("The picture to edit.")]
+    mask: Annotated[Path, path("White where the picture may change.")]
+    prompt: Annotated[str, typer.Option(help='Such as "a photo of <asset2>".')]
+    model_id: Annotated[str | None, path("Instead of MODEL_ID; 'none' edits with the plain base model.")] = None
+    model_path: Annotated[str | None, path("The base model; the bundle's own by default.")] = None
+    output_dir: OutputDir = Path("Model_ours")
+    invert_mask: Annotated[bool, typer.Option(help="Edit all but the white part.")] = False
+    resize_mask: Annotated[bool, typer.Option(help="Accept a mask of another size.")] = False
+    mask_orientation: MaskOrientation = MasksDrawn.auto
+    boxes: Annotated[str | None, path("A box per asset; one asset alone takes the mask's box.")] = None
+
+
+@dataclass(frozen=True)
+class BlendingOptions(OptionGroup):
+    heading: ClassVar[str] = "Blending"
+    background: Annotated[Background, typer.Option(help="How the rest comes back; pixel: its bytes.")] = Background.pixel
+    optimize: Annotated[Optimize, typer.Option(help="What --background optimization tunes.")] = Optimize.weights
+    reconstruction_steps: Annotated[int, typer.Option(min=1, max=10_000, help="Of --background optimization.")] = 75
+    start: Annotated[Start, typer.Option(help="image: keep something of what is there, for scribbles.")] = Start.noise
+    mask_dilation: Annotated[int, typer.Option(min=0, max=64, help="Latent pixels; thin masks start larger and shrink.")] = 0
+    blending_start_percentage: Annotated[
+        float | None, typer.Option(callback=_part, help="Part of the schedule left out, 0 to 1.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class EditSampling(OptionGroup):
+    heading: ClassVar[str] = "Sampling"
+    batch_size: Annotated[int, typer.Option(min=1, max=64, help="Candidates; all are kept, the best first.")] = 1
+    steps: Steps = None
+    guidance_scale: Scale = None
+    negative_prompt: Annotated[str, typer.Option(help="What the picture should not show.")] = ""
+    lora_scale: Annotated[float | None, number(0, 4, "Strength of what was learned; 1 by default.")] = None
+    guidance: Annotated[bool | None, typer.Option(help="Move the latents until the asset lies in its box.")] = None
+    bounded: Annotated[bool, typer.Option(help="Keep an asset to its box, and plain words to the mask.")] = True
+    own_text: Annotated[
+        bool, typer.Option(help="In boxes, each asset reads the prompt as if it spoke of that asset alone.")
+    ] = True
+
+
+@dataclass(frozen=True)
+class EditOutput(OptionGroup):
+    heading: ClassVar[str] = "Output"
+    output_path: Annotated[Path | None, path("Folder to write; by default the next number in output/<bundle>/.")] = None
+    overwrite: Overwrite = False
+    metadata: Annotated[
+        Metadata, typer.Option(help="Of the picture's file; safe: date and camera, no position, owner, serial number.")
+    ] = Metadata.safe

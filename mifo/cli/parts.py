@@ -17,7 +17,7 @@ import typer
 
 from ..errors import InputError
 from ..io.console import say, waiting
-from .options import Attention, Precision
+from .options import Attention, EvaluatorOptions, Precision
 
 if TYPE_CHECKING:
     import torch
@@ -158,16 +158,16 @@ def instance_of(bundle: Bundle, folder: Path | None, mask_orientation: str = "au
     return instance
 
 
-def measured_by(bundle: Bundle, base: BaseModel, folder: Path | None, given: dict[str, Any]) -> MeasuredBy:
+def measured_by(bundle: Bundle, base: BaseModel, folder: Path | None, evaluators: EvaluatorOptions,
+                mask_orientation: str = "auto") -> MeasuredBy:  # fmt: skip
     """The back end that --backend, --dino, --clip and --detector ask for."""
     from ..bundle.instance_copy import check_kept
     from ..evaluation.choose import make_backend
 
-    models = [given[name] for name in ("dino", "clip", "detector")]
     with waiting("loading the models that measure"):
-        drawn = given["mask_orientation"].value if "mask_orientation" in given else "auto"
-        source = instance_of(bundle, folder, drawn)
-        found = make_backend(given["backend"].value, base.family, source, str(base.device), *models)
+        source = instance_of(bundle, folder, mask_orientation)
+        found = make_backend(evaluators.backend.value, base.family, source, str(base.device), evaluators.dino, evaluators.clip,
+                             evaluators.detector)  # fmt: skip
     if folder is None and bundle.instance is not None:
         check_kept(bundle.folder, bundle.instance)  # the toybox's back end has read truth.json beside it
     return found
@@ -207,6 +207,10 @@ def sheet_line(folder: Path) -> str:
     """The same for people."""
     first, *others = sheet_facts(folder)["contact_sheets"]
     return f"contact sheet: {first}" + (f", and on to {Path(others[-1]).name}" if others else "")
+
+
+def count_pictures(paths: Sequence[Path]) -> str:
+    return f"{len(paths)} picture{'s' if len(paths) > 1 else ''}"
 
 
 def end_job(pictures: PictureJob) -> None:

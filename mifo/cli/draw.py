@@ -1,0 +1,275 @@
+"""The commands that draw new pictures of what was learned: synthesize, decompose, variations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import InputError
+from ..io.console import Bar, Job, say, waiting
+from ..io.files import check_writable
+from ..io.outputs import PLACE, check_apart, check_output, numbered_folder
+from .app import app
+from .job import job_command
+from .options import (
+    Boxes,
+    BundleName,
+    BundleOptions,
+    ComputeOptions,
+    DeviceOptions,
+    EvaluatorOptions,
+    LayoutOptions,
+    OutputOptions,
+    SamplingOptions,
+    SynthesisOptions,
+    path,
+)
+from .parts import (
+    check_sampling,
+    choose_attention,
+    choose_device,
+    choose_dtype,
+    count_pictures,
+    end_job,
+    family_of,
+    import_libraries,
+    load_base_of,
+    measured_by,
+    not_to_write_into,
+    override,
+    own_base,
+    plan_within,
+    say_weights,
+    sheet_facts,
+    sheet_line,
+)
+
+if TYPE_CHECKING:
+    from ..boxes import Layout
+    from ..bundle.store import Bundle
+    from ..config import SynthesisConfig
+    from ..evaluation.backend import Backend as MeasuredBy
+    from ..model.base import BaseModel
+    from ..synthesis.resumable import PictureJob
+    from ..synthesis.synthesize import Synthesis
+    from ..synthesis.variations import Shot
+
+
+@job_command(app, 'mifo synthesize toy_car --prompt "a photo of <asset0> and <asset1> in the snow" \\\n'
+                  '    --boxes "[[0.05, 0.3, 0.45, 0.7], [0.55, 0.3, 0.95, 0.7]]"')  # fmt: skip
+def synthesize(
+    job: Job,
+    model_id: BundleName,
+    prompt: Annotated[str, typer.Option(help='Such as "a photo of <asset0> and <asset1> at the beach".')],
+    source: BundleOptions,
+    layout_options: LayoutOptions,
+    sampling: SynthesisOptions,
+    evaluators: EvaluatorOptions,
+    output: OutputOptions,
+    compute: ComputeOptions,
+    boxes: Boxes = None,
+) -> None:
+    """Draw the learned assets, each in its box."""
+    from ..boxes import parse_layout
+    from ..prompts import NEGATIVE, assets_in, check_prompt
+
+    check_writable(output.output_path or PLACE)
+    if sampling.best_of and sampling.batch_size > 1:
+        given = f"--best-of {sampling.best_of} keeps one picture, but --batch-size is {sampling.batch_size}"
+        raise InputError(f"{given}; leave one of them out")
+    if sampling.subject_token_indices:
+        say("note: --subject-token-indices is not needed; the assets' positions are found in the prompt")
+
+    import_libraries()
+    from ..attention.backend import use_backend
+    from ..bundle.store import attach, find_bundle, load_bundle
+    from ..config import synthesis_preset, to_dict
+    from ..synthesis.resumable import open_job
+    from ..synthesis.synthesize import KIND, save_synthesis
+    from ..synthesis.synthesize import synthesize as run_synthesize
+
+    best_of = sampling.best_of
+    bundle = load_bundle(find_bundle(model_id, source.output_dir))
+    place = PLACE / bundle.name
+    check_apart(output.output_path, place, {"--boxes": boxes}, not_to_write_into(bundle, source.model_path))
+    check_output(output.output_path, place, KIND, output.overwrite)
+    check_prompt(prompt, bundle.tokens)
+    check_prompt(sampling.negative_prompt, bundle.tokens, NEGATIVE)
+    say_weights([prompt])
+    say_weights([sampling.negative_prompt], NEGATIVE)
+    layout = parse_layout(boxes, assets_in(prompt)) if boxes is not None else None
+    chosen = choose_device(compute.device)
+    dtype, wanted = choose_dtype(compute.mixed_precision, chosen), source.model_path or own_base(bundle)
+    attention = choose_attention(compute.attention_backend, chosen, dtype)
+    config = _synthesis_config(synthesis_preset(family_of(wanted)), sampling, layout_options)
+    check_sampling(wanted, config.scheduler, config.steps)
+    side = max(sampling.width or 0, sampling.height or 0) or None
+    plan = plan_within("synthesize", wanted, chosen, dtype, side, compute.vram_gib,
+                       attention.name, bundle.config, config, len(bundle.tokens), sampling.batch_size)  # fmt: skip
+    base = load_base_of(bundle, source.model_path, chosen, dtype, plan.settings.memory if plan else None)
+    judge = measured_by(bundle, base, None, evaluators) if sampling.best_of else None
+    facts: dict[str, Any] = {"bundle": bundle.name, **base.record()}
+    recipe = [prompt, layout.to_json() if layout else None, to_dict(config), compute.seed, best_of, attention.name]
+    opened = open_job(output.output_path, place, "best-of", recipe, base, bundle) if best_of else nullcontext()
+    with use_backend(base.unet, attention), attach(base, bundle, config.lora_scale), opened as kept:
+        if best_of and judge and kept:
+            job.hint = kept.hint
+            result, more = _draw_best(base, prompt, layout, bundle.tokens, config, compute.seed, best_of, judge, kept)
+            facts.update(more)
+        else:
+            with Bar() as bar:
+                result = run_synthesize(base, prompt, layout, bundle.tokens, config, compute.seed, sampling.batch_size,
+                                        bar.denoising)  # fmt: skip
+        with numbered_folder(output.output_path, place) as folder, waiting("writing the pictures"):
+            paths = save_synthesis(result, folder, facts, output.overwrite)
+        if kept:
+            kept.clear()
+    seconds, peak = round(result.seconds, 2), round(result.peak_gib, 3)
+    pictures = f"{len(paths)} picture{'s' if len(paths) > 1 else ''}"
+    if best_of:
+        best = facts["best_of"][0]
+        worst = facts["best_of"][-1]["score"]
+        job.text(f"the best of {len(facts['best_of'])} is seed {best['seed']}, score {best['score']} (the worst has {worst})")
+    job.text(f"{pictures} in {folder} ({seconds} s, peak {peak} GiB)", sheet_line(folder))
+    job.json({"images": [str(p) for p in paths], **sheet_facts(folder), "json": str(folder / "synthesis.json"),
+              "seconds": seconds, "peak_gib": peak,
+              **{name: facts[name] for name in ("best_of", "failed") if name in facts}})  # fmt: skip
+    if kept:
+        end_job(kept)
+
+
+@job_command(app, "mifo decompose toy_car --output-path parts")
+def decompose(
+    job: Job,
+    model_id: BundleName,
+    source: BundleOptions,
+    sampling: SamplingOptions,
+    output: OutputOptions,
+    compute: DeviceOptions,
+) -> None:
+    """Draw what a scene consists of: each asset alone, all in their places, and the background if it was learned."""
+    check_writable(output.output_path or PLACE)
+
+    from ..synthesis.variations import decomposition
+
+    def shots(bundle: Bundle, base: BaseModel, config: SynthesisConfig) -> list[Shot]:
+        if "<background>" not in bundle.tokens:
+            say("note: the background was not learned; 'learn --background-asset' adds it")
+        return decomposition(bundle.tokens, compute.seed, _places(bundle, base, config))
+
+    _run_shots(job, model_id, "decompose", source, sampling, output, compute, {}, shots)
+
+
+@job_command(app, "mifo variations toy_car --asset 0 --count 12")
+def variations(
+    job: Job,
+    model_id: BundleName,
+    source: BundleOptions,
+    sampling: SamplingOptions,
+    output: OutputOptions,
+    compute: DeviceOptions,
+    count: Annotated[int, typer.Option(min=1, max=10_000, help="Pictures; the prompts take turns.")] = 8,
+    asset: Annotated[str | None, typer.Option(help="One asset, such as 0 or <asset0>; the whole scene by default.")] = None,
+    prompts_file: Annotated[Path | None, path("One prompt a line; {} is the scene or the asset.")] = None,
+    keep_places: Annotated[
+        bool, typer.Option("--keep-places/--free-places", help="Several assets keep to where they stood in the photo.")
+    ] = True,
+) -> None:
+    """Draw the whole scene, or one asset, in many places and styles."""
+    check_writable(output.output_path or PLACE)
+
+    from ..synthesis.variations import VARIATIONS, choose_asset, read_prompts
+    from ..synthesis.variations import variations as list_variations
+
+    def shots(bundle: Bundle, base: BaseModel, config: SynthesisConfig) -> list[Shot]:
+        chosen = choose_asset(asset, bundle.tokens)
+        templates = read_prompts(prompts_file, bundle.tokens) if prompts_file else VARIATIONS[base.family]
+        say_weights(templates)
+        return list_variations(chosen, templates, count, compute.seed, _places(bundle, base, config) if keep_places else None)
+
+    _run_shots(job, model_id, "variations", source, sampling, output, compute, {"--prompts-file": prompts_file}, shots)
+
+
+# --- parts --------------------------------------------------------------------------------------
+
+
+def _synthesis_config(config: SynthesisConfig, sampling: SynthesisOptions, layout: LayoutOptions) -> SynthesisConfig:
+    """The preset with the options that were given."""
+    config = override(config, steps=sampling.steps, guidance_scale=sampling.guidance_scale, scheduler=sampling.scheduler,
+                      negative_prompt=sampling.negative_prompt, width=sampling.width, height=sampling.height,
+                      lora_scale=sampling.lora_scale, bounded=layout.bounded, own_text=layout.own_text)  # fmt: skip
+    return replace(config, guidance=replace(config.guidance, enabled=layout.guidance),
+                   refinement=replace(config.refinement, enabled=layout.refine))  # fmt: skip
+
+
+def _draw_best(base: BaseModel, prompt: str, layout: Layout | None, tokens: Sequence[str], config: SynthesisConfig, seed: int,
+               count: int, judge: MeasuredBy, kept: PictureJob) -> tuple[Synthesis, dict[str, Any]]:  # fmt: skip
+    """The best of `count` seeds, and what its record says of the others. Ends the command where none could be drawn."""
+    from ..evaluation.best_of import draw_best
+
+    with Bar() as bar:
+        best = draw_best(base, prompt, layout, tokens, config, seed, count, judge, bar.drawing, kept.pictures)
+    if best is None:
+        end_job(kept)
+        raise typer.Exit(1)
+    result, ranking = best
+    return result, {"best_of": ranking, **({"failed": kept.failed()} if kept.failures else {})}
+
+
+def _run_shots(job: Job, model_id: str, command: str, source: BundleOptions, sampling: SamplingOptions, output: OutputOptions,
+               compute: DeviceOptions, read: dict[str, str | Path | None],
+               make_shots: Callable[[Bundle, BaseModel, SynthesisConfig], list[Shot]]) -> None:  # fmt: skip
+    """What `decompose` and `variations` share: load, draw a list of prompts, save."""
+    import_libraries()
+    from ..bundle.store import attach, find_bundle, load_bundle
+    from ..config import synthesis_preset, to_dict
+    from ..synthesis.resumable import open_job
+    from ..synthesis.variations import draw_shots, save_shots
+
+    bundle = load_bundle(find_bundle(model_id, source.output_dir))
+    place, explicit = PLACE / bundle.name, output.output_path
+    check_apart(explicit, place, read, not_to_write_into(bundle, source.model_path))
+    check_output(explicit, place, command, output.overwrite)
+    chosen = choose_device(compute.device)
+    wanted = source.model_path or own_base(bundle)
+    config = override(synthesis_preset(family_of(wanted)), steps=sampling.steps, guidance_scale=sampling.guidance_scale)
+    check_sampling(wanted, config.scheduler, config.steps)
+    base = load_base_of(bundle, source.model_path, chosen, choose_dtype(compute.mixed_precision, chosen))
+    shots = make_shots(bundle, base, config)
+    facts = {"bundle": bundle.name, **base.record(), "steps": config.steps, "guidance_scale": config.guidance_scale}
+    recipe = [to_dict(config), [shot.recipe() for shot in shots]]
+    with open_job(explicit, place, command, recipe, base, bundle) as pictures:
+        job.hint = pictures.hint
+        with attach(base, bundle), Bar() as bar:
+            drawn = draw_shots(base, shots, bundle.tokens, config, bar.denoising, pictures.pictures)
+        if not drawn:
+            end_job(pictures)
+        with numbered_folder(explicit, place) as folder, waiting("writing the pictures"):
+            failed = {"failed": pictures.failed()} if pictures.failures else {}
+            paths = save_shots(drawn, folder, command, {**facts, **failed}, output.overwrite)
+        pictures.clear()
+    earlier = f", {pictures.reused} of them drawn before the interruption" if pictures.reused else ""
+    job.text(f"{count_pictures(paths)} in {folder}{earlier}", sheet_line(folder))
+    job.json({"images": [str(p) for p in paths], "prompts": [s.prompt for s in drawn], "failed": pictures.failures,
+              **sheet_facts(folder), "json": str(folder / f"{command}.json")})  # fmt: skip
+    end_job(pictures)
+
+
+def _places(bundle: Bundle, base: BaseModel, config: SynthesisConfig) -> Layout | None:
+    """Where the things stood in the photo; None for a bundle that does not hold it."""
+    from ..bundle.instance_copy import check_kept, kept_instance
+    from ..synthesis.variations import places_in_photo
+
+    places = None
+    try:
+        places = places_in_photo(kept_instance(bundle.folder, bundle.tokens), base, config)
+    except InputError as error:
+        say(f"note: assets that share a picture get no boxes: {error}")
+    if bundle.instance is not None:
+        check_kept(bundle.folder, bundle.instance)
+    return places

@@ -1,0 +1,135 @@
+"""The `edit` command."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+from ..io.console import Bar, Job, say, waiting
+from ..io.files import check_writable
+from ..io.outputs import PLACE, check_apart, check_output, numbered_folder
+from .app import app
+from .job import job_command
+from .options import BlendingOptions, ComputeOptions, EditInput, EditOutput, EditSampling, OptionalBundleName
+from .parts import (
+    check_sampling,
+    choose_attention,
+    choose_device,
+    choose_dtype,
+    count_pictures,
+    family_of,
+    import_libraries,
+    load_base,
+    load_base_of,
+    not_to_write_into,
+    override,
+    own_base,
+    plan_within,
+    say_weights,
+    sheet_facts,
+    sheet_line,
+)
+
+if TYPE_CHECKING:
+    from ..bundle.store import Bundle
+    from ..config import EditConfig
+
+
+@job_command(app, 'mifo edit toy_car --init-image street.jpg --mask mask.png --prompt "a photo of <asset0>"')
+def edit(
+    job: Job,
+    source: EditInput,
+    blending: BlendingOptions,
+    sampling: EditSampling,
+    output: EditOutput,
+    compute: ComputeOptions,
+    model: OptionalBundleName = None,
+) -> None:
+    """Put a learned asset, or plain words, into the masked part of a picture; leave the rest alone."""
+    name = _model_name(model, source.model_id)
+    check_writable(output.output_path or PLACE)
+    from ..boxes import parse_layout
+    from ..editing.picture_file import load_edit_mask, load_picture
+    from ..prompts import NEGATIVE, assets_in, check_prompt
+
+    with waiting("reading the picture"):
+        picture = load_picture(source.init_image, output.metadata.value)
+        mask, reading = load_edit_mask(source.mask, picture.image, source.init_image.name, source.resize_mask,
+                                       source.invert_mask, picture.orientation, source.mask_orientation.value)  # fmt: skip
+    for note in (*picture.notes, *reading):
+        say(f"note: {note}")
+
+    import_libraries()
+    from ..attention.backend import use_backend
+    from ..bundle.store import attach, find_bundle, load_bundle
+    from ..config import LearnConfig, LoraPhase, MemoryConfig, edit_preset
+    from ..editing.edit import edit as run_edit
+    from ..editing.output import KIND, save_edit
+
+    bundle = None if name.lower() == "none" else load_bundle(find_bundle(name, source.output_dir))
+    place = PLACE / (bundle.name if bundle else "none")
+    check_apart(output.output_path, place,
+                {"--init-image": source.init_image, "--mask": source.mask, "--boxes": source.boxes},
+                not_to_write_into(bundle, source.model_path or ("" if bundle else "toybox")))  # fmt: skip
+    check_output(output.output_path, place, KIND, output.overwrite)
+    tokens = bundle.tokens if bundle else ()
+    check_prompt(source.prompt, tokens)
+    check_prompt(sampling.negative_prompt, tokens, NEGATIVE)
+    say_weights([source.prompt])
+    say_weights([sampling.negative_prompt], NEGATIVE)
+    assets = assets_in(source.prompt)
+    layout = parse_layout(source.boxes, assets) if source.boxes is not None else None
+    chosen = choose_device(compute.device)
+    dtype = choose_dtype(compute.mixed_precision, chosen)
+    wanted = source.model_path or (own_base(bundle) if bundle else "toybox")
+    attention = choose_attention(compute.attention_backend, chosen, dtype)
+    config = _edit_config(edit_preset(family_of(wanted)), blending, sampling)
+    check_sampling(wanted, "ddim", config.steps)
+    learned = bundle.config if bundle else LearnConfig(lora=LoraPhase(train_steps=0))  # the plain model has no adapters
+    plan = plan_within("edit", wanted, chosen, dtype, None, compute.vram_gib, attention.name, learned,
+                       assets=len(assets), batch=sampling.batch_size, edit=config)  # fmt: skip
+    memory = plan.settings.memory if plan else MemoryConfig()
+    if bundle:
+        base = load_base_of(bundle, source.model_path, chosen, dtype, memory)
+    else:
+        base = load_base(wanted, chosen, dtype, memory)
+    attached = attach(base, bundle, config.lora_scale) if bundle else nullcontext()
+    with use_backend(base.unet, attention), attached, Bar() as bar:
+        result = run_edit(base, picture.image, mask, source.prompt, tokens, config, compute.seed, sampling.batch_size, layout,
+                      _crops(bundle), bar.denoising)  # fmt: skip
+    for note in result.notes:
+        say(f"note: {note}")
+    facts = {"bundle": bundle.name if bundle else None, **base.record()}
+    with numbered_folder(output.output_path, place) as folder, waiting("writing the pictures"):
+        paths = save_edit(result, picture, folder, facts, output.overwrite)
+    seconds, peak = round(result.seconds, 2), round(result.peak_gib, 3)
+    job.text(f"{count_pictures(paths)} in {folder}, the best first ({seconds} s, peak {peak} GiB)", sheet_line(folder))
+    job.json({"images": [str(p) for p in paths], **sheet_facts(folder), "json": str(folder / "edit.json"),
+              "scores": [c.scores for c in result.candidates], "seconds": seconds, "peak_gib": peak})  # fmt: skip
+
+
+def _model_name(argument: str | None, option: str | None) -> str:
+    if argument is not None and option is not None and argument != option:
+        raise InputError(f"MODEL_ID is '{argument[:50]}' and --model-id is '{option[:50]}'; give one of them")
+    name = argument if argument is not None else option
+    if name is None:
+        raise InputError("there is no MODEL_ID: give a learned bundle, or --model-id none to edit with the plain base model")
+    return name
+
+
+def _crops(bundle: Bundle | None) -> dict[str, Any]:
+    from ..bundle.instance_copy import kept_crops
+
+    return kept_crops(bundle.folder, bundle.tokens, bundle.instance) if bundle else {}
+
+
+def _edit_config(config: EditConfig, blending: BlendingOptions, sampling: EditSampling) -> EditConfig:
+    """The preset with the options that were given."""
+    config = override(config, steps=sampling.steps, guidance_scale=sampling.guidance_scale, lora_scale=sampling.lora_scale,
+                      negative_prompt=sampling.negative_prompt, bounded=sampling.bounded, own_text=sampling.own_text,
+                      background=blending.background, optimize=blending.optimize, start=blending.start,
+                      reconstruction_steps=blending.reconstruction_steps, mask_dilation=blending.mask_dilation,
+                      blending_start_percentage=blending.blending_start_percentage)  # fmt: skip
+    return config if sampling.guidance is None else replace(config, guidance=replace(config.guidance, enabled=sampling.guidance))

@@ -1,0 +1,97 @@
+"""The commands about files: boxes, export, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..io.console import Bar, Job, waiting
+from ..io.outputs import PLACE, check_apart, check_file, check_output, numbered_file, numbered_folder
+from .app import app
+from .job import job_command
+from .options import BundleName, Device, OutputDir, Overwrite, OverwriteFile, Seed, path, path_argument
+from .parts import choose_device, import_libraries, not_to_write_into
+
+
+@job_command(app, 'mifo boxes "[[0.05, 0.3, 0.45, 0.7], [0.55, 0.3, 0.95, 0.7]]"')
+def boxes(
+    job: Job,
+    boxes: Annotated[str, path_argument("JSON file or text, as for synthesize.")],
+    prompt: Annotated[str | None, typer.Option(help="Names the assets; without it they are numbered in order.")] = None,
+    image: Annotated[Path | None, path("Draw over this picture instead of a blank one.")] = None,
+    size: Annotated[int, typer.Option(min=64, max=4096, help="Pixels of the blank canvas.")] = 512,
+    output_path: Annotated[Path | None, path("PNG to write; output/boxes-0001.png and so on by default.")] = None,
+    overwrite: OverwriteFile = False,
+) -> None:
+    """Draw boxes over a blank canvas or a picture, before anything runs."""
+    from PIL import Image
+
+    from ..boxes import parse_boxes_alone, parse_layout
+    from ..io.files import write_file
+    from ..io.image_file import load_image
+    from ..io.sheets import draw_boxes
+    from ..prompts import assets_in, check_characters
+
+    check_characters(prompt or "", "The prompt")
+    check_file(output_path, "output/boxes.png", overwrite)
+    check_apart(output_path, PLACE, {"BOXES": boxes, "--image": image}, {})
+    layout = parse_layout(boxes, assets_in(prompt)) if prompt else parse_boxes_alone(boxes)
+    canvas = load_image(image) if image else Image.new("RGB", (size, size), (240, 240, 240))
+    drawn = draw_boxes(canvas, layout)
+    with (numbered_file(output_path, PLACE, "boxes", ".png", overwrite) as (target, replaced),
+          write_file(target, replaced) as temporary):  # fmt: skip
+        drawn.save(temporary, "PNG")
+    job.text(str(target))
+    job.json({"image": str(target), "boxes": layout.to_json()})
+
+
+@job_command(app, "mifo export toy_car --output-path toy_car_for_diffusers")
+def export(
+    job: Job,
+    model_id: BundleName,
+    output_path: Annotated[Path, path("Folder to write.")],
+    output_dir: OutputDir = Path("Model_ours"),
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a bundle so that diffusers' load_lora_weights and load_textual_inversion read it."""
+    check_output(output_path, output_path, "export", overwrite)
+
+    import_libraries()
+    from ..bundle.export import export_for_diffusers
+    from ..bundle.store import find_bundle, load_bundle
+
+    bundle = load_bundle(find_bundle(model_id, output_dir))
+    check_apart(output_path, output_path, {}, not_to_write_into(bundle, None))
+    with waiting("writing the files"):
+        export_for_diffusers(bundle, output_path, overwrite)
+    files = sorted(p.name for p in output_path.iterdir() if p.name != "manifest.json")
+    job.text(f"{output_path}: {', '.join(files)}")
+    job.json({"folder": str(output_path), "files": files})
+
+
+@job_command(app, "mifo demo")
+def demo(
+    job: Job,
+    output_path: Annotated[Path | None, path("Folder to write; by default the next number in output/demo/.")] = None,
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
+    device: Device = "",
+) -> None:
+    """Learn three look-alike cars from one picture, then put each in its box on two new backgrounds."""
+    place = PLACE / "demo"
+    check_output(output_path, place, "demo", overwrite)
+
+    import_libraries()
+    from ..demo import draw_demo, save_demo
+
+    with Bar() as bar:
+        drawn = draw_demo(output_path.parent if output_path else place, seed, choose_device(device), bar)
+    with numbered_folder(output_path, place) as output:
+        result = save_demo(drawn, output, overwrite)
+    job.text(
+        f"The three cars were learned in {result['learn_seconds']} s; each picture took {result['synthesize_seconds']} s.",
+        f"Look at {result['picture']}",
+    )
+    job.json(result)

@@ -1,0 +1,210 @@
+"""The `learn` command."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+from ..io.console import Bar, Job, say, waiting
+from ..io.files import check_writable
+from ..io.outputs import check_apart
+from .app import app
+from .job import job_command
+from .options import ComputeOptions, EvaluatorOptions, InstanceName, Keep, LearnInput, LearnOutput, TrainingOptions
+from .parts import (
+    choose_attention,
+    choose_device,
+    choose_dtype,
+    family_of,
+    import_libraries,
+    instance_folders,
+    load_base,
+    not_to_write_into,
+    override,
+    plan_within,
+    say_weights,
+)
+
+if TYPE_CHECKING:
+    from ..bundle.store import Bundle
+    from ..config import LearnConfig
+    from ..data.instance import Instance
+    from ..model.base import BaseModel
+
+
+@job_command(app, "mifo learn toy_car --folder-path example --seed 1")
+def learn(
+    job: Job,
+    source: LearnInput,
+    training: TrainingOptions,
+    evaluators: EvaluatorOptions,
+    output: LearnOutput,
+    compute: ComputeOptions,
+    instance: InstanceName = None,
+) -> None:
+    """Learn the things in INSTANCE (img.jpg and mask0.png, mask1.png, ...), each as its own token."""
+    from ..data.instance import load_instance, with_background
+    from ..prompts import check_class_prompt
+
+    if training.class_prompt is not None and training.prior_preservation:
+        say_weights(check_class_prompt(training.class_prompt), "class prompt")
+    folders = instance_folders(instance, source.folder_path)
+    if output.name and len(folders) > 1:
+        raise InputError(f"--name {output.name} fits one instance, but {len(folders)} would be learned; name the INSTANCE too")
+    # all input is checked before anything long starts
+    with waiting("reading the photo"):
+        instances = [load_instance(folder, source.mask_orientation.value) for folder in folders]
+    words = [_initializers(source.initializer_tokens, each.count) for each in instances]
+    if source.background_asset:
+        words = [[*(initial or [None] * each.count), "background"] for initial, each in zip(words, instances, strict=True)]
+        instances = [with_background(each) for each in instances]
+    targets = [output.output_dir / _bundle_name(output.name or each.name) for each in instances]
+    for target in targets:
+        _check_target(target, folders, source.model_path)
+
+    import_libraries()
+    from ..attention.backend import use_backend
+    from ..bundle.target import check_target
+    from ..config import MemoryConfig, learn_preset
+    from ..data.mask_check import check_masks
+    from ..learning.checkpoints import Checkpointing
+    from ..learning.learn import learn as run_learn
+    from ..learning.supervision import sizes_of
+    from ..model.device import precision_name
+
+    checkpointing = Checkpointing(training.checkpoint_every, resume=training.resume)
+    for each, target in zip(instances, targets, strict=True):
+        check_target(target, each, None, output.overwrite)
+    chosen = choose_device(compute.device)
+    dtype = choose_dtype(compute.mixed_precision, chosen)
+    attention = choose_attention(compute.attention_backend, chosen, dtype)
+    results = []
+    for each, target, initial in zip(instances, targets, words, strict=True):
+        config = _learn_config(learn_preset(family_of(source.model_path), training.recipe.value), training, compute.seed,
+                               precision_name(dtype))  # fmt: skip
+        plan = plan_within("learn", source.model_path, chosen, dtype, training.resolution, compute.vram_gib, attention.name,
+                           config, assets=each.count)  # fmt: skip
+        base = load_base(source.model_path, chosen, dtype, plan.settings.memory if plan else MemoryConfig())
+        config = plan.settings.learn if plan else config
+        if config.resolution is not None:
+            base.check_side("the resolution", config.resolution)
+        with waiting("looking at the masks"):
+            report = check_masks(each, sizes_of(base, config))
+        for line in (*report.notes, *report.warnings):
+            say(f"note: {line}")
+        judge = _checkpoint_judge(config, each, base, evaluators)
+        job.hint = partial(_resume_hint, target)
+        if note := check_target(target, each, base.fingerprint, output.overwrite):
+            say(f"note: {note}")
+        _say_what_is_resumed(target, training.resume)
+        with use_backend(base.unet, attention), Bar() as bar, job.keeping(target if os.path.lexists(target) else None):
+            bundle = run_learn(each, base, config, target, bar.learning, initial, checkpointing, judge,
+                               output.overwrite, output.keep_base_path)  # fmt: skip
+        job.kept.append(target)
+        if not bundle.base_source:
+            say(f"note: the bundle has the base model's name, {bundle.base_name}, and fingerprint, but not where it lies: "
+                "give the commands that draw --model-path, or learn with --keep-base-path")  # fmt: skip
+        results.append(_learn_summary(bundle))
+        job.text(*_learned_text(results[-1]))
+    job.json(results[0] if instance is not None else {"bundles": results})
+
+
+# --- parts --------------------------------------------------------------------------------------
+
+
+def _learn_config(config: LearnConfig, training: TrainingOptions, seed: int, precision: Any) -> LearnConfig:
+    """The preset with the options that were given."""
+    embedding = override(config.embedding, train_steps=training.phase1_train_steps, learning_rate=training.phase1_learning_rate)
+    lora = override(config.lora, train_steps=training.phase2_train_steps, learning_rate=training.phase2_learning_rate,
+                    rank=training.lora_rank, text_encoder=training.train_text_encoder)  # fmt: skip
+    weight = training.penalty_weight
+    if weight is not None:
+        embedding = replace(embedding, attention=replace(embedding.attention, penalty_weight=weight))
+        lora = replace(lora, attention=replace(lora.attention, penalty_weight=weight))
+    prior = override(config.prior, class_prompt=training.class_prompt, num_class_images=training.num_class_images,
+                     enabled=training.prior_preservation)  # fmt: skip
+    keep = replace(config.keep, enabled=training.keep is Keep.best)
+    return replace(config, embedding=embedding, lora=lora, prior=prior, keep=keep, resolution=training.resolution, seed=seed,
+                   gradient_checkpointing=training.gradient_checkpointing, mixed_precision=precision)  # fmt: skip
+
+
+def _checkpoint_judge(config: LearnConfig, instance: Instance, base: BaseModel, evaluators: EvaluatorOptions) -> Any:
+    if not config.keep.enabled:
+        return None
+    from ..data.instance import without_background
+    from ..evaluation.checkpoints import checkpoint_judge
+    from ..evaluation.choose import make_backend
+
+    models = (evaluators.dino, evaluators.clip, evaluators.detector)
+    with waiting("loading the models that measure"):
+        backend = make_backend(evaluators.backend.value, base.family, without_background(instance), str(base.device), *models)
+    return checkpoint_judge(backend, config.keep.samples)
+
+
+def _bundle_name(name: str) -> str:
+    if not name or name.startswith(".") or any(c in "/\\" or not c.isprintable() for c in name) or len(name.encode()) > 100:
+        raise InputError(f"{name[:100]!r} cannot name a bundle; give a --name of letters, digits, '-' and '_'")
+    return name
+
+
+def _check_target(target: Path, folders: list[Path], model_path: str) -> None:
+    """Raises InputError, before anything long starts, unless the bundle can be written, away from all that is read for it."""
+    check_writable(target.parent)
+    closed = {**{f"the instance {f.name}": f for f in folders}, **not_to_write_into(None, model_path)}
+    check_apart(target, target, {}, closed, "the bundle's folder")
+
+
+def _resume_hint(target: Path) -> str:
+    from ..learning.checkpoints import latest
+
+    saved = latest(target)
+    return f"; the state at {saved.where} is kept: the same command with --resume goes on from there" if saved else ""
+
+
+def _say_what_is_resumed(target: Path, resume: bool | None) -> None:
+    from ..learning.checkpoints import latest
+
+    saved = latest(target)
+    if saved and resume:
+        say(f"note: goes on from {saved.where}")
+    elif saved:
+        say(f"note: there is a checkpoint of an interrupted run, at {saved.where}")
+    elif resume:
+        say("note: there is no checkpoint, so it starts from the beginning")
+
+
+def _initializers(text: str | None, count: int) -> list[str | None] | None:
+    if text is None:
+        return None
+    from ..prompts import check_characters
+
+    words = [w.strip() or None for w in text.split(",")]
+    if len(words) != count:
+        raise InputError(f"--initializer-tokens has {len(words)} entries for {count} assets; give one per asset, comma-separated")
+    check_characters(text, "--initializer-tokens")
+    return words
+
+
+def _learn_summary(bundle: Bundle) -> dict[str, Any]:
+    facts = bundle.facts
+    size = sum(p.stat().st_size for p in bundle.folder.rglob("*") if p.is_file())
+    measured = {name: facts[name] for name in ("seconds", "peak_gib", "attention_inside_mask")}
+    if facts["skipped_steps"]:
+        measured["skipped_steps"] = facts["skipped_steps"]
+    return {"bundle": str(bundle.folder), "tokens": list(bundle.tokens), **measured, "mib": round(size / 2**20, 2),
+            "preview": str(bundle.folder / "preview.png"), "attention": str(bundle.folder / "attention.png")}  # fmt: skip
+
+
+def _learned_text(facts: dict[str, Any]) -> list[str]:
+    shares = facts["attention_inside_mask"].items()
+    return [
+        f"learned {', '.join(facts['tokens'])} in {facts['seconds']} s, peak {facts['peak_gib']} GiB",
+        f"bundle: {facts['bundle']} ({facts['mib']} MiB)",
+        *(f"  {token}: {100 * share:.0f} % of its attention is inside its mask" for token, share in shares),
+        *([f"{facts['skipped_steps']} steps overflowed in fp16 and were skipped"] if "skipped_steps" in facts else []),
+        f"look at {facts['preview']} and {facts['attention']}",
+    ]

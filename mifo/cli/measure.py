@@ -1,0 +1,202 @@
+"""The commands that look instead of drawing: evaluate what was learned, check an instance, plan a job's memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import InputError
+from ..io.console import Bar, Job, waiting
+from ..io.files import check_writable, write_file
+from ..io.outputs import PLACE, check_apart, check_file, check_output, numbered_file, numbered_folder
+from .app import app
+from .job import job_command
+from .options import (
+    Attention,
+    Background,
+    BundleName,
+    BundleOptions,
+    DeviceOptions,
+    EvaluatorOptions,
+    FolderPath,
+    MaskOrientation,
+    MasksDrawn,
+    ModelPath,
+    OutputOptions,
+    OverwriteFile,
+    PlannedJob,
+    Precision,
+    Resolution,
+    Steps,
+    VramGib,
+    instance_names,
+    path,
+    path_argument,
+)
+from .parts import (
+    check_sampling,
+    choose_device,
+    choose_dtype,
+    end_job,
+    family_of,
+    import_libraries,
+    instance_folders,
+    instance_of,
+    load_base_of,
+    measured_by,
+    not_to_write_into,
+    override,
+    own_base,
+    say_weights,
+    sheet_facts,
+)
+
+
+@job_command(app, "mifo evaluate toy_car --samples 8")
+def evaluate(
+    job: Job,
+    model_id: BundleName,
+    base_options: BundleOptions,
+    evaluators: EvaluatorOptions,
+    output: OutputOptions,
+    compute: DeviceOptions,
+    prompts: Annotated[Path | None, path("Text file, one prompt a line; without it, each asset and all.")] = None,
+    boxes: Annotated[str | None, path("JSON file or text, as for synthesize; for all prompts.")] = None,
+    images: Annotated[Path | None, path("Measure this folder's pictures instead of drawing.")] = None,
+    samples: Annotated[int, typer.Option(min=1, max=1000, help="Pictures of each prompt.")] = 4,
+    instance: Annotated[Path | None, path("What the bundle was learned from; its own copy by default.")] = None,
+    original: Annotated[Path | None, path("With --edited and --edit-mask: is all outside the mask kept?")] = None,
+    edited: Annotated[Path | None, path("The picture after the edit.")] = None,
+    edit_mask: Annotated[Path | None, path("White where the edit was allowed.")] = None,
+    mask_orientation: MaskOrientation = MasksDrawn.auto,
+    steps: Steps = None,
+) -> None:
+    """Measure a bundle: identity, leakage, layout, prompt fit and drift, with intervals. The same seed, the same JSON."""
+    import_libraries()
+    from ..bundle.store import find_bundle, load_bundle
+    from ..evaluation.cases import mask_aspects, read_cases, read_pictures
+    from ..evaluation.report import KIND, save_evaluation, table
+    from ..evaluation.run import evaluate as run_evaluate
+    from ..evaluation.run import measure_edit
+    from ..synthesis.resumable import open_job
+
+    check_writable(output.output_path or PLACE)
+    edit = measure_edit(original, edited, edit_mask, mask_orientation.value)
+    bundle = load_bundle(find_bundle(model_id, base_options.output_dir))
+    place = PLACE / bundle.name
+    read = {"--prompts": prompts, "--boxes": boxes, "--images": images, "--original": original, "--edited": edited,
+            "--edit-mask": edit_mask, "--dino": evaluators.dino,
+            "--clip": evaluators.clip, "--detector": evaluators.detector}  # fmt: skip
+    closed = {**not_to_write_into(bundle, base_options.model_path), "--instance": instance}
+    check_apart(output.output_path, place, read, closed)
+    check_output(output.output_path, place, KIND, output.overwrite)
+    source = instance_of(bundle, instance, mask_orientation.value)
+    cases = read_cases(prompts, boxes, source.tokens, mask_aspects(source))
+    say_weights([case.prompt for case in cases])
+    pictures = read_pictures(images, prompts, boxes, bundle.tokens) if images else None
+    chosen = choose_device(compute.device)
+    from ..config import synthesis_preset, to_dict
+
+    wanted = base_options.model_path or own_base(bundle)
+    config = override(synthesis_preset(family_of(wanted)), steps=steps)
+    check_sampling(wanted, config.scheduler, config.steps)
+    base = load_base_of(bundle, base_options.model_path, chosen, choose_dtype(compute.mixed_precision, chosen))
+    judge = measured_by(bundle, base, instance, evaluators, mask_orientation.value)
+    recipe = [to_dict(config), [case.to_json() for case in cases], compute.seed, samples]
+    with open_job(output.output_path, place, "evaluate", recipe, base, bundle) as drawing:
+        job.hint = drawing.hint
+        with Bar() as bar:
+            result = run_evaluate(base, bundle, source, judge, config, cases, pictures, compute.seed, samples, bar.drawing,
+                                  drawing.pictures)  # fmt: skip
+        if result is None:
+            end_job(drawing)
+            return
+        if edit:
+            result.record["edit_preservation"] = edit
+        if drawing.failures:
+            result.record["failed"] = drawing.failed()
+        with numbered_folder(output.output_path, place) as folder, waiting("writing the pictures"):
+            paths = save_evaluation(result, folder, pictures is None, output.overwrite)
+        drawing.clear()
+    job.text(*table(result.record).split("\n"), *(f"{kind.replace('_', ' ')}: {path}" for kind, path in paths.items()))
+    shown = {k: v for k, v in result.record.items() if k not in ("pictures", "definitions", "synthesis")}
+    job.json({**paths, **sheet_facts(Path(paths["json"]).parent), **shown})
+    end_job(drawing)
+
+
+@job_command(app, "mifo check toy_car")
+def check(
+    job: Job,
+    instance: Annotated[str, path_argument("Folder name under --folder-path, or a folder.", autocompletion=instance_names)],
+    folder_path: FolderPath = Path("example"),
+    model_path: ModelPath = "toybox",
+    resolution: Resolution = None,
+    mask_orientation: MaskOrientation = MasksDrawn.auto,
+    output_path: Annotated[
+        Path | None, path("PNG to write: what the model will really see; output/check-0001.png and so on by default.")
+    ] = None,
+    overwrite: OverwriteFile = False,
+) -> None:
+    """Look for what is wrong with an instance's masks before learning it; no model is loaded."""
+    from ..data.instance import load_instance
+    from ..data.mask_check import check_lines, check_masks, check_sheet
+    from ..learning.supervision import sizes_by_name
+
+    (folder,) = instance_folders(instance, folder_path)
+    check_file(output_path, "output/check.png", overwrite)
+    check_apart(output_path, PLACE, {}, {"the instance": folder, **not_to_write_into(None, model_path)})
+    with waiting("looking at the masks"):
+        report = check_masks(load_instance(folder, mask_orientation.value), sizes_by_name(model_path, resolution))
+        sheet = check_sheet(report)
+    with (numbered_file(output_path, PLACE, "check", ".png", overwrite) as (target, replaced),
+          write_file(target, replaced) as temporary):  # fmt: skip
+        sheet.save(temporary, "PNG")
+    job.text(*check_lines(report, report.warnings), f"look at {target}")
+    job.json({**report.facts, "sheet": str(target)})
+
+
+@job_command(app, "mifo plan --model-path sd2.1 --job learn --vram-gib 12")
+def plan(
+    job: Job,
+    model_path: ModelPath = "sd2.1",
+    planned: Annotated[PlannedJob, typer.Option("--job")] = PlannedJob.learn,
+    resolution: Resolution = None,
+    vram_gib: VramGib = None,
+    assets: Annotated[int, typer.Option(min=1, max=64)] = 3,
+    batch_size: Annotated[int, typer.Option(min=1, max=64, help="Pictures drawn together.")] = 1,
+    lora_rank: Annotated[int, typer.Option(min=1, max=256)] = 16,
+    gradient_checkpointing: bool = False,
+    prior_preservation: bool = True,
+    background: Annotated[Background, typer.Option(help="Of edit; optimization tunes the decoder.")] = Background.pixel,
+    mixed_precision: Annotated[Precision, typer.Option(help="auto: bf16, as on a GPU.")] = Precision.auto,
+    attention_backend: Annotated[Attention, typer.Option(help="materialized shows what fused attention saves.")] = Attention.auto,
+) -> None:  # fmt: skip
+    """Count a job's GPU memory before it runs, without loading any weights, and what to give up to fit a budget."""
+    import_libraries()
+    import torch
+
+    from ..config import edit_preset, learn_preset, synthesis_preset
+    from ..planning.planner import Settings, make_plan, read_model
+    from ..planning.report import plan_facts, plan_text
+
+    model = read_model(model_path)
+    if planned is PlannedJob.edit and resolution not in (None, model.native_resolution):
+        raise InputError(f"--resolution is {resolution}, but edit draws at the model's own {model.native_resolution} pixels, "
+                         "whatever the picture's size; leave it out")  # fmt: skip
+    dtypes = {"no": torch.float32, "fp16": torch.float16}
+    family = family_of(model_path)
+    config = learn_preset(family)
+    config = replace(config, lora=replace(config.lora, rank=lora_rank), gradient_checkpointing=gradient_checkpointing,
+                     prior=replace(config.prior, enabled=prior_preservation))  # fmt: skip
+    backend = "materialized" if attention_backend is Attention.materialized else "sdpa"
+    settings = Settings(planned.value, model.check_side(resolution), dtypes.get(mixed_precision.value, torch.bfloat16), config,
+                        synthesis_preset(family), assets, batch_size, backend=backend,
+                        edit=replace(edit_preset(family), background=background.value))  # fmt: skip
+    with waiting("counting the memory"):
+        found = make_plan(model, settings, vram_gib)
+    job.text(*plan_text(found).split("\n"))
+    job.json(plan_facts(found))
+    found.check()
