@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test check lint setup clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python cli.py demo
@@ -12,6 +12,12 @@ test: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# linter, types and the tests that take seconds
+check: $(VENV)/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow"
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

@@ -10,11 +10,15 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from .io.threads import choose_waiting
+
 __version__ = "0.1.0"
 __all__ = ["edit", "evaluate", "learn", "load_base_model", "load_bundle", "load_instance", "plan", "synthesize"]
 
 if TYPE_CHECKING:
     from .api import edit, evaluate, learn, load_base_model, load_bundle, load_instance, plan, synthesize
+
+choose_waiting()
 
 # Where the package `kernels` is installed, bitsandbytes asks the hub for native code as soon as it is imported, and transformers
 # and diffusers may do so later. None here means that an import fails and that they take it for missing; a program that uses

@@ -1,7 +1,4 @@
-"""Settings as frozen dataclasses, units in the names; presets by base model, chosen by measurement (see LOG.md).
-
-Knows numbers. Knows nothing of models or files.
-"""
+"""Settings as frozen dataclasses, units in the names; presets by base model, chosen by measurement (see LOG.md)."""
 
 from __future__ import annotations
 
@@ -66,6 +63,8 @@ class LoraPhase(Checked):
     row_learning_rate: NotNegative = 1e-4
     rank: AtLeastOne = 16
     """Rank of the adapters; alpha equals the rank."""
+    cosine: bool = False
+    """The learning rate falls to 0 along a cosine; constant as published."""
     text_encoder: bool = True
     draws: AtLeastOne = 1
     use_8bit_adam: bool = True
@@ -80,6 +79,8 @@ class PriorConfig(Checked):
 
     enabled: bool = True
     weight: NotNegative = 1.0
+    every_steps: AtLeastOne = 1
+    """Every so many steps a prior image goes along, and then weighs as much as one in each step would."""
     num_class_images: AtLeastOne = 100
     class_prompt: str = "a photo at the beach"
     """Several prompts, separated by '|', take turns."""
@@ -131,6 +132,8 @@ class LearnConfig(Checked):
     """Shifted copies of the picture per asset: a token then learns its asset, not where it stood; 0 as published."""
     locality_weight: NotNegative = 0.0
     """Weight of keeping to the prediction without the assets' tokens outside the masks; 0 as published."""
+    locality_every: AtLeastOne = 1
+    """Every so many steps the locality term is computed, and then weighs as much as all of them: the same on average, cheaper."""
     masked_loss_by_area: bool = False
     """Divide the masked loss by the mask's area instead of the picture's."""
     weight_decay: NotNegative = 1e-2
@@ -274,7 +277,7 @@ def synthesis_preset(family: str) -> SynthesisConfig:
         return SynthesisConfig()
     return SynthesisConfig(
         steps=30,
-        guidance_scale=3.0,
+        guidance_scale=2.0,
         guidance=GuidanceConfig(steps=9, levels=(1, 2)),
         refinement=RefinementConfig(levels=(1,)),
     )

@@ -1,7 +1,5 @@
 """The demo: three look-alike cars from one picture, each put in its box on two new backgrounds, in one picture that
 explains itself.
-
-Knows the jobs and how to show their results. Knows nothing of how they work.
 """
 
 from __future__ import annotations
@@ -34,8 +32,8 @@ BOXES = "[[0.04, 0.08, 0.46, 0.36], [0.54, 0.30, 0.96, 0.58], [0.10, 0.64, 0.52,
 PLACES = ("on the grass", "in the snow")
 GO_ON = Checkpointing(resume=True, strict=False)
 ALONE = "at the beach"
-BUNDLES = ("demo_bundle", "demo_without_penalty")
-SIDE = 192  # pixels of each picture on the sheet
+BUNDLE = "demo_bundle"
+SIDE = 256  # pixels of each picture on the sheet: twice the model's
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,8 @@ class Demo:
 
     sheet: Image.Image
     kept: Path
-    """Holds the bundles, learned and whole: `BUNDLES`."""
-    facts: dict[str, Any]
+    """Holds the bundle, learned and whole: `BUNDLE`."""
+    metadata: dict[str, Any]
 
 
 def draw_demo(place: Path, seed: int, device: str, bar: Any) -> Demo:
@@ -59,24 +57,18 @@ def draw_demo(place: Path, seed: int, device: str, bar: Any) -> Demo:
     with tempfile.TemporaryDirectory(prefix="mifo-demo-") as photos:
         write_example("toy_car", Path(photos) / "toy_car")
         instance = load_instance(Path(photos) / "toy_car")
-        bundle = learn(instance, base, config, kept / BUNDLES[0], bar.learning, None, GO_ON)
-        none = replace(config.embedding.attention, loss="none")
-        lora = replace(config.lora, attention=replace(config.lora.attention, loss="none"))
-        without = replace(config, embedding=replace(config.embedding, attention=none), lora=lora)
-        blended = learn(instance, base, without, kept / BUNDLES[1], bar.learning, None, GO_ON)
+        bundle = learn(instance, base, config, kept / BUNDLE, bar.learning, None, GO_ON)
     control = synthesis_preset(base.family)
-    plain = replace(control, bounded=False, guidance=replace(control.guidance, enabled=False))
+    free = replace(control, bounded=False, guidance=replace(control.guidance, enabled=False))
     prompts = [f"a photo of {' and '.join(bundle.tokens)} {where}" for where in PLACES]
     layout = parse_layout(BOXES, bundle.tokens)
     with attach(base, bundle):
         alone = sample_prompts(base, [f"a photo of {t} {ALONE}" for t in bundle.tokens], bundle.tokens, seed)
         placed = [synthesize(base, p, layout, bundle.tokens, control, seed, 1, bar.denoising) for p in prompts]
-        free = [synthesize(base, p, None, bundle.tokens, plain, seed).images[0] for p in prompts]
-    with attach(base, blended):  # the same boxes with assets learned without any attention loss
-        mixed = [synthesize(base, p, layout, blended.tokens, control, seed, 1).images[0] for p in prompts]
-    sheet = _sheet(instance, bundle.tokens, layout, prompts, alone, [p.images[0] for p in placed], free, mixed)
+        without = synthesize(base, prompts[0], None, bundle.tokens, free, seed, 1, bar.denoising).images[0]
+    sheet = _sheet(instance, bundle.tokens, layout, alone, [p.images[0] for p in placed], without)
     seconds = round(max(p.seconds for p in placed), 1)
-    return Demo(sheet, kept, {"learn_seconds": bundle.facts["seconds"], "synthesize_seconds": seconds})
+    return Demo(sheet, kept, {"learn_seconds": bundle.metadata["seconds"], "synthesize_seconds": seconds})
 
 
 def save_demo(drawn: Demo, output: Path, overwrite: bool = False) -> dict[str, Any]:
@@ -86,34 +78,28 @@ def save_demo(drawn: Demo, output: Path, overwrite: bool = False) -> dict[str, A
     """
     with write_folder(output, "demo", overwrite) as temporary:
         write_example("toy_car", temporary / "toy_car")
-        for name in BUNDLES:
-            shutil.copytree(drawn.kept / name, temporary / name)
+        shutil.copytree(drawn.kept / BUNDLE, temporary / BUNDLE)
         drawn.sheet.save(temporary / "demo.png", "PNG")
-    for name in BUNDLES:
-        remove_ours(drawn.kept / name)
-    return {"picture": str(output / "demo.png"), "bundle": str(output / BUNDLES[0]), **drawn.facts}
+    remove_ours(drawn.kept / BUNDLE)
+    return {"picture": str(output / "demo.png"), "bundle": str(output / BUNDLE), **drawn.metadata}
 
 
-def _sheet(instance: Instance, tokens: Sequence[str], layout: Layout, prompts: Sequence[str], alone: list[Image.Image],
-           placed: list[Image.Image], free: list[Image.Image], without: list[Image.Image]) -> Image.Image:  # fmt: skip
-    """Row 1: the input, and each asset alone. Then a row per prompt: the boxes, the result, and the two comparisons."""
+def _sheet(instance: Instance, tokens: Sequence[str], layout: Layout, alone: list[Image.Image], placed: list[Image.Image],
+           without: Image.Image) -> Image.Image:  # fmt: skip
+    """Above, what is learned: the photo with its masks, and each asset alone. Below, what it is for: the boxes that are asked
+    for, the pictures in them, and what the same words draw without boxes."""
     source = instance.image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     for index, mask in enumerate(instance.masks):
         source = outline(source, mask.resize(source.size, Image.Resampling.NEAREST), ASSET_COLORS[index])
-    rows = [[(source, "the one photo, with its masks")]]
-    rows[0] += [(enlarge(image, SIDE), f'"a photo of {t} {ALONE}"') for image, t in zip(alone, tokens, strict=True)]
     blank = Image.new("RGB", (SIDE, SIDE), (236, 236, 236))
-    for k, prompt in enumerate(prompts):
-        rows.append([
-            (draw_boxes(blank, layout), prompt.split(" and ")[-1].split("> ")[-1]),
-            (draw_boxes(enlarge(placed[k], SIDE), layout), "mifo: each in its box"),
-            (draw_boxes(enlarge(without[k], SIDE), layout), "learned without the penalty"),
-            (enlarge(free[k], SIDE), "without box control"),
-        ])  # fmt: skip
-    cells = [caption_below(image, text) for row in rows for image, text in row]
-    body = grid(cells, columns=4)
-    sheet = Image.new("RGB", (body.width, body.height + 30), PAPER)
-    title = "mifo: learn the things in one photo, then put each where you want it"
-    ImageDraw.Draw(sheet).text((8, 8), title, TEXT, ImageFont.load_default(17))
-    sheet.paste(body, (0, 30))
+    cells = [(source, "one photo, a mask for each car")]
+    cells += [(enlarge(image, SIDE), f"{token} {ALONE}") for image, token in zip(alone, tokens, strict=True)]
+    cells += [(draw_boxes(blank, layout), "asked for: a box for each")]
+    cells += [(draw_boxes(enlarge(image, SIDE), layout), where) for image, where in zip(placed, PLACES, strict=True)]
+    cells += [(enlarge(without, SIDE), f"{PLACES[0]}, without boxes")]
+    body = grid([caption_below(image, text, 15) for image, text in cells], columns=4)
+    sheet = Image.new("RGB", (body.width, body.height + 34), PAPER)
+    title = "mifo: three look-alikes from one photo, each as a word of its own, each put where you want it"
+    ImageDraw.Draw(sheet).text((8, 8), title, TEXT, ImageFont.load_default(18))
+    sheet.paste(body, (0, 34))
     return sheet

@@ -1,7 +1,4 @@
-"""Asset tokens: `<asset0>`, `<asset1>`, ... and where they stand in a tokenized prompt, so that nobody counts.
-
-Knows the tokenizer's interface only; neither text encoders nor boxes.
-"""
+"""Asset tokens: `<asset0>`, `<asset1>`, ... and where they stand in a tokenized prompt, so that nobody counts."""
 
 from __future__ import annotations
 

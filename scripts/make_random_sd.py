@@ -1,7 +1,7 @@
 """Random weights in Stable Diffusion's real architecture, as a folder that --model-path accepts.
 
-    python scripts/make_random_sd.py sd2.1 /tmp/sd21
-    python scripts/make_random_sd.py sd1.5 /tmp/sd15_narrow --width-divisor 8
+    python -m scripts.make_random_sd sd2.1 /tmp/sd21
+    python -m scripts.make_random_sd sd1.5 /tmp/sd15_narrow --width-divisor 8
 
 For measuring memory and speed, and for trying the commands; its pictures are noise. The tokenizer knows the toybox's words
 as whole tokens and spells all others.
@@ -19,13 +19,13 @@ from typing import Annotated, Any
 import torch
 import typer
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from hub_names import use_hub_names
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from mifo.io.files import check_writable, write_folder
 from mifo.io.json_text import json_text
 from mifo.model.shapes import VOCABULARY, WIDTH_DIVISORS, shape_of
 from mifo.toybox.architecture import build_tokenizer
+from scripts.hub_names import use_hub_names
 
 
 class Shape(str, Enum):

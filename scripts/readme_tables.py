@@ -1,7 +1,7 @@
 """Fills the tables of README.md and docs/ from scripts/results/*.json.
 
-    python scripts/readme_tables.py            rewrites the pages
-    python scripts/readme_tables.py --check    fails when a table is not what the results say
+    python -m scripts.readme_tables            rewrites the pages
+    python -m scripts.readme_tables --check    fails when a table is not what the results say
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def toybench_table(name: str) -> str:
     result = load(name)
     if result is None:
         return "Not measured yet."
-    from toybench_report import difference_table, paired_table, table, versus_table
+    from scripts.toybench.toybench_report import difference_table, paired_table, table, versus_table
 
     if result.get("paired"):
         text = ("Each method minus mifo, scene by scene, with 95 % bootstrap intervals over the scenes that both have; bold "
@@ -334,7 +334,7 @@ def main(check: bool = False) -> None:
         if filled(text, page) == text:
             continue
         if check:
-            print(f"{page.name} is not what scripts/results says; run python scripts/readme_tables.py", file=sys.stderr)
+            print(f"{page.name} is not what scripts/results says; run python -m scripts.readme_tables", file=sys.stderr)
             raise typer.Exit(1)
         page.write_text(filled(text, page))
 

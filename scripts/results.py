@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import bootstrap
 
 from mifo.io.json_text import record_text
 
@@ -22,7 +23,7 @@ def write_result(name: str, numbers: dict[str, Any], device: str = "cpu") -> Pat
     """`scripts/results/<name>.json`: command, versions, commit, device, and the numbers."""
     packages = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "numpy")
     record = {
-        "command": " ".join(["python", f"scripts/{Path(sys.argv[0]).name}", *_options()]),
+        "command": " ".join(["python -m", _module(), *_options()]),
         "date": time.strftime("%Y-%m-%d"),
         "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "mifo") else ""),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads",
@@ -33,6 +34,12 @@ def write_result(name: str, numbers: dict[str, Any], device: str = "cpu") -> Pat
     path = FOLDER / f"{name}.json"
     path.write_text(record_text(record, indent=2) + "\n")
     return path
+
+
+def _module() -> str:
+    """The script's name as `python -m` takes it, however it was started."""
+    path = Path(sys.argv[0]).resolve().with_suffix("")
+    return ".".join(path.parts[path.parts.index("scripts") :]) if "scripts" in path.parts else path.name
 
 
 def _options() -> list[str]:
@@ -54,10 +61,12 @@ def share(hits: list[bool]) -> dict[str, Any]:
     if not hits:
         return {"percent": None, "of": 0}
     values = np.array(hits, dtype=float)
-    draws = np.random.default_rng(0).integers(0, len(values), (2000, len(values)))
-    low, high = np.percentile(values[draws].mean(1), [2.5, 97.5])
-    percent = round(100 * float(values.mean()), 1)
-    return {"percent": percent, "interval_95": [round(100 * low, 1), round(100 * high, 1)], "of": len(hits)}
+    percent, low = round(100 * float(values.mean()), 1), float(values.mean())
+    high = low
+    if len(set(hits)) > 1:
+        found = bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(0))
+        low, high = found.confidence_interval
+    return {"percent": percent, "interval_95": [round(100 * float(low), 1), round(100 * float(high), 1)], "of": len(hits)}
 
 
 def spread(values: list[float]) -> dict[str, float]:

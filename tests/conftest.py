@@ -16,8 +16,20 @@ if TYPE_CHECKING:
     from mifo.model.base import BaseModel
 
 
+#: Modules that run whole commands, train, or start processes: minutes together. `make check` leaves them out.
+SLOW_MODULES = {
+    "test_api", "test_bad_input", "test_bases_that_people_have", "test_bundle", "test_cli", "test_edit_commands",
+    "test_edit_photos", "test_evaluate", "test_fingerprint", "test_finite", "test_gpu_paths", "test_hostile_files",
+    "test_main_job", "test_memory", "test_notebook", "test_privacy", "test_samplers",
+    "test_strangers_files", "test_terminal", "test_toybench",
+}  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` run where CUDA is."""
+    """Tests marked `gpu` run where CUDA is; those of slow modules are marked `slow`."""
+    for item in items:
+        if item.path.parent.name == "faults" or item.path.stem in SLOW_MODULES:
+            item.add_marker(pytest.mark.slow)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:
         import torch

@@ -1,6 +1,6 @@
 """Which kernel computes attention where no map is asked for: xformers, PyTorch's fused attention (SDPA), or plain matrices.
 
-Chosen once per job, with the reason. Knows queries, keys and values. Knows nothing of sites, boxes or losses.
+Chosen once per job, with the reason.
 """
 
 from __future__ import annotations

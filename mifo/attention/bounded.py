@@ -1,7 +1,4 @@
-"""Box-bounded attention (Bounded Attention, arXiv 2403.16990, section 4): each asset's tokens and pixels keep to its box.
-
-Knows boxes, token positions and sites. Knows nothing of losses, steps or schedulers.
-"""
+"""Box-bounded attention (Bounded Attention, arXiv 2403.16990, section 4): each asset's tokens and pixels keep to its box."""
 
 from __future__ import annotations
 
@@ -52,7 +49,7 @@ class BoundedAttention:
 
     With `own_text` each of several subjects has a text of its own: the prompt, read as if all its assets were that one. A text
     encoder mixes what stands in one prompt, and look-alikes blend in it before any attention mask can part them (this
-    project's own; measured in scripts/results/toybench*.json). The keys of a sampling pass's cross-attention are the states
+    project's own; measured in scripts/results/toybench*.json). The keys of a sampling pass's cross-attention are the embeds
     of all `texts`, one behind another. A guidance pass reads the prompt alone: it is about places, which the one text compares.
 
     Without `bounded` nothing is masked, and boxes only guide. With `apart` subjects do not look at the background either, which

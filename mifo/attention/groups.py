@@ -1,7 +1,6 @@
 """Bounded self-attention without a mask: pixels that see the same keys are one group, and one fused product a group is enough.
 
 A mask over a map of N pixels has N x N entries, which kernels convert to floats at every layer; groups need none.
-Knows queries, keys, values and pixels. Knows nothing of boxes, sites or models.
 """
 
 from __future__ import annotations

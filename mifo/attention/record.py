@@ -1,10 +1,8 @@
-"""Records cross-attention maps for the learning losses, at the chosen sites only.
-
-Knows sites and maps. Knows nothing of assets' masks or of what is done with a map.
-"""
+"""Records cross-attention maps for the learning losses, at the chosen sites only."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,8 +12,8 @@ from diffusers import UNet2DConditionModel
 from .sites import Processor, Site, attention_probabilities, use_processors
 
 
-class AttentionRecorder:
-    """Maps of the last forward pass by site name, mean over heads: (B, H*W, L).
+class AttentionRecorder(threading.local):
+    """Maps of the last forward pass of a thread by site name, mean over heads: (B, H*W, L).
 
     With gradient checkpointing the processors run again inside `backward()`; `take()` closes the book before that, so a
     recomputation neither overwrites a map nor keeps it alive.

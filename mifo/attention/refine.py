@@ -1,7 +1,4 @@
-"""Refined subject masks: clusters of self-attention, given to the subject that covers them (Bounded Attention, 4.3).
-
-Knows maps and masks. Knows nothing of models or steps.
-"""
+"""Refined subject masks: clusters of self-attention, given to the subject that covers them (Bounded Attention, 4.3)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Attention sites of a UNet by module path and downsampling level, and lending processors to them.
-
-Knows module paths and map sizes. Knows nothing of tokens, masks or losses.
-"""
+"""Attention sites of a UNet by module path and downsampling level, and lending processors to them."""
 
 from __future__ import annotations
 

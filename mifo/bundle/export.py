@@ -30,5 +30,5 @@ def export_for_diffusers(bundle: Bundle, output: Path, overwrite: bool = False) 
     with write_folder(output, EXPORT, overwrite) as temporary:
         if weights:
             save_file(weights, temporary / LORA_FILE, metadata={"format": "pt"})
-        for token, row in zip(bundle.tokens, bundle.rows, strict=True):
+        for token, row in zip(bundle.tokens, bundle.token_embeddings, strict=True):
             save_file({token: row.contiguous()}, temporary / ROW_FILE.format(token.strip("<>")))

@@ -1,8 +1,6 @@
 """The instance kept inside a bundle, at the model's resolution, so that a bundle can be evaluated by itself.
 
     <bundle>/instance/  img.png, mask0.png .., words.txt and truth.json where the instance had them
-
-Knows instances and files. Knows nothing of models.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """The learned bundle on disk: whole or absent, no pickle, readable by peft and (exported) by diffusers.
 
     Model_ours/<name>/  bundle.json, assets.safetensors, unet_lora/, text_lora/, preview.png, attention.png, instance/
-
-Knows files and adapters. Knows nothing of how they were learned or what they will draw.
 """
 
 from __future__ import annotations
@@ -49,15 +47,15 @@ class Bundle:
     base_fingerprint: str
     tokens: tuple[str, ...]
     words: tuple[str, ...] | None
-    rows: torch.Tensor
+    token_embeddings: torch.Tensor
     """(N, D) fp32"""
     config: LearnConfig
-    facts: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
     """Everything else of bundle.json: versions, seconds, memory, attention shares."""
     lora: Mapping[str, Adapter] = field(default_factory=dict)
     """By the names in `ADAPTERS`; phase 2 may have been left out."""
     digest: str = ""
-    """Of the rows and the adapters."""
+    """Of the token embeddings and the adapters."""
     instance: str | None = None
     """`references.instance_digest` of the kept instance; None for a bundle that does not hold its photo."""
 
@@ -79,17 +77,17 @@ def attach(base: BaseModel, bundle: Bundle, lora_scale: float = 1.0) -> Iterator
     """
     check_base(base, bundle)
     width = base.text_encoder.config.hidden_size
-    if bundle.rows.shape[1] != width:
+    if bundle.token_embeddings.shape[1] != width:
         raise InputError(
-            f"{bundle.folder / 'assets.safetensors'} has rows of {bundle.rows.shape[1]} numbers, but the base model "
-            f"{base.name} takes {width}; learn the bundle again"
+            f"{bundle.folder / 'assets.safetensors'} has embeddings of {bundle.token_embeddings.shape[1]} numbers, but the base "
+            f"model {base.name} takes {width}; learn the bundle again"
         )
     known = base.tokenizer.get_added_vocab()
     add_asset_tokens(base.tokenizer, [t for t in bundle.tokens if t not in known])
     ids = [base.tokenizer.get_added_vocab()[t] for t in bundle.tokens]
     parts: dict[str, Any] = {"unet_lora": base.unet, "text_lora": base.text_encoder}
     with ExitStack() as stack:
-        stack.enter_context(use_assets(base.text_encoder, ids, bundle.rows))
+        stack.enter_context(use_assets(base.text_encoder, ids, bundle.token_embeddings))
         for name in bundle.adapters:
             stack.enter_context(lend_adapter(parts[name], bundle.lora[name], bundle.folder / name, lora_scale))
         yield base
@@ -128,6 +126,12 @@ def _why_not_found(source: str) -> str:
 def check_base(base: BaseModel, bundle: Bundle) -> None:
     """Raises InputError when the bundle was not learned on this very base model."""
     if not base.matches(bundle.base_fingerprint):
+        if base.family == "toybox" and bundle.base_source == "toybox":
+            raise InputError(
+                f"the bundle '{bundle.name}' was learned with an earlier embedded model (fingerprint "
+                f"{bundle.base_fingerprint[:10]}), whose pictures had other sizes; learn its photo again, "
+                f"which is kept in {bundle.folder / 'instance'}"
+            )
         raise InputError(
             f"the bundle '{bundle.name}' was learned on {bundle.base_name} (fingerprint {bundle.base_fingerprint[:10]}), but "
             f"the base model is {base.name} (fingerprint {base.fingerprint[:10]}); give the one it was learned on with "
@@ -138,8 +142,8 @@ def check_base(base: BaseModel, bundle: Bundle) -> None:
 # --- writing ------------------------------------------------------------------------------------
 
 
-def save_bundle(folder: Path, base: BaseModel, tokens: tuple[str, ...], words: tuple[str, ...] | None, rows: torch.Tensor,
-                adapters: dict[str, PeftModel], config: LearnConfig, facts: dict[str, Any],
+def save_bundle(folder: Path, base: BaseModel, tokens: tuple[str, ...], words: tuple[str, ...] | None, vectors: torch.Tensor,
+                adapters: dict[str, PeftModel], config: LearnConfig, metadata: dict[str, Any],
                 write_pictures: Callable[[Path], None] | None = None, overwrite: bool = False,
                 keep_base_path: bool = False) -> Bundle:  # fmt: skip
     """Writes everything into a temporary folder beside `folder` and renames it; with `overwrite` a bundle of that name, in which
@@ -152,7 +156,7 @@ def save_bundle(folder: Path, base: BaseModel, tokens: tuple[str, ...], words: t
     """
     source = "" if is_local(base.source) and not keep_base_path else base.source
     with write_folder(folder, KIND, overwrite) as temporary:
-        save_file({t: r.detach().float().cpu().clone() for t, r in zip(tokens, rows, strict=True)},
+        save_file({t: r.detach().float().cpu().clone() for t, r in zip(tokens, vectors, strict=True)},
                   temporary / "assets.safetensors")  # fmt: skip
         for name, adapter in adapters.items():
             save_adapter(adapter, temporary / name, source or base.public_name)
@@ -166,7 +170,7 @@ def save_bundle(folder: Path, base: BaseModel, tokens: tuple[str, ...], words: t
             "words": list(words) if words else None,
             "adapters": sorted(adapters),
             "config": to_dict(config),
-            **facts,
+            **metadata,
         }
         (temporary / RECORD).write_text(json_text(record, indent=2) + "\n")
         load_bundle(temporary)  # what cannot be read again replaces nothing
@@ -215,7 +219,7 @@ def load_bundle(folder: Path) -> Bundle:
         raise InputError(f"{error} (reading {path})") from None
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"{path} lacks or garbles {error}; {AGAIN}") from None
-    rows = _read_rows(files, folder, tokens)
+    vectors = _read_vectors(files, folder, tokens)
     lora = {}
     for name in ADAPTERS:
         if any(file.startswith(f"{name}/") for file in files):
@@ -224,9 +228,9 @@ def load_bundle(folder: Path) -> Bundle:
             lora[name] = Adapter(read, parse_tensors(files, folder, f"{name}/{LORA_WEIGHTS}"))
         elif name in listed:
             raise InputError(f"{folder} is missing {name}/; {AGAIN}")
-    facts = {k: v for k, v in record.items() if k not in ("schema", "base", "tokens", "words", "config")}
-    return Bundle(folder.resolve().name, folder, base["name"], base["source"], base["fingerprint"], tokens, words, rows, config,
-                  facts, lora, weights_digest(files), instance)  # fmt: skip
+    metadata = {k: v for k, v in record.items() if k not in ("schema", "base", "tokens", "words", "config")}
+    return Bundle(folder.resolve().name, folder, base["name"], base["source"], base["fingerprint"], tokens, words, vectors,
+                  config, metadata, lora, weights_digest(files), instance)  # fmt: skip
 
 
 def _read_tokens(record: Mapping[str, Any]) -> tuple[str, ...]:
@@ -246,13 +250,13 @@ def _read_words(record: Mapping[str, Any]) -> tuple[str, ...] | None:
     return tuple(str(w) for w in words) or None
 
 
-def _read_rows(files: Files, folder: Path, tokens: tuple[str, ...]) -> torch.Tensor:
+def _read_vectors(files: Files, folder: Path, tokens: tuple[str, ...]) -> torch.Tensor:
     """(N, D) fp32"""
-    rows, path = parse_tensors(files, folder, ROWS), folder / ROWS
-    missing = [t for t in tokens if t not in rows]
+    found, path = parse_tensors(files, folder, ROWS), folder / ROWS
+    missing = [t for t in tokens if t not in found]
     if missing:
         raise InputError(f"{path} has no row for {', '.join(missing)}; {AGAIN}")
-    vectors = [rows[t].float() for t in tokens]
+    vectors = [found[t].float() for t in tokens]
     if any(v.ndim != 1 or v.shape != vectors[0].shape for v in vectors):
         raise InputError(f"{path} holds something else than finite vectors of one length; {AGAIN}")
     return torch.stack(vectors)

@@ -190,7 +190,7 @@ def _initializers(text: str | None, count: int) -> list[str | None] | None:
 
 
 def _learn_summary(bundle: Bundle) -> dict[str, Any]:
-    facts = bundle.facts
+    facts = bundle.metadata
     size = sum(p.stat().st_size for p in bundle.folder.rglob("*") if p.is_file())
     measured = {name: facts[name] for name in ("seconds", "peak_gib", "attention_inside_mask")}
     if facts["skipped_steps"]:

@@ -1,7 +1,4 @@
-"""What the commands have in common: choosing a device, loading the base model of a bundle, fitting a budget.
-
-Knows options and the jobs' entry points. Knows nothing of printing a result.
-"""
+"""What the commands have in common: choosing a device, loading the base model of a bundle, fitting a budget."""
 
 from __future__ import annotations
 

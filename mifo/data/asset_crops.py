@@ -1,7 +1,4 @@
-"""An asset's own picture, cut out of the photo that it was learned from: what a candidate is compared with.
-
-Knows pixels. Knows nothing of models or files.
-"""
+"""An asset's own picture, cut out of the photo that it was learned from: what a candidate is compared with."""
 
 from __future__ import annotations
 

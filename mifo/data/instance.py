@@ -1,8 +1,6 @@
 """An instance folder, read and checked: one image and one mask for each asset in it.
 
     folder/ img.jpg, mask0.png, mask1.png, ..., words.txt (optional)  ->  Instance  ->  FittedInstance
-
-Knows files and pixels; neither models nor training.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The mask linter: what learning will really see of each mask, and what looks wrong about it, before anything long starts.
-
-Knows an instance and the sizes at which a base model looks at masks. Knows no weights.
-"""
+"""The mask linter: what learning will really see of each mask, and what looks wrong about it, before anything long starts."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 """Keeping what lies outside the mask: blended as latents at each step, then pasted, cloned seamlessly, or by tuning the decoder.
 
-Knows pixels, latents and a VAE. Knows nothing of prompts or of how the latents came about.
 Source: Blended Latent Diffusion (arXiv 2206.02779), section 4.2; Poisson image editing (Perez et al. 2003), by OpenCV.
 """
 

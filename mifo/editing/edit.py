@@ -1,7 +1,5 @@
 """Editing by example: a learned asset, or plain words, into the masked part of a picture (Blended Latent Diffusion,
 arXiv 2206.02779, with the learned assets of Break-A-Scene, arXiv 2305.16311, section 5).
-
-Knows the base model with a bundle attached, a picture and a mask. Knows nothing of learning.
 """
 
 from __future__ import annotations
@@ -24,6 +22,7 @@ from ..config import EditConfig, to_dict
 from ..data.mask_file import Island, islands_in_words, without_islands
 from ..errors import InputError
 from ..io.sheets import pixels_to_tensor
+from ..io.threads import one_thread_an_operation
 from ..model.base import BaseModel
 from ..model.finite import check_pixels
 from ..model.peak_memory import PeakMemory
@@ -129,20 +128,22 @@ def edit(base: BaseModel, image: Image.Image, mask: BoolArray, prompt: str, toke
     tokenized = tokenize_prompt(base.tokenizer, prompt, assets)
     negative = tokenize_prompt(base.tokenizer, config.negative_prompt, [], NEGATIVE)
     control = _control(base, scene, tokenized, config, count)
-    states, negative_states = encode_texts(base, control.texts if control else [tokenized.input_ids], negative.input_ids)
-    prompt_states, empty_states = (s[:, : len(tokenized.input_ids)] for s in (states, negative_states))
-    guidance = LatentGuidance(base.unet, control, config.guidance, prompt_states) if control else None
+    texts = control.texts if control else [tokenized.input_ids]
+    prompt_embeds, negative_prompt_embeds = encode_texts(base, texts, negative.input_ids)
+    of_prompt, of_nothing = (s[:, : len(tokenized.input_ids)] for s in (prompt_embeds, negative_prompt_embeds))
+    guidance = LatentGuidance(base.unet, control, config.guidance, of_prompt) if control else None
     scheduler = base.sampler("ddim")
     scheduler.set_timesteps(config.steps, device=noise.device)
     masks = tuple(torch.from_numpy(m).to(noise.device) for m in scene.masks)
     blending = Blending(scheduler, scheduler.timesteps[scene.first_step :], source.expand_as(noise), noise, masks)
     hooks = EditHooks(blending, guidance, control if scene.layout is None else None)
-    with PeakMemory(base.device) as peak:
+    with PeakMemory(base.device) as peak, one_thread_an_operation(base.is_small):
         with bound_attention(base.unet, control) if control else nullcontext():
             start = hooks.start(from_image=config.start == "image")
-            latents = denoise(base.unet, scheduler, start, states, negative_states, config.steps, config.guidance_scale,
-                              hooks.before_step, hooks.after_step, on_progress, scene.first_step)  # fmt: skip
-        closeness = prompt_similarity(base.unet, scheduler, latents, masks[-1], prompt_states, empty_states)
+            latents = denoise(base.unet, scheduler, start, prompt_embeds, negative_prompt_embeds, config.steps,
+                              config.guidance_scale, hooks.before_step, hooks.after_step, on_progress,
+                              scene.first_step)  # fmt: skip
+        closeness = prompt_similarity(base.unet, scheduler, latents, masks[-1], of_prompt, of_nothing)
         coverage = scene.frame.coverage(scene.mask, base.resolution)
         drawn = _decode(base, latents, scene.canvas, coverage >= 0.5, config)
     regions = _asset_regions(scene.layout, coverage > 0)

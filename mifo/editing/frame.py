@@ -1,7 +1,4 @@
-"""Where an edit happens: a square crop around the mask, scaled to the model's resolution, and back again.
-
-Knows pixels and masks. Knows nothing of models beyond their sizes in pixels.
-"""
+"""Where an edit happens: a square crop around the mask, scaled to the model's resolution, and back again."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What `edit` writes: the candidates as whole pictures, best first, a contact sheet and a record.
-
-Knows edits and files. Knows nothing of models.
-"""
+"""What `edit` writes: the candidates as whole pictures, best first, a contact sheet and a record."""
 
 from __future__ import annotations
 

@@ -3,8 +3,6 @@
 Two plain measures that need no further model. `asset_similarity` sees colours and edges, not things: it tells a red striped
 candidate from a blue plain one, and does not know whether either is a car. `prompt_similarity` asks the diffusion model itself
 whether the prompt explains the candidate (Diffusion Classifier, arXiv 2303.16203); it shares that model's errors.
-
-Knows pixels, latents, a UNet and a scheduler. Knows nothing of files or of how candidates were made.
 """
 
 from __future__ import annotations
@@ -68,11 +66,11 @@ def _cosine(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
 
 
 @torch.no_grad()
-def prompt_similarity(unet: Any, scheduler: Any, latents: torch.Tensor, mask: torch.Tensor, states: torch.Tensor,
-                      negative_states: torch.Tensor) -> list[float]:  # fmt: skip
+def prompt_similarity(unet: Any, scheduler: Any, latents: torch.Tensor, mask: torch.Tensor, prompt_embeds: torch.Tensor,
+                      negative_prompt_embeds: torch.Tensor) -> list[float]:  # fmt: skip
     """By how much the prompt lowers the model's error inside the mask, one number a candidate: 0 is not at all, 1 is to nothing.
 
-    latents (B, C, h, w), scaled, without noise; mask (h, w) bool; states (1, L, D) each. The same fixed noise for all, and one
+    latents (B, C, h, w), scaled, without noise; mask (h, w) bool; embeds (1, L, D) each. The same fixed noise for all, and one
     candidate at a time, so that a candidate's number does not depend on the others.
     """
     noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(latents)[None]
@@ -83,7 +81,7 @@ def prompt_similarity(unet: Any, scheduler: Any, latents: torch.Tensor, mask: to
         for part in PROBE_PARTS:
             timestep = torch.tensor([round(part * total)], device=latents.device)
             noisy = scheduler.add_noise(row, noise, timestep)
-            for index, context in enumerate((negative_states, states)):
+            for index, context in enumerate((negative_prompt_embeds, prompt_embeds)):
                 prediction = unet(noisy.to(unet.dtype), timestep, context).sample.float()
                 clean = _clean(scheduler, noisy, prediction, timestep)
                 errors[index] += float(((clean - row).pow(2) * mask).mean())

@@ -1,6 +1,6 @@
 """Where the learned tokens look in the picture they were learned from: outside their masks, and inside the others'.
 
-Knows a base model with assets attached, and an instance. The maps are the ones that the learning losses supervise.
+The maps are the ones that the learning losses supervise.
 """
 
 from __future__ import annotations

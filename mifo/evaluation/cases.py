@@ -1,7 +1,4 @@
-"""What an evaluation draws or is given: cases (a prompt and its boxes), and pictures of them.
-
-Knows prompts, boxes and picture files. Knows no model and no metric.
-"""
+"""What an evaluation draws or is given: cases (a prompt and its boxes), and pictures of them."""
 
 from __future__ import annotations
 

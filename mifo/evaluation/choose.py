@@ -1,7 +1,4 @@
-"""Which back end measures what: the toybox's judge for the toybox, DINOv2, CLIP and a detector for everything else.
-
-Knows names. Knows nothing of metrics.
-"""
+"""Which back end measures what: the toybox's judge for the toybox, DINOv2, CLIP and a detector for everything else."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""From pictures to numbers: each picture's own measurements, and their summary with intervals over seeds.
-
-Knows a back end, cases and pictures. Knows nothing of how the pictures were made.
-"""
+"""From pictures to numbers: each picture's own measurements, and their summary with intervals over seeds."""
 
 from __future__ import annotations
 

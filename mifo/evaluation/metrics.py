@@ -1,8 +1,6 @@
 """The metrics as pure functions of arrays, each with its exact definition and source.
 
-Knows similarities, boxes and pixels. Knows nothing of models or of where the numbers come from.
-`L` is a leakage matrix: L[i, j] is the similarity of the crop that stands for asked asset i to instance j. `G` holds the
-similarities that the source crops have among themselves (look-alikes start high). Boxes are xyxy, normalized to [0, 1].
+Boxes are xyxy, normalized to [0, 1].
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
+from scipy.stats import bootstrap
 
 Array = npt.NDArray[np.float64]
 BoxTuple = tuple[float, float, float, float]
@@ -133,6 +132,12 @@ def edit_preservation(before: Image.Image, after: Image.Image, mask: Image.Image
 # --- intervals ----------------------------------------------------------------------------------
 
 
+def _mean_of_all(sums: Array, counts: Array, axis: int = -1) -> Array:
+    """Mean over all values of groups that have these sums and counts."""
+    mean: Array = sums.sum(axis) / counts.sum(axis)
+    return mean
+
+
 def interval(groups: Mapping[Any, Sequence[float]]) -> dict[str, Any]:
     """Mean of all values and its 95 % percentile bootstrap interval, resampling whole groups (seeds, scenes) with replacement.
 
@@ -145,7 +150,7 @@ def interval(groups: Mapping[Any, Sequence[float]]) -> dict[str, Any]:
     sums, counts = np.array([v.sum() for v in filled]), np.array([len(v) for v in filled])
     found: dict[str, Any] = {"mean": round(float(sums.sum() / counts.sum()), 4), "interval_95": None}
     if len(filled) > 1:
-        draws = np.random.default_rng(0).integers(0, len(filled), (BOOTSTRAP_DRAWS, len(filled)))
-        means = sums[draws].sum(1) / counts[draws].sum(1)
-        found["interval_95"] = [round(float(v), 4) for v in np.percentile(means, [2.5, 97.5])]
+        drawn = bootstrap((sums, counts), _mean_of_all, n_resamples=BOOTSTRAP_DRAWS, vectorized=True, paired=True,
+                          method="percentile", rng=np.random.default_rng(0)).confidence_interval  # fmt: skip
+        found["interval_95"] = [round(float(drawn.low), 4), round(float(drawn.high), 4)]
     return {**found, "groups": len(filled), "values": int(counts.sum())}

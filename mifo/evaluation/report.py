@@ -1,7 +1,4 @@
-"""What an evaluation leaves behind: evaluation.json, the pictures, a contact sheet, plots, and a table for the terminal.
-
-Knows an evaluation's record. Knows nothing of models.
-"""
+"""What an evaluation leaves behind: evaluation.json, the pictures, a contact sheet, plots, and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from PIL import Image
 from ..io.files import write_folder
 from ..io.json_text import record_text
 from ..io.sheets import caption_below, draw_boxes, enlarge, save_sheets
-from .plots import Bar, bar_chart, below, matrix_chart
+from .plots import Bar, BarChart, MatrixChart, can_plot, save_charts
 from .run import Evaluation
 
 FILE = "evaluation.json"
@@ -35,9 +32,11 @@ def save_evaluation(result: Evaluation, folder: Path, keep_pictures: bool, overw
             for picture in result.pictures:
                 picture.image.save(temporary / "pictures" / picture.name, "PNG")
         save_sheets(temporary, _cells(result), columns=8)
-        plots(result.record).save(temporary / "plots.png", "PNG")
+        if with_plots := can_plot():
+            save_charts(charts(result.record), temporary / "plots.png")
         (temporary / FILE).write_text(record_text(result.record, indent=1) + "\n")
-    return {"json": str(folder / FILE), "contact_sheet": str(folder / "contact.png"), "plots": str(folder / "plots.png")}
+    found = {"json": str(folder / FILE), "contact_sheet": str(folder / "contact.png")}
+    return {**found, "plots": str(folder / "plots.png")} if with_plots else found
 
 
 def _cells(result: Evaluation) -> Iterator[Image.Image]:
@@ -53,22 +52,23 @@ def _cells(result: Evaluation) -> Iterator[Image.Image]:
         yield caption_below(caption_below(large, ", ".join(shown), 12), picture.case.prompt, 11)
 
 
-def plots(record: dict[str, Any]) -> Image.Image:
+def charts(record: dict[str, Any]) -> list[BarChart | MatrixChart]:
     """One bar chart per kind of picture, attention leakage, and the leakage matrix beside what the source crops have."""
-    charts = []
+    found: list[BarChart | MatrixChart] = []
     for kind, title in KINDS.items():
-        found = record["summary"].get(kind, {})
-        bars = [_bar(name.replace("_", " "), found[name]) for name in SHOWN if found.get(name, {}).get("mean") is not None]
+        measured = record["summary"].get(kind, {})
+        shown = [name for name in SHOWN if measured.get(name, {}).get("mean") is not None]
+        bars = [_bar(name.replace("_", " "), measured[name]) for name in shown]
         if bars:
-            charts.append(bar_chart(f"{record['bundle']}: {title}, {found['pictures']} pictures", bars, (-0.25, 1.0)))
+            found.append(BarChart(f"{record['bundle']}: {title}, {measured['pictures']} pictures", bars, (-0.25, 1.0)))
     leaks = [Bar(f"{token} {name}", value, color=k)
              for k, (name, key) in enumerate((("outside", "attention_outside"), ("in others", "attention_in_others")))
              for token, value in record[key].items()]  # fmt: skip
-    charts.append(bar_chart("attention outside its own mask, and inside the others'", leaks))
+    found.append(BarChart("attention outside its own mask, and inside the others'", leaks))
     names = [t.strip("<>") for t in record["tokens"]]
-    charts.append(matrix_chart("crop of asset i (row) against instance j", record["leakage_matrix"], names, names))
-    charts.append(matrix_chart("the source crops among themselves", record["source_similarity"], names, names))
-    return below(charts)
+    found.append(MatrixChart("crop of asset i (row) against instance j", record["leakage_matrix"], names, names))
+    found.append(MatrixChart("the source crops among themselves", record["source_similarity"], names, names))
+    return found
 
 
 def _bar(label: str, entry: dict[str, Any]) -> Bar:

@@ -1,7 +1,4 @@
-"""The evaluation of one bundle: draws (or takes) pictures, measures, and hands on everything that evaluation.json holds.
-
-Knows the base model, a bundle, an instance and a back end. Knows nothing of files.
-"""
+"""The evaluation of one bundle: draws (or takes) pictures, measures, and hands on everything that evaluation.json holds."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What people and programs see of a command: its result, its progress, and one message when it fails.
-
-Knows streams, signals and exit statuses. Knows nothing of the jobs.
-"""
+"""What people and programs see of a command: its result, its progress, and one message when it fails."""
 
 from __future__ import annotations
 

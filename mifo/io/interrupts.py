@@ -1,7 +1,5 @@
 """What stops a job from outside: Ctrl-C, SIGTERM, a closed terminal (SIGHUP), a reader of the output that has gone. All are put
 off until a step is whole, so that what is saved then is the state between two steps.
-
-Knows signals. Knows nothing of what is interrupted.
 """
 
 from __future__ import annotations

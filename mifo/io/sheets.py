@@ -1,7 +1,4 @@
-"""Small drawing helpers for sheets that explain themselves: grids, captions, boxes, outlines.
-
-Knows pixels only, and how sheets of them are named.
-"""
+"""Small drawing helpers for sheets that explain themselves: grids, captions, boxes, outlines."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The photo without its things, as film makers shoot it: what `<background>` is to be learned from.
-
-Knows pixels. Knows nothing of models.
-"""
+"""The photo without its things, as film makers shoot it: what `<background>` is to be learned from."""
 
 from __future__ import annotations
 

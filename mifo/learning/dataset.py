@@ -1,7 +1,4 @@
-"""What a learning step sees: union sampling, flips, cached latents, and a typed Batch.
-
-Knows an instance's latents and masks. Knows nothing of losses or optimizers.
-"""
+"""What a learning step sees: union sampling, flips, cached latents, and a typed Batch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Keeping the best checkpoint of a learning phase, and stopping it early, by a score that the caller measures.
-
-Knows tensors and scores. Knows nothing of how a score comes about.
-"""
+"""Keeping the best checkpoint of a learning phase, and stopping it early, by a score that the caller measures."""
 
 from __future__ import annotations
 

@@ -20,8 +20,9 @@ from ..bundle.target import check_target, photo_digest
 from ..config import LearnConfig, LoraPhase, to_dict
 from ..data.instance import FittedInstance, Instance, fit_instance
 from ..errors import InputError
+from ..io.threads import one_thread_an_operation
 from ..model.base import BaseModel
-from ..model.embedding import initial_rows, use_assets
+from ..model.embedding import initial_vectors, use_assets
 from ..model.lora import add_adapters, remove_adapter
 from ..model.peak_memory import PeakMemory
 from ..prompts import add_asset_tokens, join_assets, tokenize_prompt
@@ -52,12 +53,13 @@ def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path
     check_target(folder, instance, base.fingerprint, overwrite)
     identity = identity_of(instance, base, config, initializer_words)
     state = TrainerState.start(config.seed)
-    with open_checkpoints(folder, identity, checkpointing or Checkpointing()) as checkpoints, PeakMemory(base.device) as peak:
+    with (open_checkpoints(folder, identity, checkpointing or Checkpointing()) as checkpoints, PeakMemory(base.device) as peak,
+          one_thread_an_operation(base.is_small)):  # fmt: skip
         resumed = checkpoints.load()
         state.last_saved = checkpoints.last_saved
         parts = prepare(instance, base, config, folder.parent / ".prior", report)
         words = initializer_words or [None] * instance.count
-        rows = initial_rows(base.text_encoder.get_input_embeddings(), base.tokenizer, words)
+        rows = initial_vectors(base.text_encoder.get_input_embeddings(), base.tokenizer, words)
         with use_assets(base.text_encoder, parts.token_ids, rows) as embedding, \
                 gradient_checkpointing(base, config.gradient_checkpointing):  # fmt: skip
             trainer = Trainer(base, parts.data, config, embedding, parts.prior, _callbacks(config, checkpoints, judge), state,
@@ -72,7 +74,7 @@ def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path
                     found.attention.save(target / "attention.png")
                     keep_instance(target, instance, parts.fitted)
 
-                bundle = save_bundle(folder, base, instance.tokens, instance.words, embedding.rows, adapters, config,
+                bundle = save_bundle(folder, base, instance.tokens, instance.words, embedding.vectors, adapters, config,
                                      found.metadata, write_images, overwrite=True, keep_base_path=keep_base_path)  # fmt: skip
         checkpoints.clear()
     return bundle

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..config import AttentionTerms, EmbeddingPhase, LearnConfig, LoraPhase
 from ..data.mask_sizes import mask_at_map
 from ..errors import InputError
 from ..model.base import BaseModel
-from ..prompts import tokenize_prompt
+from ..prompts import TokenizedPrompt, tokenize_prompt
 from .dataset import Batch, InstanceData
 from .losses import masked_diffusion_loss, match_loss, penalty_loss, reward_loss, separation_loss
 from .prior import PriorData
@@ -38,6 +39,24 @@ class StepLosses:
         return {k: float(getattr(self, k).detach()) for k in ("diffusion", "attention", "prior")}
 
 
+PARTS = 2
+"""Of a step's draws, for a model so small that threads within an operation gain nothing. A constant, because sums of other parts
+round otherwise: the same run gives the same bytes on any number of cores."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What was drawn for one step: the prior image first, if there is one, then the instance's draws."""
+
+    batch: Batch
+    prompts: list[TokenizedPrompt]
+    """Of the prior image, if there is one, and of the batch"""
+    latents: torch.Tensor
+    """(B, C, h, w), scaled, without noise"""
+    timesteps: torch.Tensor
+    noise: torch.Tensor
+
+
 @dataclass
 class Objective:
     """Draws a batch and computes its losses (MIFO, arXiv 2511.00542, section 3; Break-A-Scene, arXiv 2305.16311, section 3).
@@ -53,34 +72,73 @@ class Objective:
 
     def losses(self, phase: EmbeddingPhase | LoraPhase, step: int, sites: Sequence[Site], recorder: AttentionRecorder,
                prior: PriorData | None) -> StepLosses:  # fmt: skip
-        """One step's losses with their graph. With a `prior` its picture goes through the UNet beside the instance's draws."""
+        """One step's losses with their graph. With a `prior` its image goes through the UNet beside the instance's draws."""
+        drawn = self.draw(phase, step, prior)
+        return self.compute(drawn, phase, step, sites, recorder, slice(0, phase.draws), with_prior=True)
+
+    def draw(self, phase: EmbeddingPhase | LoraPhase, step: int, prior: PriorData | None) -> Draws:
+        """All that is random in a step."""
         config = self.config
         batch = self.data.sample(self.rng, self.generator, phase.draws, config.union_sampling, config.flip_probability)
         prompts, latents = [batch.prompt], batch.latents
-        if prior is not None:
-            prior_prompt, prior_latents = prior.pick(step)
+        if prior is not None and step % config.prior.every_steps == 0:
+            prior_prompt, prior_latents = prior.pick(step // config.prior.every_steps)
             prompts, latents = [prior_prompt, batch.prompt], torch.cat([prior_latents, latents])
-        tokenized = [tokenize_prompt(self.base.tokenizer, p, _assets_of(p, batch)) for p in prompts]
         timesteps = torch.randint(0, int(self.base.scheduler.config["num_train_timesteps"]), (len(latents),),
                                   generator=self.generator).to(latents.device)  # fmt: skip
         noise = torch.randn(latents.shape, generator=self.generator).to(latents)
+        tokenized = [tokenize_prompt(self.base.tokenizer, p, _assets_of(p, batch)) for p in prompts]
+        return Draws(batch, tokenized, latents, timesteps, noise)
+
+    def compute(self, drawn: Draws, phase: EmbeddingPhase | LoraPhase, step: int, sites: Sequence[Site],
+                recorder: AttentionRecorder, part: slice, with_prior: bool) -> StepLosses:  # fmt: skip
+        """The losses of the draws in `part`, averaged over them, and of the prior image if there is one and it is asked for."""
+        config, batch = self.config, drawn.batch
+        first = len(drawn.latents) - phase.draws  # the instance's draws stand last
+        with_prior = with_prior and first > 0
+        rows = [*range(first if with_prior else 0), *range(first, len(drawn.latents))[part]]
+        latents, timesteps, noise = (x[rows] for x in (drawn.latents, drawn.timesteps, drawn.noise))
+        tokenized = drawn.prompts if with_prior else drawn.prompts[-1:]
+        own = slice(first if with_prior else 0, None)
         noisy = self.base.scheduler.add_noise(latents, noise, timesteps)
         recorder.open()
         prompt_embeds = self.base.encode_prompt(torch.tensor([t.input_ids for t in tokenized]))  # (1 or 2, L, D)
-        prompt_embeds = torch.cat([prompt_embeds[:-1], prompt_embeds[-1:].expand(phase.draws, -1, -1)])
+        prompt_embeds = torch.cat([prompt_embeds[:-1], prompt_embeds[-1:].expand(len(latents[own]), -1, -1)])
         prediction = self.base.unet(noisy.to(self.base.dtype), timesteps, prompt_embeds).sample
         maps = recorder.take()
         target = diffusion_target(self.base.scheduler, latents, noise, timesteps)
-        own = slice(len(latents) - phase.draws, None)  # the instance's draws stand last
         diffusion = masked_diffusion_loss(prediction[own], target[own], batch.union_mask, config.masked_loss_by_area)
         latent_size = (latents.shape[-2], latents.shape[-1])
         positions = tokenized[-1].asset_positions
         attention = attention_loss(maps, sites, phase.attention, batch, positions, timesteps, own.start, step, latent_size)
-        zero = torch.zeros((), device=latents.device)
-        if config.locality_weight:
-            diffusion = diffusion + config.locality_weight * self.locality(prediction[own], noisy[own], timesteps[own], batch)
-        prior_loss = zero if prior is None else config.prior.weight * F.mse_loss(prediction[:1].float(), target[:1])
+        if config.locality_weight and step % config.locality_every == 0:
+            weight = config.locality_weight * config.locality_every
+            diffusion = diffusion + weight * self.locality(prediction[own], noisy[own], timesteps[own], batch)
+        prior_loss = torch.zeros((), device=latents.device)
+        if with_prior:
+            prior_loss = config.prior.weight * config.prior.every_steps * F.mse_loss(prediction[:1].float(), target[:1])
         return StepLosses(diffusion, attention, prior_loss)
+
+    def gradients(self, phase: EmbeddingPhase | LoraPhase, step: int, sites: Sequence[Site], recorder: AttentionRecorder,
+                  prior: PriorData | None, parameters: Sequence[torch.Tensor], pool: Executor) -> StepLosses:  # fmt: skip
+        """As `losses` and its backward pass, with the draws in `PARTS` parts, each on a thread of `pool`. Gradients are left in
+        the parameters, added in the parts' order, so that they are the same whichever thread is first; the losses have none."""
+        drawn, half = self.draw(phase, step, prior), -(-phase.draws // PARTS)
+        parts = [slice(k, min(k + half, phase.draws)) for k in range(0, phase.draws, half)]
+
+        def work(part: slice) -> tuple[StepLosses, Sequence[torch.Tensor | None]]:
+            share = (part.stop - part.start) / phase.draws
+            found = self.compute(drawn, phase, step, sites, recorder, part, with_prior=part is parts[-1])
+            weighted = StepLosses(found.diffusion * share, found.attention * share, found.prior)
+            return weighted, torch.autograd.grad(weighted.total, parameters, allow_unused=True)
+
+        done = list(pool.map(work, parts))
+        for parameter, *found in zip(parameters, *(gradients for _, gradients in done), strict=True):
+            there = [gradient for gradient in found if gradient is not None]
+            parameter.grad = sum(there[1:], start=there[0]) if there else None
+        losses = [losses for losses, _ in done]
+        return StepLosses(*(sum((getattr(each, name).detach() for each in losses), start=torch.zeros(()))
+                            for name in ("diffusion", "attention", "prior")))  # fmt: skip
 
     def locality(self, prediction: torch.Tensor, noisy: torch.Tensor, timesteps: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Outside the masks the assets' tokens must change nothing: there the prediction keeps to the one without them.

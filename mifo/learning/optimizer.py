@@ -6,7 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from diffusers.optimization import get_constant_schedule_with_warmup, get_cosine_with_hard_restarts_schedule_with_warmup
+from diffusers.optimization import (
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_cosine_with_hard_restarts_schedule_with_warmup,
+)
 
 from ..config import EmbeddingPhase, LearnConfig, LoraPhase
 from ..io.console import say
@@ -24,13 +28,13 @@ class Stepper:
         needed = mixed_precision == "fp16" and device.type in ("cuda", "cpu")
         self.scaler = scaler or (torch.amp.GradScaler(device.type) if needed else None)
 
-    def backward(self, loss: torch.Tensor, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor],
-                 max_grad_norm: float) -> torch.Tensor:  # fmt: skip
-        """Gradients of `loss`, clipped together to `max_grad_norm`. Returns their norm before that, ()."""
-        if self.scaler is None:
-            loss.backward()
-        else:
-            self.scaler.scale(loss).backward()
+    def backward(self, loss: torch.Tensor) -> None:
+        """Gradients of `loss`, scaled if they need it."""
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def clip(self, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor], max_grad_norm: float) -> torch.Tensor:
+        """Clips all gradients together, at their own scale, to `max_grad_norm`. Returns their norm before that, ()."""
+        if self.scaler is not None:
             self.scaler.unscale_(optimizer)
         return torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
 
@@ -64,7 +68,9 @@ def make_optimizer(groups: list[dict[str, Any]], config: LearnConfig, use_8bit: 
 
 
 def make_lr_schedule(optimizer: Any, phase: EmbeddingPhase | LoraPhase) -> Any:
-    """Phase 1: warm-up and cosine with restarts. Phase 2: constant."""
+    """Phase 1: warm-up and cosine with restarts. Phase 2: constant, or a cosine without warm-up."""
+    if isinstance(phase, LoraPhase) and phase.cosine:
+        return get_cosine_schedule_with_warmup(optimizer, 0, phase.train_steps)
     if isinstance(phase, EmbeddingPhase) and phase.cosine_restarts:
         return get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, phase.warmup_steps, phase.train_steps, 1)
     return get_constant_schedule_with_warmup(optimizer, getattr(phase, "warmup_steps", 0))

@@ -1,7 +1,4 @@
-"""Class-prior pictures: what the base model itself draws for the class prompt, made once and kept as latents.
-
-Knows the base model and a prompt. Knows nothing of assets.
-"""
+"""Class-prior pictures: what the base model itself draws for the class prompt, made once and kept as latents."""
 
 from __future__ import annotations
 
@@ -62,10 +59,10 @@ def make_prior(base: BaseModel, config: PriorConfig, resolution: int, seed: int,
     for first in range(0, config.num_class_images, base.memory.max_batch):
         count = min(base.memory.max_batch, config.num_class_images - first)
         with torch.no_grad():
-            states = base.encode_prompt(torch.tensor([ids[k % len(ids)] for k in range(first, first + count)]))
+            prompt_embeds = base.encode_prompt(torch.tensor([ids[k % len(ids)] for k in range(first, first + count)]))
             empty = base.encode_prompt(torch.tensor([tokenize_prompt(base.tokenizer, "", []).input_ids]))
         noise = initial_latents(shape, seed + first, count, base.device)
-        rows.append(denoise(base.unet, scheduler, noise, states, empty, config.sampling_steps, config.guidance_scale))
+        rows.append(denoise(base.unet, scheduler, noise, prompt_embeds, empty, config.sampling_steps, config.guidance_scale))
         if on_progress:
             on_progress(first + count, config.num_class_images)
     latents = torch.cat(rows)

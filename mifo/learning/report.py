@@ -1,7 +1,4 @@
-"""What `learn` shows: attention maps over training, attention inside the masks, preview pictures, versions.
-
-Knows pictures and maps. Knows nothing of optimizers.
-"""
+"""What `learn` shows: attention maps over training, attention inside the masks, preview pictures, versions."""
 
 from __future__ import annotations
 
@@ -51,7 +48,7 @@ def snapshot_maps(base: BaseModel, data: InstanceData, tokens: Sequence[str], te
     """
     sites = choose_sites(base.unet, terms.blocks, terms.levels)
     prompt = tokenize_prompt(base.tokenizer, join_assets(list(tokens)), tokens)
-    states = base.encode_prompt(torch.tensor([prompt.input_ids]))
+    prompt_embeds = base.encode_prompt(torch.tensor([prompt.input_ids]))
     mean, _ = data.moments[False]
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)).to(mean)
     size = mean.shape[-2:]
@@ -61,7 +58,7 @@ def snapshot_maps(base: BaseModel, data: InstanceData, tokens: Sequence[str], te
         for timestep in PROBE_TIMESTEPS:
             steps = torch.tensor([timestep], device=mean.device)
             recorder.open()
-            base.unet(base.scheduler.add_noise(mean, noise, steps).to(base.dtype), steps, states)
+            base.unet(base.scheduler.add_noise(mean, noise, steps).to(base.dtype), steps, prompt_embeds)
             maps = recorder.take()
             for index, token in enumerate(tokens):
                 for found in token_maps(maps, sites, prompt.asset_positions[token], 0, (size[0], size[1])):

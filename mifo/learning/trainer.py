@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +17,12 @@ from ..attention.sites import choose_sites
 from ..config import EmbeddingPhase, LearnConfig, LoraPhase
 from ..errors import InputError
 from ..io.interrupts import stop_between_steps
+from ..io.threads import cores
 from ..model.base import BaseModel
 from ..model.embedding import AssetEmbedding
 from ..model.finite import broken_weights
 from .dataset import InstanceData
-from .objective import Objective
+from .objective import PARTS, Objective
 from .optimizer import Stepper, make_lr_schedule, make_optimizer
 from .prior import PriorData
 from .state import PhaseRun, TrainerState, restore
@@ -81,7 +84,7 @@ class Trainer:
         if self.checkpoint is not None and self.checkpoint["phase"] != "embedding":
             return  # the checkpoint holds what this phase has learned
         phase = self.config.embedding
-        groups = [{"params": [self.embedding.rows], "lr": phase.learning_rate}]
+        groups = [{"params": [self.embedding.vectors], "lr": phase.learning_rate}]
         optimizer = torch.optim.AdamW(groups, betas=self.config.adam_betas, weight_decay=self.config.weight_decay)
         self._train("embedding", phase, optimizer, None)
 
@@ -90,11 +93,11 @@ class Trainer:
         phase = self.config.lora
         if not phase.train_steps:
             return
-        weights = [p for a in adapters.values() for p in a.parameters() if p.requires_grad and p is not self.embedding.rows]
-        self.embedding.rows.requires_grad_(True)  # freezing the base for LoRA froze them with it
+        weights = [p for a in adapters.values() for p in a.parameters() if p.requires_grad and p is not self.embedding.vectors]
+        self.embedding.vectors.requires_grad_(True)  # freezing the base for LoRA froze them with it
         groups = [
             {"params": weights, "lr": phase.learning_rate},
-            {"params": [self.embedding.rows], "lr": phase.row_learning_rate},
+            {"params": [self.embedding.vectors], "lr": phase.row_learning_rate},
         ]
         optimizer = make_optimizer(groups, self.config, phase.use_8bit_adam)
         self._train("lora", phase, optimizer, self.prior)
@@ -109,15 +112,20 @@ class Trainer:
             for callback in self.callbacks:
                 callback.load_state(self.checkpoint)
             self.checkpoint = None
-        with stop_between_steps() as stop, record_attention(self.base.unet, sites) as recorder:
+        with stop_between_steps() as stop, record_attention(self.base.unet, sites) as recorder, self._threads(config) as pool:
             ended = any([callback.on_phase_start(self, phase) for callback in self.callbacks])
             while not ended and phase.steps_done < config.train_steps:
                 for callback in self.callbacks:
                     callback.on_step_start(self, phase)
-                losses = self.objective.losses(config, phase.steps_done, sites, recorder, prior)
+                if pool is not None:
+                    losses = self.objective.gradients(config, phase.steps_done, sites, recorder, prior, parameters, pool)
+                else:
+                    losses = self.objective.losses(config, phase.steps_done, sites, recorder, prior)
                 parts = losses.as_floats()
                 self.check_finite({f"{k} loss": v for k, v in parts.items()}, phase)
-                norm = self.stepper.backward(losses.total, optimizer, parameters, self.config.max_grad_norm)
+                if pool is None:
+                    self.stepper.backward(losses.total)
+                norm = self.stepper.clip(optimizer, parameters, self.config.max_grad_norm)
                 if self.stepper.scaler is None:  # a scaler skips such a step by itself, and is counted
                     self.check_finite({"gradient": float(norm)}, phase)
                 self.state.skipped_steps += not self.stepper.step(optimizer)
@@ -134,6 +142,16 @@ class Trainer:
                     stop.take_effect()
         for callback in self.callbacks:
             callback.on_phase_end(self, phase)
+
+    @contextmanager
+    def _threads(self, config: EmbeddingPhase | LoraPhase) -> Iterator[ThreadPoolExecutor | None]:
+        """Threads for parts of a step, where the model is small and runs on a CPU; None where a step is taken whole."""
+        base = self.base
+        if not base.is_small or config.draws < PARTS or self.stepper.scaler is not None:
+            yield None
+            return
+        with ThreadPoolExecutor(min(PARTS, cores())) as pool:
+            yield pool
 
     def check_finite(self, values: dict[str, float], phase: PhaseRun) -> None:
         """Raises InputError, which names what is broken and the last good checkpoint, unless all of `values` are finite."""

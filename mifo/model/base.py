@@ -1,7 +1,4 @@
-"""Resolving, loading and freezing a Stable Diffusion base model.
-
-Knows names, folders and diffusers' layout. Knows nothing of assets: those come with a bundle.
-"""
+"""Resolving, loading and freezing a Stable Diffusion base model."""
 
 from __future__ import annotations
 
@@ -110,6 +107,11 @@ class BaseModel:
         return "toybox" if self.source == "toybox" else "stable-diffusion"
 
     @property
+    def is_small(self) -> bool:
+        """On a CPU, and so small that an operation gains nothing from several threads."""
+        return self.family == "toybox" and self.device.type == "cpu"
+
+    @property
     def device(self) -> torch.device:
         device: torch.device = self.unet.device
         return device
@@ -216,6 +218,8 @@ def load_base_model(name: str = "toybox", device: str = "cpu", dtype: torch.dtyp
     if memory.tiled_vae:
         tile_vae(vae)
     unet.to(device)
+    if torch.device(device).type == "cpu":  # a step of the embedded model takes a fifth less time
+        unet.to(memory_format=torch.channels_last)
     vae.to("cpu" if memory.vae_on_cpu else device)
     text_encoder.to(**({"device": "cpu", "dtype": torch.float32} if memory.text_encoder_on_cpu else {"device": device}))
     base = BaseModel(name, source, revision, digest, tokenizer, text_encoder, vae, unet, training_schedule(own_scheduler), memory,

@@ -1,6 +1,6 @@
-"""The asset tokens' embedding rows: a frozen table and N trainable rows beside it.
+"""The assets' token embeddings: a frozen table and N trainable vectors beside it.
 
-Knows token ids and vectors. Knows nothing of prompts or images. The table is never resized, copied or trained.
+The table is never resized, copied or trained.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from transformers import CLIPTextModel
 
 
 class AssetEmbedding(nn.Module):
-    """Looks `token_ids[i]` up in `rows[i]`, and every other id in the frozen `table`.
+    """Looks `token_ids[i]` up in `vectors[i]`, and every other id in the frozen `table`.
 
-    `rows` (N, D) stays fp32 whatever the table's dtype: the optimizer and the gradient scaler need it so.
+    `vectors` (N, D) stays fp32 whatever the table's dtype: the optimizer and the gradient scaler need it so.
     """
 
     token_ids: torch.Tensor
-    rows: nn.Parameter
+    vectors: nn.Parameter
 
-    def __init__(self, table: nn.Embedding, token_ids: Sequence[int], rows: torch.Tensor):
+    def __init__(self, table: nn.Embedding, token_ids: Sequence[int], vectors: torch.Tensor):
         super().__init__()
-        if len(token_ids) != len(rows) or len(set(token_ids)) != len(rows):
-            raise ValueError(f"each row needs a token id of its own, got {list(token_ids)} for {len(rows)} rows")
-        self.rows = nn.Parameter(rows.detach().float().clone())
+        if len(token_ids) != len(vectors) or len(set(token_ids)) != len(vectors):
+            raise ValueError(f"each vector needs a token id of its own, got {list(token_ids)} for {len(vectors)} rows")
+        self.vectors = nn.Parameter(vectors.detach().float().clone())
         self.table = table.requires_grad_(False)
-        self.register_buffer("token_ids", torch.tensor(list(token_ids), device=rows.device), persistent=False)
+        self.register_buffer("token_ids", torch.tensor(list(token_ids), device=vectors.device), persistent=False)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -41,16 +41,16 @@ class AssetEmbedding(nn.Module):
         matches = ids[..., None] == self.token_ids  # (B, L, N)
         is_asset = matches.any(-1)
         words = self.table(ids.masked_fill(is_asset, 0))
-        own = self.rows[matches.int().argmax(-1)].to(words.dtype)
+        own = self.vectors[matches.int().argmax(-1)].to(words.dtype)
         return torch.where(is_asset[..., None], own, words)
 
 
 @contextmanager
-def use_assets(text_encoder: CLIPTextModel, token_ids: Sequence[int], rows: torch.Tensor) -> Iterator[AssetEmbedding]:
+def use_assets(text_encoder: CLIPTextModel, token_ids: Sequence[int], vectors: torch.Tensor) -> Iterator[AssetEmbedding]:
     """Within the block the text encoder knows the asset tokens; afterwards it is as it was."""
     table = text_encoder.get_input_embeddings()
     assert isinstance(table, nn.Embedding), "the text encoder already carries assets"
-    embedding = AssetEmbedding(table, token_ids, rows.to(table.weight.device))
+    embedding = AssetEmbedding(table, token_ids, vectors.to(table.weight.device))
     text_encoder.set_input_embeddings(embedding)
     try:
         yield embedding
@@ -58,21 +58,21 @@ def use_assets(text_encoder: CLIPTextModel, token_ids: Sequence[int], rows: torc
         text_encoder.set_input_embeddings(table)
 
 
-def initial_rows(table: nn.Embedding, tokenizer: Any, words: Sequence[str | None]) -> torch.Tensor:
-    """(N, D) starting rows: the mean of an asset's words where given, else the mean of the vocabulary.
+def initial_vectors(table: nn.Embedding, tokenizer: Any, words: Sequence[str | None]) -> torch.Tensor:
+    """(N, D) starting vectors: the mean of an asset's words where given, else the mean of the vocabulary.
 
-    The vocabulary's mean is the most neutral start: it stands for no thing in particular. Each row gets a little noise of
+    The vocabulary's mean is the most neutral start: it stands for no thing in particular. Each gets a little noise of
     its own, 5 % of the table's typical length, so that assets which start from the same words do not stay the same.
     """
     weight = table.weight.detach().float()
     mean = weight.mean(0)
     typical_length = weight.norm(dim=1).median()
-    rows = []
+    vectors = []
     for index, phrase in enumerate(words):
         ids = tokenizer(phrase, add_special_tokens=False).input_ids if phrase else []
-        row = weight[ids].mean(0) if ids else mean
+        vector = weight[ids].mean(0) if ids else mean
         generator = torch.Generator().manual_seed(index)
-        noise = torch.randn(row.shape, generator=generator).to(row)
-        row = row + 0.05 * typical_length * noise / noise.norm()
-        rows.append(row)
-    return torch.stack(rows)
+        noise = torch.randn(vector.shape, generator=generator).to(vector)
+        vector = vector + 0.05 * typical_length * noise / noise.norm()
+        vectors.append(vector)
+    return torch.stack(vectors)

@@ -14,7 +14,7 @@ from ..errors import InputError, NotFinite
 
 LIMIT = 1e4
 """Latents and pixels are of unit scale, and weights below 100. Beyond this, layers normalize all but the largest value away."""
-LEARNED = ("lora_", "rows")  # in the names of what a bundle adds to the modules
+LEARNED = ("lora_", "vectors")  # in the names of what a bundle adds to the modules
 
 Parts = Mapping[str, nn.Module]
 

@@ -1,8 +1,8 @@
 """Adapters in fp32 on a base in half precision, without autocast.
 
 Autocast would run norms in fp32 and keep fp32 copies for the backward pass: nearly twice the activations. Here the frozen
-layers run in their own dtype and only an adapter's weight is cast, to its input's dtype; gradients and optimizer states
-stay fp32, so that a gradient scaler can unscale them. Knows PEFT's layers. Knows nothing of models.
+layers run in their own dtype and only an adapter's weight is cast, to its input's dtype; gradients and optimizer states stay
+fp32, so that a gradient scaler can unscale them.
 """
 
 from __future__ import annotations

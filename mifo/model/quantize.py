@@ -1,7 +1,4 @@
-"""What bitsandbytes does here: the UNet's linear layers in 4 bits (NF4, Dettmers et al. 2023), and 8-bit Adam.
-
-Knows layers and devices. Knows nothing of Stable Diffusion or of learning.
-"""
+"""What bitsandbytes does here: the UNet's linear layers in 4 bits (NF4, Dettmers et al. 2023), and 8-bit Adam."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""The shapes of Stable Diffusion 1.5 and 2.1 (at 512 and at 768 pixels) as published: configurations without weights.
-
-Knows diffusers' and transformers' configuration keys. Knows nothing of files; `base_model` finds weights, `planner` counts
-bytes, and `scripts/make_random_sd.py` fills the shapes with random numbers.
-"""
+"""The shapes of Stable Diffusion 1.5 and 2.1 (at 512 and at 768 pixels) as published: configurations without weights."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Counts the bytes of tensors that are alive while code runs, at its peak and by what they are for.
 
 On the meta device nothing is computed and no memory is used: a whole training step of a large model is counted in seconds.
-Knows tensors. Knows nothing of models or of what is being run.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""How much GPU memory a job will need, counted on the meta device without weights, and what to give up when it is too much.
-
-Knows the jobs, their configurations and the knobs. Knows nothing of files beside configurations.
-"""
+"""How much GPU memory a job will need, counted on the meta device without weights, and what to give up when it is too much."""
 
 from __future__ import annotations
 
@@ -67,7 +64,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Knob:
+class MemoryOption:
     """One thing to give up."""
 
     name: str
@@ -79,18 +76,18 @@ def _memory(**changes: Any) -> Callable[[Settings], Settings]:
     return lambda s: replace(s, memory=replace(s.memory, **changes))
 
 
-_FREE_VAE = Knob("VAE on the CPU when idle", "nothing but two moves: latents are cached", _memory(vae_on_cpu=True))
-_TEXT = Knob("text encoder on the CPU", "a slower text encoder", _memory(text_encoder_on_cpu=True))
-_TILES = Knob("tiled VAE", "small differences where tiles meet", _memory(tiled_vae=True))
-_NF4 = Knob("UNet in NF4", "4-bit weights: slower, and slightly other pictures", _memory(nf4=True))
+_FREE_VAE = MemoryOption("VAE on the CPU when idle", "nothing but two moves: latents are cached", _memory(vae_on_cpu=True))
+_TEXT = MemoryOption("text encoder on the CPU", "a slower text encoder", _memory(text_encoder_on_cpu=True))
+_TILES = MemoryOption("tiled VAE", "small differences where tiles meet", _memory(tiled_vae=True))
+_NF4 = MemoryOption("UNet in NF4", "4-bit weights: slower, and slightly other pictures", _memory(nf4=True))
 #: What each job can give up, the cheapest first. Fused attention and cached latents cost nothing and are always on.
-KNOBS: dict[str, tuple[Knob, ...]] = {
+MEMORY_OPTIONS: dict[str, tuple[MemoryOption, ...]] = {
     "learn": (
         _FREE_VAE,
-        Knob("8-bit Adam", "coarser optimizer states",
+        MemoryOption("8-bit Adam", "coarser optimizer states",
              lambda s: replace(s, learn=replace(s.learn, lora=replace(s.learn.lora, use_8bit_adam=True)))),
-        Knob("prior and previews one by one", "a slower start", _memory(max_batch=1)),
-        Knob("gradient checkpointing", "about a third more time a step",
+        MemoryOption("prior and previews one by one", "a slower start", _memory(max_batch=1)),
+        MemoryOption("gradient checkpointing", "about a third more time a step",
              lambda s: replace(s, learn=replace(s.learn, gradient_checkpointing=True))),
         _TEXT, _TILES, _NF4,
     ),
@@ -107,10 +104,10 @@ class Plan:
     settings: Settings
     phases: tuple[Phase, ...]
     budget: int | None
-    knobs: tuple[str, ...] = ()
+    given_up: tuple[str, ...] = ()
     """Names of what was turned on"""
     tried: tuple[tuple[str, str, int], ...] = field(default=())
-    """(knob, cost, peak in bytes with it and all before it)"""
+    """(memory option, cost, peak in bytes with it and all before it)"""
 
     @property
     def largest(self) -> Phase:
@@ -128,7 +125,8 @@ class Plan:
         parts = " + ".join(f"{n / GIB:.2f} {name}" for name, n in worst.items.items() if n >= 0.005 * GIB)
         raise InputError(
             f"{self.settings.job} with {self.model} at {self.settings.resolution} pixels does not fit into "
-            f"{self.budget / GIB:.2f} GiB even with {', '.join(k.name for k in KNOBS[self.settings.job])}: {worst.name} needs "
+            f"{self.budget / GIB:.2f} GiB even with {', '.join(k.name for k in MEMORY_OPTIONS[self.settings.job])}: "
+            f"{worst.name} needs "
             f"{parts} = {worst.peak / GIB:.2f} GiB, and {RESERVE / GIB:.2f} are kept for the driver; lower the size or raise "
             "--vram-gib"
         )
@@ -254,34 +252,34 @@ def _state_bytes(weights: int, eight_bit: bool) -> int:
 
 
 def make_plan(model: Model, settings: Settings, vram_gib: float | None = None) -> Plan:
-    """Turns knobs, the cheapest first, until every phase fits; then turns back those that were not needed.
+    """Gives things up, the cheapest first, until every phase fits; then takes back those that were not needed.
 
-    Without `vram_gib`, the plan of the settings as they are, with what each knob would bring.
+    Without `vram_gib`, the plan of the settings as they are, with what giving up each would bring.
     """
     budget = None if vram_gib is None else int(vram_gib * GIB)
     phases = phases_of(model, settings)
     chain, tried, current, plan = [], [], settings, Plan(model.name, settings, phases, budget)
-    for knob in KNOBS[settings.job]:
+    for option in MEMORY_OPTIONS[settings.job]:
         if budget is not None and plan.fits:
             break
-        turned = knob.turn(current)
+        turned = option.turn(current)
         if turned == current:
             continue
         current = turned
-        chain.append(knob)
+        chain.append(option)
         found = phases_of(model, current)
-        tried.append((knob.name, knob.cost, max(p.peak for p in found)))
+        tried.append((option.name, option.cost, max(p.peak for p in found)))
         if budget is not None:
             plan = Plan(model.name, current, found, budget)
     if budget is not None and plan.fits:
         chain, plan = _without_needless(model, settings, chain, plan)
-    return replace(plan, knobs=tuple(k.name for k in chain) if budget is not None else (), tried=tuple(tried))
+    return replace(plan, given_up=tuple(k.name for k in chain) if budget is not None else (), tried=tuple(tried))
 
 
-def _without_needless(model: Model, settings: Settings, chain: list[Knob], plan: Plan) -> tuple[list[Knob], Plan]:
-    """A knob turned early for nothing is turned back, the dearest first."""
-    for knob in reversed(chain[:-1]):
-        shorter = [k for k in chain if k is not knob]
+def _without_needless(model: Model, settings: Settings, chain: list[MemoryOption], plan: Plan) -> tuple[list[MemoryOption], Plan]:
+    """What was given up early for nothing is taken back, the dearest first."""
+    for option in reversed(chain[:-1]):
+        shorter = [k for k in chain if k is not option]
         current = settings
         for each in shorter:
             current = each.turn(current)

@@ -1,7 +1,4 @@
-"""A plan in words and as plain data; and a plan applied.
-
-Knows plans. Knows nothing of how they are counted.
-"""
+"""A plan in words and as plain data; and a plan applied."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..model.peak_memory import limit_memory
-from .planner import GIB, ITEMS, KNOBS, RESERVE, Plan
+from .planner import GIB, ITEMS, MEMORY_OPTIONS, RESERVE, Plan
 
 ALWAYS = "fused attention, latents encoded once, rows instead of the embedding table"
 
@@ -31,7 +28,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "reserve_gib": _gib(RESERVE),
         "vram_gib": None if plan.budget is None else _gib(plan.budget),
         "fits": plan.fits,
-        "knobs": list(plan.knobs),
+        "knobs": list(plan.given_up),
         "tried": [{"knob": name, "cost": cost, "peak_gib": _gib(peak)} for name, cost, peak in plan.tried],
         "memory": asdict(s.memory),
         "gradient_checkpointing": s.learn.gradient_checkpointing,
@@ -39,7 +36,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
 
 
 def plan_text(plan: Plan) -> str:
-    """A table of items and phases, then the knobs."""
+    """A table of items and phases, then what is given up."""
     s = plan.settings
     dtype = str(s.dtype).removeprefix("torch.")
     lines = [
@@ -56,10 +53,10 @@ def plan_text(plan: Plan) -> str:
         lines += [f"  + {name}: peak {peak / GIB:.2f} GiB; costs {cost}" for name, cost, peak in plan.tried]
         lines.append("give --vram-gib to have what is needed turned on, the cheapest first")
     else:
-        on = ", ".join(plan.knobs) or "nothing"
+        on = ", ".join(plan.given_up) or "nothing"
         lines.append(f"turned on for {plan.budget / GIB:.2f} GiB: {on}")
-        costs = {k.name: k.cost for k in KNOBS[s.job]}
-        lines += [f"  {name}: costs {costs[name]}" for name in plan.knobs]
+        costs = {k.name: k.cost for k in MEMORY_OPTIONS[s.job]}
+        lines += [f"  {name}: costs {costs[name]}" for name in plan.given_up]
     lines.append(f"largest: {plan.largest.name}, {plan.largest.peak / GIB:.2f} GiB; {RESERVE / GIB:.2f} GiB more are kept for "
                  "the driver and libraries")  # fmt: skip
     return "\n".join(lines)

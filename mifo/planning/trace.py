@@ -136,13 +136,13 @@ def trace_learning(model: Model, resolution: int, dtype: torch.dtype, rows: int,
     first = int(model.configs["text_encoder"]["vocab_size"])
     with use_assets(encoder, range(first, first + assets), torch.empty((assets, width), device="meta")) as embedding:
         if text_on_gpu:
-            trained.append(embedding.rows)
+            trained.append(embedding.vectors)
         peak = Peak(0, {})
         if rows:
             if checkpointing:
                 base.unet.enable_gradient_checkpointing()
             with counting(base, backend) as live:
-                live.ignore(embedding.rows)
+                live.ignore(embedding.vectors)
                 _step(model, base, live, trained, resolution, rows, assets, text_on_gpu, terms)
             peak = live.peak
     return LearningTrace(peak, tuple(p.numel() for p in trained))
@@ -160,16 +160,16 @@ def _step(model: Model, base: BaseModel, live: LiveBytes, trained: list[torch.nn
     timesteps = torch.empty((rows,), dtype=torch.long, device="meta")
     prompts = min(rows, 2)
     if text_on_gpu:
-        states = base.encode_prompt(torch.empty((prompts, length), dtype=torch.long, device="meta"))
+        prompt_embeds = base.encode_prompt(torch.empty((prompts, length), dtype=torch.long, device="meta"))
     else:
         width = int(model.configs["unet"]["cross_attention_dim"])
-        states = torch.empty((prompts, length, width), dtype=base.dtype, device="meta", requires_grad=True)
-    states = torch.cat([states[:-1], states[-1:].expand(rows - prompts + 1, -1, -1)])
+        prompt_embeds = torch.empty((prompts, length, width), dtype=base.dtype, device="meta", requires_grad=True)
+    prompt_embeds = torch.cat([prompt_embeds[:-1], prompt_embeds[-1:].expand(rows - prompts + 1, -1, -1)])
     sites = choose_sites(base.unet, terms.blocks, terms.levels)
     recorder = AttentionRecorder()
     with use_processors(base.unet, {s.name: _TaggedRecording(s.name, recorder, live) for s in sites}):
         recorder.open()
-        prediction = base.unet(latents.to(base.dtype), timesteps, states).sample
+        prediction = base.unet(latents.to(base.dtype), timesteps, prompt_embeds).sample
         maps = recorder.take()
         loss = masked_diffusion_loss(prediction, latents, latents[:, :1])
         for found in maps.values():

@@ -1,7 +1,4 @@
-"""One denoising loop: classifier-free guidance, any sampler of `samplers`, hooks around each step.
-
-Knows latents, states and a scheduler. Knows nothing of assets or boxes.
-"""
+"""One denoising loop: classifier-free guidance, any sampler of `samplers`, hooks around each step."""
 
 from __future__ import annotations
 
@@ -30,15 +27,15 @@ def seeded_noise(shape: tuple[int, int, int], seed: int, count: int,
 
 
 @torch.no_grad()
-def denoise(unet: UNet2DConditionModel, scheduler: Any, latents: torch.Tensor, states: torch.Tensor,
-            negative_states: torch.Tensor, steps: int, guidance_scale: float, before_step: StepHook | None = None,
+def denoise(unet: UNet2DConditionModel, scheduler: Any, latents: torch.Tensor, prompt_embeds: torch.Tensor,
+            negative_prompt_embeds: torch.Tensor, steps: int, guidance_scale: float, before_step: StepHook | None = None,
             after_step: StepHook | None = None, on_progress: Callable[[int, int], None] | None = None, first_step: int = 0,
             generators: Sequence[torch.Generator] = ()) -> torch.Tensor:  # fmt: skip
     """Runs `latents` (B, C, h, w) from noise of unit variance to a picture's latents.
 
-    `states`, `negative_states`: (1 or B, L, D). The UNet's batch is [unconditional, conditional]; at guidance scale 1 it
-    is the conditional half alone. With `first_step` the schedule begins there, at `latents` of that step's noise level;
-    the hooks count steps from it. `generators`: one a picture, for samplers that add noise at each step.
+    `prompt_embeds`, `negative_prompt_embeds`: (1 or B, L, D). The UNet's batch is [unconditional, conditional]; at guidance
+    scale 1 it is the conditional half alone. With `first_step` the schedule begins there, at `latents` of that step's noise
+    level; the hooks count steps from it. `generators`: one a picture, for samplers that add noise at each step.
 
     The hooks see latents at the scale at which the UNet does, and what they change reaches the picture with every sampler. A
     step that takes several calls of the UNet (Heun's, PNDM's first) has its hooks before the first and after the last.
@@ -50,9 +47,9 @@ def denoise(unet: UNet2DConditionModel, scheduler: Any, latents: torch.Tensor, s
     elif not first_step:
         latents = latents * scheduler.init_noise_sigma
     guided = guidance_scale != 1.0
-    context = states.expand(len(latents), -1, -1)
+    context = prompt_embeds.expand(len(latents), -1, -1)
     if guided:
-        context = torch.cat([negative_states.expand(len(latents), -1, -1), context])
+        context = torch.cat([negative_prompt_embeds.expand(len(latents), -1, -1), context])
     extra = {"generator": list(generators)} if generators and "generator" in inspect.signature(scheduler.step).parameters else {}
     index, returned = 0, latents
     for call, timestep in enumerate(timesteps):

@@ -1,7 +1,4 @@
-"""Box guidance: moves the latents until each asset's attention lies in its box, and refines the boxes later on.
-
-Knows the control's maps and the losses. Knows nothing of schedulers or prompts' words.
-"""
+"""Box guidance: moves the latents until each asset's attention lies in its box, and refines the boxes later on."""
 
 from __future__ import annotations
 
@@ -63,7 +60,7 @@ class LatentGuidance:
     unet: UNet2DConditionModel
     control: BoundedAttention
     config: GuidanceConfig
-    states: torch.Tensor
+    prompt_embeds: torch.Tensor
     """(1, L, D) the prompt's encoder hidden states"""
 
     def __post_init__(self) -> None:
@@ -93,7 +90,7 @@ class LatentGuidance:
         """(B,) guidance loss of each picture. Only the conditional half runs, and only up to the last supervised site."""
         self.control.begin(ForwardPass(len(latents), False, True, tuple(self.sites), stop_when_recorded=True))
         try:
-            self.unet(latents.to(self.unet.dtype), timestep, self.states.expand(len(latents), -1, -1))
+            self.unet(latents.to(self.unet.dtype), timestep, self.prompt_embeds.expand(len(latents), -1, -1))
         except StopForward:
             pass
         finally:

@@ -36,8 +36,8 @@ def encode_texts(base: BaseModel, texts: Sequence[Sequence[int]], negative: Sequ
     """Token ids (T, L), (L,) -> encoder hidden states (1, T * L, D) of the texts, one behind another, and as many of the negative
     prompt's: repeated, so that its half of the attention is what it is for one."""
     with torch.no_grad():
-        states = base.encode_prompt(torch.tensor([*texts, negative]))
-    return states[:-1].flatten(0, 1)[None], states[-1:].repeat(1, len(texts), 1)
+        prompt_embeds = base.encode_prompt(torch.tensor([*texts, negative]))
+    return prompt_embeds[:-1].flatten(0, 1)[None], prompt_embeds[-1:].repeat(1, len(texts), 1)
 
 
 def layout_control(base: BaseModel, config: SynthesisConfig, prompt: TokenizedPrompt, layout: Layout | None,
@@ -52,12 +52,12 @@ def layout_control(base: BaseModel, config: SynthesisConfig, prompt: TokenizedPr
 class LayoutHooks:
     """The hooks of one run: box guidance before a step, mask refinement around it."""
 
-    def __init__(self, base: BaseModel, config: SynthesisConfig, control: BoundedAttention | None, states: torch.Tensor):
+    def __init__(self, base: BaseModel, config: SynthesisConfig, control: BoundedAttention | None, prompt_embeds: torch.Tensor):
         self.guidance: LatentGuidance | None = None
         self.refinement: MaskRefinement | None = None
         if control is None:
             return
-        self.guidance = LatentGuidance(base.unet, control, config.guidance, states)
+        self.guidance = LatentGuidance(base.unet, control, config.guidance, prompt_embeds)
         if config.bounded and config.refinement.enabled:
             self.refinement = MaskRefinement(base.unet, control, config.refinement, config.guidance.steps)
 

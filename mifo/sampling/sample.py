@@ -9,6 +9,7 @@ from PIL import Image
 
 from ..config import synthesis_preset
 from ..io.sheets import to_images
+from ..io.threads import one_thread_an_operation
 from ..model.base import BaseModel
 from ..prompts import tokenize_prompt
 from .denoise import denoise, initial_latents
@@ -39,10 +40,10 @@ def _sample_together(base: BaseModel, prompts: Sequence[str], tokens: Sequence[s
                      on_progress: Callable[[int, int], None]) -> list[Image.Image]:  # fmt: skip
     """`side` is that of the latents."""
     latents = initial_latents((int(base.unet.config["in_channels"]), side, side), seed, len(prompts), base.device)
-    with torch.no_grad():
+    with torch.no_grad(), one_thread_an_operation(base.is_small):
         ids = [tokenize_prompt(base.tokenizer, p, [t for t in tokens if t in p]).input_ids for p in prompts]
-        states = base.encode_prompt(torch.tensor(ids))
+        prompt_embeds = base.encode_prompt(torch.tensor(ids))
         empty = base.encode_prompt(torch.tensor([tokenize_prompt(base.tokenizer, "", []).input_ids]))
         scale = synthesis_preset(base.family).guidance_scale
-        latents = denoise(base.unet, base.sampler("ddim"), latents, states, empty, steps, scale, on_progress=on_progress)
+        latents = denoise(base.unet, base.sampler("ddim"), latents, prompt_embeds, empty, steps, scale, on_progress=on_progress)
         return to_images(base.decode(latents))

@@ -3,8 +3,6 @@ fails does not stop the rest.
 
     <parent of the output folder>/.checkpoints/<its name>/  lock, item-<digest of the recipe>.safetensors, ...
     output/<bundle>/.checkpoints/<command>-<digest of the job>/  ... where the output folder is the next number
-
-Knows recipes, pictures and files. Knows nothing of how a picture is drawn or what it is for.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Synthesis: a prompt, and a box per asset -> pictures (method: MIFO section 3.3, Bounded Attention section 4).
-
-Knows the base model with a bundle attached, prompts and layouts. Knows nothing of learning.
-"""
+"""Synthesis: a prompt, and a box per asset -> pictures (method: MIFO section 3.3, Bounded Attention section 4)."""
 
 from __future__ import annotations
 
@@ -22,6 +19,7 @@ from ..config import SynthesisConfig, to_dict
 from ..io.files import write_folder
 from ..io.json_text import record_text
 from ..io.sheets import caption_below, draw_boxes, save_sheets, thumbnail, to_images
+from ..io.threads import one_thread_an_operation
 from ..model.base import BaseModel
 from ..model.peak_memory import PeakMemory
 from ..prompts import NEGATIVE, check_prompt, tokenize_prompt
@@ -72,15 +70,17 @@ def synthesize(base: BaseModel, prompt: str, layout: Layout | None, tokens: Sequ
     if layout:
         check_boxes(base, layout, latent_size)
     control = layout_control(base, config, tokenized, layout, latent_size, count)
-    states, negative_states = encode_texts(base, control.texts if control else [tokenized.input_ids], negative.input_ids)
+    texts = control.texts if control else [tokenized.input_ids]
+    prompt_embeds, negative_prompt_embeds = encode_texts(base, texts, negative.input_ids)
     channels = int(base.unet.config["in_channels"])
     latents, generators = seeded_noise((channels, *latent_size), seed, count, base.device)
-    run = LayoutHooks(base, config, control, states[:, : len(tokenized.input_ids)])
-    with PeakMemory(base.device) as peak:
+    run = LayoutHooks(base, config, control, prompt_embeds[:, : len(tokenized.input_ids)])
+    with PeakMemory(base.device) as peak, one_thread_an_operation(base.is_small):
         with bound_attention(base.unet, control) if control else nullcontext():
             sampler = base.sampler(config.scheduler)
-            latents = denoise(base.unet, sampler, latents, states, negative_states, config.steps, config.guidance_scale,
-                              run.before_step, run.after_step, on_progress, generators=generators)  # fmt: skip
+            latents = denoise(base.unet, sampler, latents, prompt_embeds, negative_prompt_embeds, config.steps,
+                              config.guidance_scale, run.before_step, run.after_step, on_progress,
+                              generators=generators)  # fmt: skip
         with torch.no_grad():
             images = to_images(base.decode(latents))
     history = run.guidance.history if run.guidance else []

@@ -1,7 +1,4 @@
-"""Looking at what was learned: the scene taken apart, and variations of it (Break-A-Scene, section 5).
-
-Knows bundles' tokens, prompts, and where things stood in the photo. Knows nothing of learning, or of how boxes act.
-"""
+"""Looking at what was learned: the scene taken apart, and variations of it (Break-A-Scene, section 5)."""
 
 from __future__ import annotations
 

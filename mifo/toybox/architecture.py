@@ -1,7 +1,4 @@
-"""The toybox base model's shape: small parts of Stable Diffusion's own kinds, and a tokenizer of the world's words.
-
-Knows configurations only; the weights come from scripts/train_toybox.py.
-"""
+"""The toybox base model's shape: small parts of Stable Diffusion's own kinds, and a tokenizer of the world's words."""
 
 from __future__ import annotations
 
@@ -29,8 +26,7 @@ class Shape:
     vae_middle_attention: bool
 
 
-SHIPPED = Shape(64, 4, 8, (24, 48, 96), True)
-LARGE = Shape(128, 8, 12, (16, 32, 64, 128), False)  # in training; the same 16x16 latents
+SHIPPED = Shape(128, 8, 12, (16, 32, 64, 128), False)
 TEXT_WIDTH = 128
 MAX_TOKENS = 40
 EXTRA_WORDS = ("a", "an", "the", "of", "and", "photo", "picture", "toy", "object", "thing", "background", "with", "two",

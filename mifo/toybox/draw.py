@@ -1,6 +1,5 @@
 """Paints the toybox world: objects and backgrounds, drawn large with Pillow and scaled down.
 
-Knows colours, patterns and shapes. Knows nothing of scenes, captions or models.
 Coordinates inside an object are fractions of its box, (0, 0) top left, (1, 1) bottom right.
 """
 

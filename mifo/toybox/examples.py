@@ -15,7 +15,7 @@ from ..io.json_text import json_text
 from .world import Scene, Thing, draw_scene, placed
 
 NOWHERE = (0.0, 0.0, 1.0, 1.0)
-PIXELS = 256  # drawn larger than the model's 64, as a photo would be
+PIXELS = 256  # drawn larger than the model's 128, as a photo would be
 
 
 def _thing(class_name: str, main: str, second: str, pattern: str, center: tuple[float, float], longer: float,

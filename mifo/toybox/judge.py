@@ -1,12 +1,11 @@
 """Looks at a toybox picture and says what is in it: a small convolutional network, trained on drawn scenes.
 
-Knows how things look: all ten classes (the two rare ones too), colours, patterns, the seven backgrounds, and where
-each thing is. Does not know what was asked for: captions, prompts and ground truth are the caller's business, and
-`match` pairs what was found with what was wanted by place alone. Does not know how good a picture is: a smeared car is
-a car while it is more car than anything else. A checkered star or mushroom does not show which of its two colours is
-the main one, so there `main` and `second` may come swapped.
+It knows all ten classes (the two rare ones too), colours, patterns and the seven backgrounds, and finds where each thing is.
+What was asked for is the caller's business: `match` pairs what was found with what was wanted by place alone. It says nothing of
+how good a picture is: a smeared car is a car while it is more car than anything else. A checkered star or mushroom does not show
+which of its two colours is the main one, so there `main` and `second` may come swapped.
 
-Boxes are xyxy, normalized to [0, 1]. Weights come from scripts/train_judge.py.
+Boxes are xyxy, normalized to [0, 1]. Weights come from scripts/toybox/train_judge.py.
 """
 
 from __future__ import annotations
@@ -96,9 +95,10 @@ class _Residual(nn.Module):
 class Judge(nn.Module):
     """Down to 4x4 for context, back up to 16x16 with skips; every cell then answers for the thing centred on it."""
 
-    def __init__(self, stem: int = 32, fine: int = 64, coarse: int = 80, hidden: int = 128):
+    def __init__(self, first: int = 16, stem: int = 32, fine: int = 64, coarse: int = 80, hidden: int = 128):
         super().__init__()
-        self.to_fine = nn.Sequential(_conv(3, stem, kernel=5, stride=2), _conv(stem, fine, stride=2), _Residual(fine))
+        halving = (_conv(3, first, kernel=5, stride=2), _conv(first, stem, stride=2), _conv(stem, fine, stride=2))
+        self.to_fine = nn.Sequential(*halving, _Residual(fine))
         self.to_middle = nn.Sequential(_conv(fine, coarse, stride=2), _Residual(coarse))
         self.to_coarse = nn.Sequential(_conv(coarse, coarse, stride=2), _Residual(coarse))
         self.middle = _conv(coarse, coarse)
@@ -109,7 +109,7 @@ class Judge(nn.Module):
         self.background = nn.Linear(coarse, len(BACKGROUNDS))
 
     def forward(self, pixels: torch.Tensor) -> Maps:
-        """`pixels` (B, 3, 64, 64) in [0, 1]."""
+        """`pixels` (B, 3, 128, 128) in [0, 1]."""
         fine = self.to_fine(4 * (pixels - 0.5))  # (B, 64, 16, 16)
         middle = self.to_middle(fine)  # (B, 80, 8, 8)
         coarse = self.to_coarse(middle)  # (B, 80, 4, 4)
@@ -129,11 +129,11 @@ def load_judge(path: Path = WEIGHTS) -> Judge:
 
 @torch.no_grad()
 def judge_images(judge: Judge, images: list[Image.Image]) -> list[Verdict]:
-    """One verdict per image. Any size will do; the judge looks at 64x64."""
+    """One verdict per image. Any size will do; the judge looks at 128x128."""
     device = judge.background.weight.device
     verdicts: list[Verdict] = []
     for first in range(0, len(images), BATCH):
-        pixels = torch.stack([_to_pixels(image) for image in images[first : first + BATCH]])  # (B, 3, 64, 64)
+        pixels = torch.stack([_to_pixels(image) for image in images[first : first + BATCH]])  # (B, 3, 128, 128)
         maps = judge(pixels.to(device))
         backgrounds = maps.background.argmax(1).tolist()
         verdicts += [Verdict(f, BACKGROUNDS[b]) for f, b in zip(read_findings(maps), backgrounds, strict=True)]
@@ -141,7 +141,7 @@ def judge_images(judge: Judge, images: list[Image.Image]) -> list[Verdict]:
 
 
 def _to_pixels(image: Image.Image) -> torch.Tensor:
-    """(3, 64, 64) in [0, 1]."""
+    """(3, 128, 128) in [0, 1]."""
     image = image.convert("RGB")
     if image.size != (IMAGE_SIZE, IMAGE_SIZE):
         image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)

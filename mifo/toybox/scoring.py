@@ -1,7 +1,4 @@
-"""Holds what the judge saw against what was asked for.
-
-Knows findings and things. Knows nothing of models or of how a picture was made.
-"""
+"""Holds what the judge saw against what was asked for."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 """The toybox world: scenes by seed, their pictures, captions and exact ground truth.
 
-Knows what a scene holds and how to say it. Knows nothing of models.
 Boxes are xyxy, normalized to [0, 1].
 """
 
@@ -14,7 +13,7 @@ from PIL import Image
 
 from .draw import BACKGROUNDS, CLASSES, COLORS, PATTERNS, RARE_CLASSES, SUPERSAMPLE, paint_background, paint_object
 
-IMAGE_SIZE = 64  # pixels; the world is resolution-free, this is what the shipped model was trained at
+IMAGE_SIZE = 128  # pixels; the world is resolution-free, this is what the shipped model was trained at
 
 CLASS_NAMES = tuple(CLASSES)
 COLOR_NAMES = tuple(COLORS)

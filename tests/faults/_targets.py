@@ -1,6 +1,6 @@
 """What reads input from strangers, as functions of bytes: each ends well or raises InputError, whatever the bytes are.
 
-Used by the property tests and by scripts/fuzz.py.
+Used by the property tests and by scripts/robustness/fuzz.py.
 """
 
 from __future__ import annotations

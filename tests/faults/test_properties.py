@@ -1,6 +1,6 @@
 """Whatever the input is, it is taken or refused with a message: thousands of generated inputs each, seeds spoiled at random.
 
-scripts/fuzz.py does the same for hours, guided by coverage.
+scripts/robustness/fuzz.py does the same for hours, guided by coverage.
 """
 
 from __future__ import annotations

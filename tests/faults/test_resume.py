@@ -266,4 +266,4 @@ def test_steps_that_a_scaler_skips_are_counted_and_shown(tmp_path: Path, monkeyp
     monkeypatch.setattr(Stepper, "step", lambda self, optimizer: optimizer.step() or False)
     result = mifo(*learn_arguments(write_instance(tmp_path / "cups"), tmp_path / "out", "--no-prior-preservation"))
     assert "4 steps overflowed in fp16 and were skipped" in result.stdout
-    assert load_bundle(tmp_path / "out" / "cups").facts["skipped_steps"] == 4
+    assert load_bundle(tmp_path / "out" / "cups").metadata["skipped_steps"] == 4

@@ -55,7 +55,7 @@ class Scored:
 def kept_run(instance: Instance, folder: Path, settings: LearnConfig, crash: int = -1) -> dict[str, Any]:
     scored = Scored(crash)
     run(instance, folder, scored.report, settings=settings, judge=scored.judge)
-    return load_bundle(folder).facts["kept"]
+    return load_bundle(folder).metadata["kept"]
 
 
 def test_a_resumed_run_keeps_the_best_step_from_before_the_interruption(instance: Instance, tmp_path: Path):

@@ -1,4 +1,4 @@
-"""What once destroyed a user's files, command by command; and scripts/canaries.py for a short while."""
+"""What once destroyed a user's files, command by command; and scripts/robustness/canaries.py for a short while."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def test_every_path_option_knows_the_home_folder(place: Path, monkeypatch: pytes
 
 
 def test_a_few_canaries(tmp_path: Path):
-    command = [sys.executable, "scripts/canaries.py", "--lines", "60", "--no-write"]
+    command = [sys.executable, "scripts/robustness/canaries.py", "--lines", "60", "--no-write"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "BROKEN" not in done.stdout, done.stdout + done.stderr

@@ -1,0 +1,69 @@
+"""What the planner predicts for the memory goals on Stable Diffusion 2.1's shape, and how memory grows.
+
+    python -m scripts.performance.plan_goals          a few minutes on a CPU; no weights, no GPU
+
+How true the predictions are is measured by measure_memory.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import typer
+
+from mifo.config import MemoryConfig, learn_preset, synthesis_preset
+from mifo.io.json_text import record_text
+from mifo.planning.planner import GIB, Settings, make_plan, phases_of, read_model
+from mifo.planning.report import plan_facts
+from scripts.results import write_result
+
+FAMILY = "stable-diffusion"
+LEARN = Settings("learn", 512, torch.bfloat16, learn_preset(FAMILY), synthesis_preset(FAMILY), assets=3)
+DRAW = replace(LEARN, job="synthesize")
+NF4 = replace(LEARN, memory=MemoryConfig(nf4=True))
+#: (goal, settings before any knob is turned, GiB that it has to stay within)
+GOALS = (
+    ("learn, LoRA of rank 16 on UNet and text encoder, prior preservation", LEARN, 6.0),
+    ("the same on an NF4 base", NF4, 4.0),
+    ("synthesize, 3 boxes, guidance", DRAW, 6.0),
+)
+#: what growth is shown for: nothing given up, and what a small GPU gives up
+SMALL = replace(LEARN, learn=replace(LEARN.learn, gradient_checkpointing=True), memory=MemoryConfig(True, False, False, 1))
+GROWING = {
+    "learn": LEARN,
+    "learn, checkpointing, VAE moved, prior one by one": SMALL,
+    "synthesize": DRAW,
+    "synthesize, VAE moved and tiled": replace(DRAW, memory=MemoryConfig(vae_on_cpu=True, tiled_vae=True)),
+}
+
+
+def main(shape: str = "sd2.1", name: str = "memory_goals") -> None:
+    """Writes scripts/results/<name>.json."""
+    model = read_model(shape)
+    goals = []
+    for goal, settings, budget in GOALS:
+        free = max(p.peak for p in phases_of(model, settings))
+        plan = plan_facts(make_plan(model, settings, budget))
+        kept = {k: plan[k] for k in ("peak_gib", "peak_phase", "reserve_gib", "fits", "knobs", "phases")}
+        goals.append({"goal": goal, "goal_gib": budget, "without_knobs_gib": round(free / GIB, 3), **kept})
+        print(record_text({k: v for k, v in goals[-1].items() if k != "phases"}), flush=True)
+    rows = []
+    for over, values in (("assets", (1, 2, 4, 8)), ("resolution", (256, 512, 768, 1024))):
+        for value in values:
+            found = {label: _peak(model, replace(s, **{over: value})) for label, s in GROWING.items()}
+            rows.append({"over": over, "value": value, "peak_gib": found})
+            print(record_text(rows[-1]), flush=True)
+    numbers: dict[str, Any] = {"note": "predicted, not measured; bf16, batch 1", "shape": shape, "resolution": 512,
+                               "goals": goals, "growth": rows}  # fmt: skip
+    print(write_result(name, numbers))
+
+
+def _peak(model: Any, settings: Settings) -> dict[str, Any]:
+    largest = max(phases_of(model, settings), key=lambda p: p.peak)
+    return {"gib": round(largest.peak / GIB, 3), "phase": largest.name}
+
+
+if __name__ == "__main__":
+    typer.run(main)
