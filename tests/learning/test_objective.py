@@ -1,0 +1,103 @@
+"""A step in parts equals the step whole; terms that are computed now and then weigh the same on average."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from _tiny import load_base, write_instance
+
+from mifo.attention.record import record_attention
+from mifo.attention.sites import choose_sites
+from mifo.config import LearnConfig, LoraPhase, learn_preset
+from mifo.data.instance import fit_instance, load_instance
+from mifo.learning.dataset import InstanceData
+from mifo.learning.learn import lend_adapters
+from mifo.learning.objective import Objective, StepLosses
+from mifo.learning.optimizer import make_lr_schedule
+from mifo.learning.prior import PriorData
+from mifo.model.embedding import initial_vectors, use_assets
+from mifo.prompts import add_asset_tokens
+
+CONFIG = replace(learn_preset("toybox"), placements=0)
+
+
+class Step:
+    """One step of phase 2 on the tiny base, from the same random state each time."""
+
+    def __init__(self, folder: Path, config: LearnConfig, draws: int = 3):
+        self.base = load_base()
+        self.data = InstanceData(fit_instance(load_instance(folder), self.base.resolution), self.base)
+        add_asset_tokens(self.base.tokenizer, self.data.tokens)
+        terms = replace(config.lora.attention, max_timestep=1000, levels=(1, 2))  # so that each draw has the attention term
+        self.phase = replace(config.lora, draws=draws, attention=terms)
+        self.config = config
+        self.prior = PriorData(("a photo of a house",), torch.ones(self.data.moments[False][0].shape))
+
+    def run(self, step: int, pool: ThreadPoolExecutor | None) -> tuple[StepLosses, list[torch.Tensor | None]]:
+        ids = [self.base.tokenizer.get_added_vocab()[t] for t in self.data.tokens]
+        vectors = initial_vectors(self.base.text_encoder.get_input_embeddings(), self.base.tokenizer, ["car", "mug"])
+        sites = choose_sites(self.base.unet, self.phase.attention.blocks, self.phase.attention.levels)
+        objective = Objective(self.base, self.data, self.config, np.random.default_rng(0), torch.Generator().manual_seed(0))
+        with (use_assets(self.base.text_encoder, ids, vectors) as embedding,
+              lend_adapters(self.base, LoraPhase(rank=2), 0) as lora, record_attention(self.base.unet, sites) as recorder):  # fmt: skip
+            embedding.vectors.requires_grad_(True)
+            parameters: list[Any] = [embedding.vectors]
+            parameters += [p for a in lora.values() for p in a.parameters() if p.requires_grad and p is not embedding.vectors]
+            if pool is None:
+                losses = objective.losses(self.phase, step, sites, recorder, self.prior)
+                losses.total.backward()
+            else:
+                losses = objective.gradients(self.phase, step, sites, recorder, self.prior, parameters, pool)
+            return losses, [None if p.grad is None else p.grad.clone() for p in parameters]
+
+
+def test_a_step_in_parts_on_threads_equals_the_step_whole(tmp_path: Path) -> None:
+    step = Step(write_instance(tmp_path / "cups"), CONFIG)  # three draws: two in one part, and one beside the prior image
+    whole, expected = step.run(0, None)
+    with ThreadPoolExecutor(2) as pool:
+        parts, found = step.run(0, pool)
+        again, same = step.run(0, pool)
+    assert whole.as_floats() == pytest.approx(parts.as_floats(), rel=1e-4)
+    assert whole.as_floats()["prior"] > 0 and whole.as_floats()["attention"] > 0
+    assert sum(g is not None and bool(g.any()) for g in expected) > 3
+    for a, b in zip(expected, found, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)  # fp32, another order of summation
+    assert parts.as_floats() == again.as_floats(), "whichever thread is first"
+    assert all(torch.equal(a, b) for a, b in zip(found, same, strict=True) if a is not None and b is not None)
+
+
+def test_a_term_of_every_other_step_weighs_twice_as_much_then_and_nothing_in_between(tmp_path: Path) -> None:
+    folder = write_instance(tmp_path / "cups")
+
+    def losses(step: int, **settings: Any) -> dict[str, float]:
+        return Step(folder, replace(CONFIG, **settings)).run(step, None)[0].as_floats()
+
+    rare = replace(CONFIG.prior, every_steps=2)
+    assert losses(0, prior=rare)["prior"] == pytest.approx(2 * losses(0)["prior"])
+    assert losses(1, prior=rare)["prior"] == 0 < losses(1)["prior"]
+    plain, each, there, absent = (losses(step, locality_weight=weight, locality_every=every)["diffusion"]
+                                  for step, weight, every in ((0, 0.0, 1), (0, 1.0, 1), (0, 1.0, 2), (1, 1.0, 2)))  # fmt: skip
+    assert there - plain == pytest.approx(2 * (each - plain), rel=1e-3) and each > plain
+    assert absent == pytest.approx(losses(1, locality_weight=0.0)["diffusion"])
+
+
+def test_the_rate_of_lora_falls_to_nothing_where_it_is_told_to() -> None:
+    def rates(phase: LoraPhase) -> list[float]:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+        schedule, found = make_lr_schedule(optimizer, phase), []
+        for _ in range(phase.train_steps):
+            found.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+        return [*found, schedule.get_last_lr()[0]]
+
+    assert rates(LoraPhase(train_steps=4)) == [1.0] * 5
+    assert rates(LoraPhase(train_steps=4, cosine=True)) == pytest.approx([1.0, 0.8536, 0.5, 0.1464, 0.0], abs=1e-4)
