@@ -45,7 +45,8 @@ class Step:
         sites = choose_sites(self.base.unet, self.phase.attention.blocks, self.phase.attention.levels)
         objective = Objective(self.base, self.data, self.config, np.random.default_rng(0), torch.Generator().manual_seed(0))
         with (use_assets(self.base.text_encoder, ids, vectors) as embedding,
-              lend_adapters(self.base, LoraPhase(rank=2), 0) as lora, record_attention(self.base.unet, sites) as recorder):  # fmt: skip
+              lend_adapters(self.base, LoraPhase(rank=2), 0) as lora,
+              record_attention(self.base.unet, sites) as recorder):  # fmt: skip
             embedding.vectors.requires_grad_(True)
             parameters: list[Any] = [embedding.vectors]
             parameters += [p for a in lora.values() for p in a.parameters() if p.requires_grad and p is not embedding.vectors]
