@@ -285,9 +285,9 @@ def synthesis_preset(family: str) -> SynthesisConfig:
     if family != "toybox":
         return SynthesisConfig()
     return SynthesisConfig(
-        steps=30,
+        steps=20,
         guidance_scale=2.0,
-        guidance=GuidanceConfig(steps=9, levels=(1, 2)),
+        guidance=GuidanceConfig(steps=6, max_iterations=3, levels=(1, 2)),
         refinement=RefinementConfig(levels=(1,)),
     )
 
