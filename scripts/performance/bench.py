@@ -36,7 +36,7 @@ from mifo.synthesis.synthesize import synthesize
 from scripts.performance.bench_baseline import PublishedTrainer, guidance_gradient
 from scripts.performance.bench_baseline import synthesize as published_synthesize
 from scripts.performance.bench_setup import boxes_for, build_base, make_trainer, run_step, write_scene
-from scripts.results import spread, write_result
+from scripts.record import spread, write_result
 
 PIECES = ("guidance", "synthesize", "phase1", "phase2", "mfu", "growth")
 
@@ -99,7 +99,7 @@ def _peak_gib(job: Callable[[], Any], device: str) -> float:
         return round((torch.cuda.max_memory_allocated() - before) / 2**30, 3)
     with LiveBytes([t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]) as live:
         job()
-    return round(live.peak.total / 2**30, 3)
+    return float(round(live.peak.total / 2**30, 3))
 
 
 def _synchronize(device: str) -> None:
@@ -344,7 +344,7 @@ def main(
         channels_last, gradient_checkpointing, draws, name or ("bench_gpu" if gpu else "bench"),
     )  # fmt: skip
     if config:
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(config.read_text()).items()}
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(config.read_text()).items()}
         unknown = sorted(set(given) - {f.name for f in fields(Options)})
         if unknown:
             raise typer.BadParameter(f"{config} has unknown keys {unknown}")

@@ -51,7 +51,8 @@ def published_attention(base: BaseModel, kept: dict[str, torch.Tensor], control:
 def guidance_gradient(base: BaseModel, guidance: LatentGuidance, prompt_embeds: torch.Tensor, negative: torch.Tensor,
                       latents: torch.Tensor, timestep: torch.Tensor, step: int = 0) -> torch.Tensor:  # fmt: skip
     """One guidance pass and its gradient, (B, C, h, w): both halves through the whole UNet, every map kept."""
-    control, kept = guidance.control, {}
+    control = guidance.control
+    kept: dict[str, torch.Tensor] = {}
     latents = latents.detach().requires_grad_(True)
     control.begin(ForwardPass(len(latents), unconditional=False, guiding=True))
     with torch.enable_grad(), published_attention(base, kept, control):
@@ -60,7 +61,7 @@ def guidance_gradient(base: BaseModel, guidance: LatentGuidance, prompt_embeds: 
         maps = {s.name: kept[s.name][len(latents) :] for s in guidance.sites}
         config = guidance.config
         alpha = alpha_schedule(step, config.steps)
-        loss = sum(
+        loss: Any = sum(
             weight * guidance._kind_loss(maps, [s for s in guidance.sites if s.is_cross == is_cross], alpha)
             for weight, is_cross in ((config.cross_weight, True), (config.self_weight, False))
         )
@@ -119,7 +120,8 @@ class PublishedTrainer:
         if self.full and self.base.device.type == "cuda":
             from bitsandbytes.optim import AdamW8bit
 
-            return AdamW8bit(trained, lr=rate, betas=self.config.adam_betas)
+            small: torch.optim.Optimizer = AdamW8bit(trained, lr=rate, betas=self.config.adam_betas)
+            return small
         return torch.optim.AdamW(trained, lr=rate, betas=self.config.adam_betas)
 
     def step(self, batch: Any) -> float:

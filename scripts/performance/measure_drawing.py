@@ -82,10 +82,10 @@ def measured_for_real(shape: str, width_divisor: int, piece: str, resolution: in
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         draw(base, piece, resolution, assets)
-        return (torch.cuda.max_memory_allocated() - before) / GIB
+        return float((torch.cuda.max_memory_allocated() - before) / GIB)
     with LiveBytes([t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]) as live:
         draw(base, piece, resolution, assets)
-    return live.peak.total / GIB
+    return float(live.peak.total / GIB)
 
 
 def rows(shape: str, width_divisor: int, resolution: int, dtype: torch.dtype, measure: Callable[[str], float],

@@ -43,7 +43,7 @@ from mifo.model.shapes import shape_of
 from mifo.planning.live_bytes import LiveBytes
 from mifo.planning.trace import Model, build, trace_learning
 from scripts.performance import measure_drawing
-from scripts.results import write_result
+from scripts.record import write_result
 
 GIB = 2**30
 RETURN_AT_ONCE = 1 << 16  # bytes from which a freed block goes back to the system
@@ -124,7 +124,7 @@ def drawing_on_fake_tensors(model: Model, piece: str, resolution: int, dtype: to
             measure_drawing.draw(base, piece, resolution, 3, tracker.reset_mod_stats)
     (found,) = tracker.get_tracker_snapshot("peak").values()
     named = {str(getattr(k, "value", k)): v for k, v in found.items()}
-    return (named["Total"] - named["Parameter"] - named["Buffer"]) / GIB
+    return float((named["Total"] - named["Parameter"] - named["Buffer"]) / GIB)
 
 
 def _tracker() -> Any:
@@ -189,16 +189,16 @@ def _fake_step(base: BaseModel, case: Case, terms: Any) -> None:
 
 
 def measured_for_real(shape: str, width_divisor: int, case: Case, device: str) -> dict[str, float]:
-    """The learner's own step in this process: its tensors beside what was there, and the process's or the GPU's peak."""
+    """The trainer's own step in this process: its tensors beside what was there, and the process's or the GPU's peak."""
     from mifo.data.instance import fit_instance
     from scripts.performance.bench import Options
-    from scripts.performance.bench_setup import build_base, make_learner, run_step, write_scene
+    from scripts.performance.bench_setup import build_base, make_trainer, run_step, write_scene
 
     options = Options(shape=shape, dtype=case.dtype, gradient_checkpointing=case.checkpointing)
     base = build_base(shape, width_divisor, DTYPES[case.dtype], device)
     instance = fit_instance(write_scene(case.assets, case.resolution), case.resolution)
-    with make_learner(base, instance, options, lora=case.phase == "phase2") as learner:
-        step = run_step(learner, case.phase)
+    with make_trainer(base, instance, options, lora=case.phase == "phase2") as trainer:
+        step = run_step(trainer, case.phase)
         gc.collect()
         if device == "cuda":
             step()  # the optimizer's states are there from now on, as in the plan
@@ -304,8 +304,8 @@ def main(
     def measure(piece: str) -> float:
         if kind == "fake":
             return drawing_on_fake_tensors(model, piece, resolution, DTYPES[dtype])
-        return in_own_process(measure_drawing.measured_for_real, shape, width_divisor, piece, resolution, 3, DTYPES[dtype],
-                              "cuda" if gpu else "cpu")  # fmt: skip
+        return float(in_own_process(measure_drawing.measured_for_real, shape, width_divisor, piece, resolution, 3,
+                                    DTYPES[dtype], "cuda" if gpu else "cpu"))  # fmt: skip
 
     drawing = measure_drawing.rows(shape, width_divisor, resolution, DTYPES[dtype], measure)
     note = "random weights in Stable Diffusion's shape"

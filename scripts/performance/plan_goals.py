@@ -17,7 +17,7 @@ from mifo.config import MemoryConfig, learn_preset, synthesis_preset
 from mifo.io.json_text import record_text
 from mifo.planning.planner import GIB, Settings, make_plan, phases_of, read_model
 from mifo.planning.report import plan_facts
-from scripts.results import write_result
+from scripts.record import write_result
 
 FAMILY = "stable-diffusion"
 LEARN = Settings("learn", 512, torch.bfloat16, learn_preset(FAMILY), synthesis_preset(FAMILY), assets=3)
@@ -52,7 +52,8 @@ def main(shape: str = "sd2.1", name: str = "memory_goals") -> None:
     rows = []
     for over, values in (("assets", (1, 2, 4, 8)), ("resolution", (256, 512, 768, 1024))):
         for value in values:
-            found = {label: _peak(model, replace(s, **{over: value})) for label, s in GROWING.items()}
+            change: dict[str, Any] = {over: value}
+            found = {label: _peak(model, replace(s, **change)) for label, s in GROWING.items()}
             rows.append({"over": over, "value": value, "peak_gib": found})
             print(record_text(rows[-1]), flush=True)
     numbers: dict[str, Any] = {"note": "predicted, not measured; bf16, batch 1", "shape": shape, "resolution": 512,

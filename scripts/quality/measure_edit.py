@@ -39,7 +39,7 @@ from mifo.toybox.judge import Verdict, judge_images, load_judge, match
 from mifo.toybox.scoring import best_in_box, compare, nearest
 from mifo.toybox.world import Drawing, Scene, Thing, draw_scene, random_scene
 from scripts.quality.measure_main_job import load_things, measure_alone, measure_boxes
-from scripts.results import share, spread, write_result
+from scripts.record import share, spread, write_result
 
 FIRST_SEED = 900_000  # scenes that neither the model nor the judge was trained on
 PHOTO = 256  # pixels of a drawn picture, as of the examples
@@ -131,7 +131,7 @@ def _is_instance(verdict: Verdict, box: Box, things: list[Thing], index: int) ->
     return nearest(found, things) == index and iou > 0.1
 
 
-def _outside(drawing: Drawing, image: Image.Image, mask: np.ndarray) -> int:
+def _outside(drawing: Drawing, image: Image.Image, mask: np.ndarray[Any, Any]) -> int:
     difference = np.abs(np.asarray(image).astype(int) - np.asarray(drawing.image))
     return int(difference[~mask].max())
 
@@ -150,7 +150,9 @@ def _same_verdicts(before: Verdict, after: Verdict, scene: Scene) -> list[bool]:
 def measure_reconstruction(base: BaseModel, config: EditConfig, scenes: int) -> dict[str, Any]:
     """PSNR outside the mask at the model's own resolution, where nothing is scaled; plain base model."""
     thing = random_scene(FIRST_SEED, 1).things[0]
-    settings = {"none": {"background": "none"}, "optimization_weights": {"background": "optimization", "optimize": "weights"},
+    settings: dict[str, dict[str, Any]] = {
+                "none": {"background": "none"},
+                "optimization_weights": {"background": "optimization", "optimize": "weights"},
                 "optimization_latents": {"background": "optimization", "optimize": "latents"}}  # fmt: skip
     numbers: dict[str, list[float]] = {name: [] for name in settings}
     for k, (scene, box) in enumerate(tqdm(free_places(thing, scenes), desc="reconstruction")):
@@ -164,7 +166,7 @@ def measure_reconstruction(base: BaseModel, config: EditConfig, scenes: int) -> 
     return {"psnr_outside_db": means, **gains, "scenes": scenes, "steps": config.reconstruction_steps}
 
 
-def _psnr_outside(before: Image.Image, after: Image.Image, mask: np.ndarray) -> float:
+def _psnr_outside(before: Image.Image, after: Image.Image, mask: np.ndarray[Any, Any]) -> float:
     error = ((np.asarray(before).astype(float) - np.asarray(after)) ** 2)[~mask].mean()
     return float(10 * np.log10(255**2 / max(error, 1e-6)))
 
@@ -197,7 +199,7 @@ def measure_thin(base: BaseModel, config: EditConfig, scenes: int, dilation: int
             "dilation": dilation}, cells  # fmt: skip
 
 
-def named_color(pixels: np.ndarray) -> str:
+def named_color(pixels: np.ndarray[Any, Any]) -> str:
     """(N, 3) -> the world's colour that is nearest to the median."""
     middle = np.median(pixels.astype(float), axis=0)
     return min(COLORS, key=lambda name: float(((np.array(COLORS[name]) - middle) ** 2).sum()))

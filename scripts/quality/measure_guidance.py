@@ -26,7 +26,7 @@ from mifo.model.base import load_base_model
 from mifo.sampling.guidance import LatentGuidance, step_size
 from mifo.toybox.judge import load_judge
 from scripts.quality.measure_main_job import load_things, measure_boxes
-from scripts.results import write_result
+from scripts.record import write_result
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,7 +53,11 @@ def guide_before(self: LatentGuidance, step: int, timestep: torch.Tensor, latent
 def numbers_before() -> Iterator[SynthesisConfig]:
     """The former numbers and loop for as long as the block lasts."""
     alpha, guide = mifo.sampling.guidance.alpha_schedule, LatentGuidance.guide
-    mifo.sampling.guidance.alpha_schedule = lambda step, steps: 0.4 - 0.1 * step if step < 3 else alpha(step, steps)
+
+    def alpha_before(step: int, guidance_steps: int = 15) -> float:
+        return 0.4 - 0.1 * step if step < 3 else alpha(step, guidance_steps)
+
+    mifo.sampling.guidance.alpha_schedule = alpha_before
     LatentGuidance.guide = guide_before  # type: ignore[method-assign]
     config = synthesis_preset("toybox")
     try:

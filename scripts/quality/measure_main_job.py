@@ -32,7 +32,7 @@ from mifo.synthesis.synthesize import synthesize
 from mifo.toybox.judge import Finding, Verdict, judge_images, load_judge
 from mifo.toybox.scoring import best_in_box, compare, nearest, surest
 from mifo.toybox.world import BACKGROUND_PHRASES, Thing
-from scripts.results import share, spread, write_result
+from scripts.record import share, spread, write_result
 
 PLACES = ("beach", "snow", "grass")
 #: three arrangements for the boxes; each is used with every place
@@ -75,7 +75,8 @@ def recipe_config(family: str, name: str) -> LearnConfig:
     return variants[name]
 
 
-def measure_alone(base: BaseModel, bundle: Bundle, things: list[Thing], judge: Any, seeds: int) -> tuple[dict, list]:
+def measure_alone(base: BaseModel, bundle: Bundle, things: list[Thing], judge: Any,
+                  seeds: int) -> tuple[dict[str, Any], list[Any]]:  # fmt: skip
     """'a photo of <asset_i> PLACE' on three backgrounds: is it the right thing, is it ever another of them."""
     right, classes, colors, patterns, own, places, single, images = [], [], [], [], [], [], [], []
     either_order = []
@@ -109,9 +110,13 @@ def looks_right_in_either_order(found: Finding | None, thing: Thing) -> bool:
 
 
 def measure_boxes(base: BaseModel, bundle: Bundle, things: list[Thing], judge: Any, config: SynthesisConfig, images: int,
-                  with_boxes: bool = True) -> tuple[dict, list]:  # fmt: skip
+                  with_boxes: bool = True) -> tuple[dict[str, Any], list[Any]]:  # fmt: skip
     """All assets in one picture, each asked for in its box."""
-    right, instance, foreign, ious, counts, places, seconds, kept = [], [], [], [], [], [], [], []
+    right: list[bool] = []
+    instance: list[bool] = []
+    foreign: list[bool] = []
+    ious: list[float] = []
+    counts, places, seconds, kept = [], [], [], []
     for k in range(images):
         place = PLACES[k % len(PLACES)]
         corners = ARRANGEMENTS[(k // len(PLACES)) % len(ARRANGEMENTS)]

@@ -37,7 +37,7 @@ from mifo.synthesis.synthesize import synthesize
 from mifo.toybox.draw import BACKGROUNDS
 from mifo.toybox.world import BACKGROUND_PHRASES
 from scripts.quality.measure_main_job import ARRANGEMENTS, arrangement, load_things
-from scripts.results import write_result
+from scripts.record import write_result
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = (0, 1)

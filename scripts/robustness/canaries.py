@@ -251,16 +251,18 @@ def grey_pictures() -> None:
             shutil.copytree("Model_ours/cups", temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
         return load_bundle(folder)
 
-    base_model.load_base_model = load_once
+    base_model.load_base_model = load_once  # type: ignore[assignment]
     for module in (synthesis, scenes, evaluation, demo):
         module.synthesize = drawn  # type: ignore[attr-defined]
     for name in ("draw_preview", "draw_attention_sheet"):
         setattr(learn, name, lambda *_: Image.new("RGB", (8, 8)))
-    demo.learn, demo.load_base_model = learned, lambda *_: load_once(str(tiny_base_folder()))  # type: ignore[assignment]
+    own: Any = demo
+    own.learn, own.load_base_model = learned, lambda *_: load_once(str(tiny_base_folder()))
     demo.BOXES = BOXES  # for two things, as the photo has
-    demo.attach = lambda *_: nullcontext()  # type: ignore[assignment]
-    demo.sample_prompts = lambda base, prompts, *_: [Image.new("RGB", (64, 64), "grey")] * len(prompts)  # type: ignore[assignment]
-    edit.denoise = lambda unet, scheduler, latents, *_: latents  # type: ignore[assignment]
+    own.attach = lambda *_: nullcontext()
+    own.sample_prompts = lambda base, prompts, *_: [Image.new("RGB", (64, 64), "grey")] * len(prompts)
+    editing: Any = edit
+    editing.denoise = lambda unet, scheduler, latents, *_: latents
 
 
 def main(
@@ -287,12 +289,13 @@ def main(
                 broken.append({"line": number, "command": shlex.join(words), "status": status, "changed": changed})
                 print("BROKEN", broken[-1], flush=True)
         os.chdir(ROOT)
-    facts = {"lines": lines, "seed": seed, "canaries": len(place.right), "seconds": round(time.monotonic() - started),
+    seconds = round(time.monotonic() - started)
+    facts: dict[str, Any] = {"lines": lines, "seed": seed, "canaries": len(place.right), "seconds": seconds,
              "statuses": dict(sorted(statuses.items())), "broken": broken}  # fmt: skip
     for name, count in facts["statuses"].items():
         print(f"{count:5} {name}")
     if write:
-        from scripts.results import write_result
+        from scripts.record import write_result
 
         print(write_result("canaries", facts))
     raise SystemExit(1 if broken else 0)

@@ -63,7 +63,7 @@ def main(
         failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
     frozen = subprocess.run([inside, "-m", "pip", "freeze"], capture_output=True, text=True).stdout.splitlines()
     version = subprocess.run([inside, "--version"], capture_output=True, text=True).stdout.strip()
-    from scripts.results import write_result
+    from scripts.record import write_result
 
     numbers = {"asked": wanted, "held": list(held.values()), "tests": tests, "passed": status == 0, "pytest": last,
                "failed": failed, "interpreter": version, "installed": frozen}  # fmt: skip

@@ -52,7 +52,7 @@ def main(
     found = {name: _in_a_process(name, -(-runs // len(TARGETS)), blind, seed, folder) for name in TARGETS}
     for name, facts in found.items():
         print(name, facts)
-    from scripts.results import write_result
+    from scripts.record import write_result
 
     inputs = sum(facts["inputs"] for facts in found.values())
     kind = "spoiled at random" if blind else "guided by coverage (atheris)"

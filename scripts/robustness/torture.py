@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -115,7 +116,7 @@ class Torture:
         moments: Counter[str] = Counter()
         output, done = self.fresh_place(), 0
         while done < kills:
-            pid = fork(lambda output=output: self._learn(output))
+            pid = fork(partial(self._learn, output))
             time.sleep(self.rng.uniform(0, 1.1 * self.seconds))
             os.kill(pid, signal.SIGKILL)
             _, status = os.waitpid(pid, 0)
@@ -226,7 +227,7 @@ def main(
     for line in torture.broken:
         print("BROKEN:", line)
     if write:
-        from scripts.results import write_result
+        from scripts.record import write_result
 
         numbers = {"kills": kills, "killed_at": moments, "other_faults": dict(torture.statuses), "rule_broken": torture.broken}
         print(write_result("torture", numbers))

@@ -12,7 +12,7 @@ import numpy as np
 
 from mifo.evaluation.metrics import interval
 from mifo.evaluation.plots import Bar, BarChart, MatrixChart, save_charts
-from scripts.results import FOLDER, write_result
+from scripts.record import FOLDER, write_result
 from scripts.toybench.toybench_methods import METHODS
 from scripts.toybench.toybench_scenes import LEVELS, Cell
 

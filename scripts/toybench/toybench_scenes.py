@@ -73,8 +73,8 @@ def _looks(level: str, count: int, rng: np.random.Generator) -> list[tuple[str, 
     if level == "patterns":
         name = str(rng.choice(list(CLASSES)))
         patterned = [p for p in patterns if p != "plain"]
-        pairs = [(p, second) for p in patterns] + [(p, c) for c in colors[1:-1] for p in patterned]
-        return [(name, colors[0], other, pattern) for pattern, other in pairs[:count]]
+        looks = [(p, second) for p in patterns] + [(p, c) for c in colors[1:-1] for p in patterned]
+        return [(name, colors[0], other, pattern) for pattern, other in looks[:count]]
     names = [str(c) for c in rng.permutation(list(RARE_CLASSES))]
     return [(names[k % len(names)], main, second, str(rng.choice(PATTERNS))) for k, main in enumerate(mains)]
 

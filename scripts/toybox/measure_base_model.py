@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -18,10 +18,10 @@ from tqdm import tqdm
 from mifo.io.sheets import caption_below, enlarge, grid
 from mifo.model.base import load_base_model
 from mifo.sampling.sample import sample_prompts
-from mifo.toybox.judge import judge_images, load_judge
+from mifo.toybox.judge import Verdict, judge_images, load_judge
 from mifo.toybox.scoring import main_color_and_class, surest
 from mifo.toybox.world import Scene, Thing, random_scene
-from scripts.results import share, write_result
+from scripts.record import share, write_result
 
 FIRST_SEED = 800_000
 BATCH = 20
@@ -32,7 +32,8 @@ SERIES = {"single_plain_or_patterned": (1, False), "single_patterned": (1, True)
 
 def series_scenes(count: int, patterned: bool, images: int) -> list[Scene]:
     """Held-out scenes, in order of their seeds."""
-    scenes, seed = [], FIRST_SEED + 100_000 * count + 50_000 * patterned
+    scenes: list[Scene] = []
+    seed = FIRST_SEED + 100_000 * count + 50_000 * patterned
     while len(scenes) < images:
         scene = random_scene(seed, count)
         seed += 1
@@ -41,7 +42,7 @@ def series_scenes(count: int, patterned: bool, images: int) -> list[Scene]:
     return scenes
 
 
-def pair_findings(verdict, things: tuple[Thing, ...]) -> bool:
+def pair_findings(verdict: Verdict, things: tuple[Thing, ...]) -> bool:
     """Whether each asked thing is there in class and main colour; places are the model's own choice."""
     free = sorted(verdict.findings, key=lambda f: -f.score)
     for thing in things:
@@ -62,7 +63,7 @@ def main(
 ) -> None:
     """Measures and writes scripts/results/<name>.json."""
     base, judge = load_base_model(model_path, device), load_judge()
-    numbers: dict = {"model": model_path, "images_per_series": images, "steps": steps}
+    numbers: dict[str, Any] = {"model": model_path, "images_per_series": images, "steps": steps}
     cells = []
     for label, (count, patterned) in SERIES.items():
         started = time.monotonic()
@@ -82,7 +83,7 @@ def main(
     print(write_result(name, numbers, device))
 
 
-def summarize(scenes: list[Scene], verdicts: list) -> dict:
+def summarize(scenes: list[Scene], verdicts: list[Any]) -> dict[str, Any]:
     """Class and colour, background, pattern, and the count of things."""
     right = [pair_findings(v, s.things) for s, v in zip(scenes, verdicts, strict=True)]
     result = {

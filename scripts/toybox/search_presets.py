@@ -31,7 +31,7 @@ from mifo.toybox.examples import write_instance
 from mifo.toybox.judge import judge_images, load_judge
 from mifo.toybox.scoring import compare, nearest, surest
 from mifo.toybox.world import BACKGROUND_PHRASES
-from scripts.results import write_result
+from scripts.record import write_result
 from scripts.toybench.toybench_scenes import Cell, bench_scene
 
 CELLS = (Cell("colors", 3, 0, "dev"), Cell("patterns", 3, 0, "dev"))

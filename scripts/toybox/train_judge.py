@@ -20,7 +20,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -106,7 +106,7 @@ def crowded_scene(seed: int, rare_share: float = RARE_SHARE, odd_share: float = 
     return Scene(tuple(things), str(rng.choice(BACKGROUNDS)), seed)
 
 
-def label(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+def label(scene: Scene) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """(MAX_THINGS, 4) boxes and (MAX_THINGS, 4) labels."""
     boxes = np.zeros((MAX_THINGS, 4), np.float32)
     labels = np.full((MAX_THINGS, 4), ABSENT, np.int64)
@@ -116,7 +116,7 @@ def label(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     return boxes, labels
 
 
-def draw_training_set(path: Path, count: int, vae: Path | None) -> dict[str, np.ndarray]:
+def draw_training_set(path: Path, count: int, vae: Path | None) -> dict[str, np.ndarray[Any, Any]]:
     """Draws once and caches: images (N, 128, 128, 3) uint8, boxes, labels, backgrounds (N,)."""
     if not path.exists():
         scenes = [crowded_scene(seed) for seed in range(TRAIN_SEED, TRAIN_SEED + count)]
@@ -134,7 +134,7 @@ def draw_training_set(path: Path, count: int, vae: Path | None) -> dict[str, np.
 
 
 @torch.no_grad()
-def reconstruct(images: np.ndarray, vae: Path) -> np.ndarray:
+def reconstruct(images: np.ndarray[Any, Any], vae: Path) -> np.ndarray[Any, Any]:
     """uint8 (N, 128, 128, 3) encoded and decoded by the AutoencoderKL in folder `vae`."""
     from diffusers import AutoencoderKL  # only needed with --vae
 
@@ -147,7 +147,7 @@ def reconstruct(images: np.ndarray, vae: Path) -> np.ndarray:
     return torch.cat(decoded).numpy()
 
 
-def draw_batch(data: dict[str, np.ndarray], size: int) -> Batch:
+def draw_batch(data: dict[str, np.ndarray[Any, Any]], size: int) -> Batch:
     picks = torch.randint(len(data["images"]), (size,)).numpy()
     pixels = torch.from_numpy(data["images"][picks]).permute(0, 3, 1, 2).float() / 255
     rest = [torch.from_numpy(data[name][picks]) for name in ("boxes", "labels", "backgrounds")]
@@ -295,7 +295,7 @@ def build_optimizer(judge: nn.Module, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW([{"params": kernels, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=lr)
 
 
-def train(data: dict[str, np.ndarray], path: Path, minutes: float, batch_size: int, peak_lr: float,
+def train(data: dict[str, np.ndarray[Any, Any]], path: Path, minutes: float, batch_size: int, peak_lr: float,
           start_from: Path | None) -> tuple[Judge, Clock]:  # fmt: skip
     """Trains until `minutes` of processor time are spent, going on from the checkpoint at `path` when there is one."""
     judge = Judge()
@@ -402,7 +402,7 @@ def swap_rates(scenes: list[Scene], verdicts: list[Verdict]) -> dict[str, float 
             for name in VOCABULARY["class_name"]}  # fmt: skip
 
 
-def degrade(images: np.ndarray) -> np.ndarray:
+def degrade(images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Half the resolution and back, colour gain 1.05, noise of 3 %: a harsh stand-in for a generated picture."""
     rng = np.random.default_rng(0)
     degraded = []
@@ -413,14 +413,14 @@ def degrade(images: np.ndarray) -> np.ndarray:
     return np.stack(degraded).clip(0, 255).astype(np.uint8)
 
 
-def examine(judge: Judge, vae: Path | None) -> dict[str, dict]:
+def examine(judge: Judge, vae: Path | None) -> dict[str, dict[str, Any]]:
     """Every figure, on scenes the judge never saw; with `vae` also on its reconstructions of some."""
     ordinary = [random_scene(seed) for seed in range(TEST_SEED, TEST_SEED + TEST_SCENES)]
     rare_seeds = range(RARE_TEST_SEED, RARE_TEST_SEED + RARE_TEST_SCENES)
     rare = [crowded_scene(seed, rare_share=1.0, odd_share=0.0) for seed in rare_seeds]
     images = np.stack([np.asarray(draw_scene(s).image) for s in tqdm(ordinary, desc="examining", mininterval=5)])
 
-    def look(pictures: np.ndarray) -> list[Verdict]:
+    def look(pictures: np.ndarray[Any, Any]) -> list[Verdict]:
         return judge_images(judge, [Image.fromarray(p) for p in pictures])
 
     plainly = look(images)
@@ -428,7 +428,7 @@ def examine(judge: Judge, vae: Path | None) -> dict[str, dict]:
     for count in range(1, MAX_THINGS + 1):
         picks = [i for i, s in enumerate(ordinary) if len(s.things) == count]
         by_count[str(count)] = figures([ordinary[i] for i in picks], [plainly[i] for i in picks])
-    report: dict[str, dict] = {
+    report: dict[str, dict[str, Any]] = {
         "held_out": figures(ordinary, plainly),
         "by_number_of_things": by_count,
         "rare_classes": figures(rare, look(np.stack([np.asarray(draw_scene(s).image) for s in rare]))),
@@ -447,7 +447,7 @@ def commit() -> str | None:
     return git.stdout.strip() if git.returncode == 0 else None
 
 
-def write_report(path: Path, entries: dict) -> None:
+def write_report(path: Path, entries: dict[str, Any]) -> None:
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     command = " ".join(["python -m scripts.toybox.train_judge", *sys.argv[1:]])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -477,7 +477,7 @@ def main(
                "wall_seconds": round(clock.wall_s), "cpu_seconds": round(clock.cpu_s)}  # fmt: skip
     size = {"parameters": sum(p.numel() for p in judge.parameters()),
             "weights_mib": round(output.stat().st_size / 2**20, 3)}  # fmt: skip
-    entries = {"training": trained, **size, **examine(load_judge(output), exam_vae)}
+    entries: dict[str, Any] = {"training": trained, **size, **examine(load_judge(output), exam_vae)}
     write_report(report, entries)
     print(record_text(entries["held_out"], indent=2))
 

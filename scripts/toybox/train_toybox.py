@@ -24,7 +24,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -79,10 +79,10 @@ class Example:
     `owners[c]` (MAX_TOKENS,) int8: which thing each token of caption c speaks of, -1 for none.
     """
 
-    image: np.ndarray
-    masks: np.ndarray
+    image: np.ndarray[Any, Any]
+    masks: np.ndarray[Any, Any]
     captions: list[str]
-    owners: np.ndarray
+    owners: np.ndarray[Any, Any]
 
 
 def _scene_job(seed: int, shape: Shape) -> Example:
@@ -118,7 +118,7 @@ def _example(scene: Scene, image: Image.Image, masks: Sequence[Image.Image], rng
     return Example(np.asarray(image), small, [p.text() for p in parts], np.stack([token_owners(p) for p in parts]))
 
 
-def token_owners(parts: CaptionParts) -> np.ndarray:
+def token_owners(parts: CaptionParts) -> np.ndarray[Any, Any]:
     """(MAX_TOKENS,) int8: the index of the thing that each token speaks of, -1 for none. A word is a token here."""
     owners = [-1, *(-1 for _ in parts.opening.split())]  # the first is the start of text
     for place, (index, phrase) in enumerate(parts.phrases):
@@ -127,13 +127,13 @@ def token_owners(parts: CaptionParts) -> np.ndarray:
     return np.array((owners + [-1] * MAX_TOKENS)[:MAX_TOKENS], np.int8)
 
 
-def draw_many(job: Callable, seeds: range, label: str, workers: int) -> list[Example]:
+def draw_many(job: Callable[..., Any], seeds: range, label: str, workers: int) -> list[Example]:
     """Draws in parallel."""
     with ProcessPoolExecutor(workers) as pool:
         return list(tqdm(pool.map(job, seeds, chunksize=64), total=len(seeds), desc=label, mininterval=5))
 
 
-def to_tensor(images: np.ndarray) -> torch.Tensor:
+def to_tensor(images: np.ndarray[Any, Any]) -> torch.Tensor:
     """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -141,9 +141,9 @@ def to_tensor(images: np.ndarray) -> torch.Tensor:
 # --- VAE ----------------------------------------------------------------------------------------
 
 
-def near_things(masks: np.ndarray, crop: int, factor: int, rng: np.random.Generator) -> tuple[int, int]:
+def near_things(masks: np.ndarray[Any, Any], crop: int, factor: int, rng: np.random.Generator) -> tuple[int, int]:
     """Top left corner (x, y) in pixels of a crop that holds a random part of a thing. `masks` (things, h, w) at latent size."""
-    rows, columns = masks.any(0).nonzero()
+    rows, columns = np.nonzero(masks.any(0))
     pick = int(rng.integers(len(rows)))
     limit = masks.shape[-1] * factor - crop
     x, y = (int(np.clip(v[pick] * factor - rng.integers(0, crop - factor + 1), 0, limit)) for v in (columns, rows))
@@ -183,7 +183,8 @@ def train_vae(workdir: Path, budget: int, images: int, workers: int, device: str
             posterior = model.encode(x).latent_dist
             decoded = model.decode(posterior.sample(generator)).sample
             coarse = reconstruction_loss(F.avg_pool2d(decoded, 2), F.avg_pool2d(x, 2))
-            return reconstruction_loss(decoded, x) + 0.25 * coarse + 2e-5 * posterior.kl().mean() / (crop / shape.vae_factor) ** 2
+            closeness: torch.Tensor = 2e-5 * posterior.kl().mean() / (crop / shape.vae_factor) ** 2
+            return reconstruction_loss(decoded, x) + 0.25 * coarse + closeness
 
         def step() -> tuple[float, int]:
             return replicas.backward(loss_of, [draw_crops() for _ in range(workers)]), batch
@@ -208,7 +209,7 @@ def psnr(decoded: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def train_decoder(vae: AutoencoderKL, workdir: Path, budget: int, images: int, workers: int, device: str, first_seed: int,
-                  bf16: bool, job: Callable) -> None:  # fmt: skip
+                  bf16: bool, job: Callable[..., Any]) -> None:  # fmt: skip
     """The decoder alone, on whole scenes: latents, and all that was trained on them, stay valid."""
     decoder = Decoder(vae)
     stage = Stage("decoder", workdir, budget, peak_lr=5e-4)
@@ -252,7 +253,8 @@ class Decoder(torch.nn.Module):
         self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        return self.decoder(self.post_quant_conv(latents))
+        decoded: torch.Tensor = self.decoder(self.post_quant_conv(latents))
+        return decoded
 
 
 def reconstruction_loss(decoded: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -284,7 +286,7 @@ def normalize_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def bake(vae: AutoencoderKL, job: Callable, seeds: range, path: Path, tokenizer: CLIPTokenizer, workers: int,
+def bake(vae: AutoencoderKL, job: Callable[..., Any], seeds: range, path: Path, tokenizer: CLIPTokenizer, workers: int,
          device: str) -> dict[str, torch.Tensor]:  # fmt: skip
     """Draws, encodes and caches: latents (N, C, h, w) fp16, masks (N, MAX_THINGS, h, w) uint8 and, for each of
     CAPTIONS_PER_IMAGE captions, tokens (N, captions, L) int16 and their owners (N, captions, L) int8."""
@@ -301,7 +303,8 @@ def bake(vae: AutoencoderKL, job: Callable, seeds: range, path: Path, tokenizer:
         temporary = path.with_suffix(".tmp")
         torch.save({name: torch.cat(tensors) for name, tensors in parts.items()}, temporary)
         os.replace(temporary, path)
-    return torch.load(path)
+    baked: dict[str, torch.Tensor] = torch.load(path)
+    return baked
 
 
 @dataclass
@@ -399,7 +402,8 @@ class Denoiser(torch.nn.Module):
         states = self.text_encoder(batch.tokens)[0]  # (B, L, D)
         target = self.scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
         noisy = self.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
-        return (self.unet(noisy, batch.timesteps, states).sample.float() - target).square().mean(1)
+        error: torch.Tensor = self.unet(noisy, batch.timesteps, states).sample.float() - target
+        return error.square().mean(1)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Things count THING_WEIGHT times as much as their surroundings."""
@@ -413,7 +417,10 @@ class Denoiser(torch.nn.Module):
         return denoising + self.grounding * grounding_loss(self.recorder.take(), self.sites, batch)
 
 
-def train_denoiser(name: str, workdir: Path, budget: int, peak_lr: float, sources: list[tuple[dict, int, float]],
+Baked = dict[str, torch.Tensor]
+
+
+def train_denoiser(name: str, workdir: Path, budget: int, peak_lr: float, sources: list[tuple[Baked, int, float]],
                    vae: AutoencoderKL, tokenizer: CLIPTokenizer, start_from: Path | None, device: str,
                    workers: int, bf16: bool, shape: Shape, grounding: float) -> None:  # fmt: skip
     """`sources`: (baked data, batch size, share of the steps). Starts from another stage's weights when given."""
@@ -467,7 +474,8 @@ def sample_sheet(model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, 
     pipe = as_pipeline(model, vae, tokenizer).to(device)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    return pipe(prompts, num_inference_steps=25, guidance_scale=3.0, output_type="pt", generator=generator).images * 2 - 1
+    drawn: torch.Tensor = pipe(prompts, num_inference_steps=25, guidance_scale=2.0, output_type="pt", generator=generator).images
+    return drawn * 2 - 1
 
 
 def export(workdir: Path, stage: str, vae: AutoencoderKL, tokenizer: CLIPTokenizer, output: Path, shape: Shape) -> None:

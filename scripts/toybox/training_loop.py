@@ -55,7 +55,7 @@ class Stage:
         torch.set_rng_state(saved["rng"])
         return True
 
-    def save(self, state: dict) -> None:
+    def save(self, state: dict[str, Any]) -> None:
         saved = {"elapsed_s": self.elapsed_s, "step": self.step, "samples": self.samples, "rng": torch.get_rng_state(),
                  "state": {name: part.state_dict() for name, part in state.items()}}  # fmt: skip
         temporary = self.path.with_suffix(".tmp")
@@ -63,7 +63,7 @@ class Stage:
         os.replace(temporary, self.path)
         self._saved = time.monotonic()
 
-    def run(self, state: dict, step: Callable[[], tuple[float, int]], optimizers: list[torch.optim.Optimizer],
+    def run(self, state: dict[str, Any], step: Callable[[], tuple[float, int]], optimizers: list[torch.optim.Optimizer],
             after: Callable[[], None] | None = None, on_save: Callable[[], None] | None = None) -> None:  # fmt: skip
         """Calls `step`, which leaves gradients and returns (loss, samples seen), until the budget is spent."""
         bar = tqdm(total=self.budget, initial=self.samples, desc=self.name, unit=" samples", mininterval=30)
@@ -114,7 +114,7 @@ class Replicas:
             for own, shared in zip(replica.parameters(), model.parameters(), strict=True):
                 own.data = shared.data
 
-    def backward(self, loss_of: Callable, batches: list) -> float:
+    def backward(self, loss_of: Callable[..., Any], batches: list[Any]) -> float:
         """`loss_of(replica, batch)` for each batch, backward, mean gradients in the model. Returns the mean loss."""
 
         def work(replica: torch.nn.Module, batch: Any) -> float:
@@ -140,17 +140,18 @@ class Muon(torch.optim.Optimizer):
     For matrices and convolution kernels (flattened to matrices); in fp32 because CPUs without bf16 units are the target.
     """
 
-    def __init__(self, params, lr: float, pool: ThreadPoolExecutor, momentum: float = 0.95, weight_decay: float = 0.01):
+    def __init__(self, params: Any, lr: float, pool: ThreadPoolExecutor, momentum: float = 0.95, weight_decay: float = 0.01):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self._pool = pool
 
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             with_gradient = [p for p in group["params"] if p.grad is not None]
             list(self._pool.map(lambda p, group=group: self._update(p, group), with_gradient))
 
     @torch.no_grad()
-    def _update(self, p: torch.Tensor, group: dict) -> None:
+    def _update(self, p: torch.Tensor, group: dict[str, Any]) -> None:
+        assert p.grad is not None
         if "momentum" not in self.state[p]:
             self.state[p]["momentum"] = torch.zeros_like(p)
         buffer = self.state[p]["momentum"]
@@ -167,19 +168,22 @@ def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
     """
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if tall else matrix) / (matrix.norm() + 1e-7)  # (n, m), n <= m
-    gram, product = x @ x.T, None  # (n, n)
+    gram: torch.Tensor = x @ x.T  # (n, n)
+    product: torch.Tensor | None = None
     for _ in range(5):
         step = torch.addmm(-4.7750 * gram, gram, gram, alpha=2.0315)
         step.diagonal().add_(3.4445)
         product = step if product is None else step @ product
         gram = step @ gram @ step
-    x = product @ x
-    return x.T if tall else x
+    assert product is not None
+    result: torch.Tensor = product @ x
+    return result.T if tall else result
 
 
 def build_optimizers(modules: list[torch.nn.Module], lr: float, pool: ThreadPoolExecutor) -> list[torch.optim.Optimizer]:
     """Muon for hidden matrices and kernels, AdamW for the rest (embeddings, norms, biases)."""
-    matrices, rest = [], []
+    matrices: list[torch.nn.Parameter] = []
+    rest: list[torch.nn.Parameter] = []
     for module in modules:
         for name, p in module.named_parameters():
             is_matrix = p.ndim >= 2 and "embedding" not in name and "conv_in" not in name and "conv_out" not in name
