@@ -287,7 +287,7 @@ def synthesis_preset(family: str) -> SynthesisConfig:
     return SynthesisConfig(
         steps=20,
         guidance_scale=2.0,
-        guidance=GuidanceConfig(steps=6, max_iterations=3, levels=(1, 2)),
+        guidance=GuidanceConfig(steps=6, levels=(1, 2)),
         refinement=RefinementConfig(levels=(1,)),
     )
 

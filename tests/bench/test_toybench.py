@@ -76,14 +76,14 @@ def test_methods_change_what_they_say():
 
 def test_pairs_hold_the_subset_alone_on_one_color(tmp_path: Path):
     base = load_base()
-    fitted = fit_instance(load_instance(write_instance(tmp_path / "cups")), 64)
+    fitted = fit_instance(load_instance(write_instance(tmp_path / "cups")), 128)
     picture = np.asarray(pair_picture(fitted, (1,), (7, 8, 9), False))
     inside = np.asarray(fitted.masks[1]) > 0
     assert (picture[~inside] == (7, 8, 9)).all() and (picture[inside] == np.asarray(fitted.image)[inside]).all()
     flipped = np.asarray(pair_picture(fitted, (1,), (7, 8, 9), True))
     assert (flipped == picture[:, ::-1]).all()
     batch = PairData(fitted, base, 0).sample(np.random.default_rng(0), torch.Generator().manual_seed(0), 1, True, 0.5)
-    assert batch.union_mask.min() == 1 and len(batch.asset_masks) == len(batch.assets) and batch.latents.shape == (1, 8, 16, 16)
+    assert batch.union_mask.min() == 1 and len(batch.asset_masks) == len(batch.assets) and batch.latents.shape == (1, 12, 16, 16)
 
 
 def test_full_fine_tuning_trains_the_model_and_gives_it_back():

@@ -59,7 +59,7 @@ def outputs(base: BaseModel, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Encoder states (1, L, D) and the UNet's prediction (1, C, h, w)."""
     states = base.encode_prompt(torch.tensor([tokenize_prompt(base.tokenizer, prompt, []).input_ids]))
     size = int(base.unet.config["sample_size"])
-    latents = torch.randn((1, 8, size, size), generator=torch.Generator().manual_seed(5)).to(base.dtype)
+    latents = torch.randn((1, 12, size, size), generator=torch.Generator().manual_seed(5)).to(base.dtype)
     return states, base.unet(latents, torch.tensor(300), states).sample
 
 
@@ -252,7 +252,7 @@ def test_ours_and_pefts_own_loading_draw_the_same(base: BaseModel, bundle: Bundl
     model = PeftModel.from_pretrained(base.unet, str(bundle.folder / "unet_lora"))
     with torch.no_grad():
         size = int(base.unet.config["sample_size"])
-        latents = torch.randn((1, 8, size, size), generator=torch.Generator().manual_seed(5))
+        latents = torch.randn((1, 12, size, size), generator=torch.Generator().manual_seed(5))
         theirs = base.unet(latents, torch.tensor(300), states).sample
     remove_adapter(model)
     assert torch.equal(prediction, theirs)
@@ -293,7 +293,7 @@ def test_diffusers_reads_the_export_and_predicts_the_same(base: BaseModel, bundl
     with attach(base, bundle):
         states, prediction = outputs(base, PROMPT)
     size = int(base.unet.config["sample_size"])
-    latents = torch.randn((1, 8, size, size), generator=torch.Generator().manual_seed(5))
+    latents = torch.randn((1, 12, size, size), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         their_states = pipe.text_encoder(ids)[0]
         theirs = pipe.unet(latents, torch.tensor(300), their_states).sample
