@@ -225,7 +225,7 @@ def test_lora_is_fp32_and_the_base_is_not_touched(dtype: torch.dtype):
 
 def outputs_of_training(base: BaseModel) -> torch.Tensor:
     size = int(base.unet.config["sample_size"])
-    latents, states = torch.ones(1, 8, size, size, dtype=base.dtype), torch.ones(1, 4, 128, dtype=base.dtype)
+    latents, states = torch.ones(1, 12, size, size, dtype=base.dtype), torch.ones(1, 4, 128, dtype=base.dtype)
     return base.unet(latents, torch.tensor(9), states).sample
 
 
@@ -531,7 +531,7 @@ def test_an_adapter_of_another_rank_than_it_says_is_refused(base: BaseModel, tmp
 def test_rows_of_another_width_are_refused(base: BaseModel, tmp_path: Path):
     folder = copy_bundle(tmp_path)
     save_file({f"<asset{i}>": torch.zeros(64) for i in range(2)}, folder / "assets.safetensors")
-    with pytest.raises(InputError, match=r"rows of 64 numbers.*takes 128"), attach(base, load_bundle(folder)):
+    with pytest.raises(InputError, match=r"embeddings of 64 numbers.*takes 128"), attach(base, load_bundle(folder)):
         pass
 
 

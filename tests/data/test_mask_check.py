@@ -16,7 +16,7 @@ from mifo.data.mask_check import check_masks
 from mifo.data.mask_sizes import MaskSizes
 from mifo.learning.supervision import sizes_by_name, sizes_of
 
-SIZES = MaskSizes(128, 16, (16, 8))
+SIZES = MaskSizes(64, 16, (16, 8))
 
 
 def paint(folder: Path, index: int, *boxes: tuple[int, int, int, int], mode: str = "L", inside: object = 255,
