@@ -229,8 +229,8 @@ class EvaluationResult:
         return self.evaluation.record
 
     def save(self, folder: PathLike, overwrite: bool = False) -> dict[str, str]:
-        """`evaluation.json`, a contact sheet, plots and the pictures; returns the paths by kind. Raises InputError as
-        `SynthesisResult.save` does."""
+        """`evaluation.json`, a contact sheet, the pictures, and charts where matplotlib is installed (the extra `plots`); returns
+        the paths by kind. Raises InputError as `SynthesisResult.save` does."""
         check_apart(Path(folder), Path(folder), {}, self.closed, "folder")
         return save_evaluation(self.evaluation, Path(folder), True, overwrite)
 

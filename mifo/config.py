@@ -63,8 +63,6 @@ class LoraPhase(Checked):
     row_learning_rate: NotNegative = 1e-4
     rank: AtLeastOne = 16
     """Rank of the adapters; alpha equals the rank."""
-    cosine: bool = False
-    """The learning rate falls to 0 along a cosine; constant as published."""
     text_encoder: bool = True
     draws: AtLeastOne = 1
     use_8bit_adam: bool = True

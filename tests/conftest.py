@@ -25,8 +25,13 @@ SLOW_MODULES = {
 }  # fmt: skip
 
 
+#: Modules whose tests take a minute and more, begun first: two processes would else wait for one of them at the end.
+LONGEST_MODULES = {"test_notebook", "test_main_job", "test_torture", "test_determinism"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` run where CUDA is; those of slow modules are marked `slow`."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST_MODULES)
     for item in items:
         if item.path.parent.name == "faults" or item.path.stem in SLOW_MODULES:
             item.add_marker(pytest.mark.slow)

@@ -213,11 +213,6 @@ class BoundedAttention:
         maps, self._maps, self._pass = self._maps, {}, self.sampling
         return maps
 
-    @property
-    def images(self) -> int:
-        """In the pass that runs."""
-        return self._pass.images
-
     def records(self, site: Site) -> bool:
         """Whether the pass that runs keeps the map of `site`."""
         return site in self._pass.recorded

@@ -127,10 +127,10 @@ def check_base(base: BaseModel, bundle: Bundle) -> None:
     """Raises InputError when the bundle was not learned on this very base model."""
     if not base.matches(bundle.base_fingerprint):
         if base.family == "toybox" and bundle.base_source == "toybox":
+            photo = f" ({bundle.folder / 'instance'} holds a copy)" if bundle.instance is not None else ""
             raise InputError(
-                f"the bundle '{bundle.name}' was learned with an earlier embedded model (fingerprint "
-                f"{bundle.base_fingerprint[:10]}), whose pictures had other sizes; learn its photo again, "
-                f"which is kept in {bundle.folder / 'instance'}"
+                f"the bundle '{bundle.name}' was learned with another version's embedded model (fingerprint "
+                f"{bundle.base_fingerprint[:10]}, this one has {base.fingerprint[:10]}); learn its photo again{photo}"
             )
         raise InputError(
             f"the bundle '{bundle.name}' was learned on {bundle.base_name} (fingerprint {bundle.base_fingerprint[:10]}), but "

@@ -112,7 +112,7 @@ def synthesize(
     plan = plan_within("synthesize", wanted, chosen, dtype, side, compute.vram_gib,
                        attention.name, bundle.config, config, len(bundle.tokens), sampling.batch_size)  # fmt: skip
     base = load_base_of(bundle, source.model_path, chosen, dtype, plan.settings.memory if plan else None)
-    judge = measured_by(bundle, base, None, evaluators) if sampling.best_of else None
+    judge = measured_by(bundle, base, None, evaluators) if best_of else None
     facts: dict[str, Any] = {"bundle": bundle.name, **base.record()}
     recipe = [prompt, layout.to_json() if layout else None, to_dict(config), compute.seed, best_of, attention.name]
     opened = open_job(output.output_path, place, "best-of", recipe, base, bundle) if best_of else nullcontext()
@@ -130,12 +130,11 @@ def synthesize(
         if kept:
             kept.clear()
     seconds, peak = round(result.seconds, 2), round(result.peak_gib, 3)
-    pictures = f"{len(paths)} picture{'s' if len(paths) > 1 else ''}"
     if best_of:
         best = facts["best_of"][0]
         worst = facts["best_of"][-1]["score"]
         job.text(f"the best of {len(facts['best_of'])} is seed {best['seed']}, score {best['score']} (the worst has {worst})")
-    job.text(f"{pictures} in {folder} ({seconds} s, peak {peak} GiB)", sheet_line(folder))
+    job.text(f"{count_pictures(paths)} in {folder} ({seconds} s, peak {peak} GiB)", sheet_line(folder))
     job.json({"images": [str(p) for p in paths], **sheet_facts(folder), "json": str(folder / "synthesis.json"),
               "seconds": seconds, "peak_gib": peak,
               **{name: facts[name] for name in ("best_of", "failed") if name in facts}})  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
-from ..io.console import Bar, Job, waiting
+from ..io.console import Bar, Job, say, waiting
 from ..io.files import check_writable, write_file
 from ..io.outputs import PLACE, check_apart, check_file, check_output, numbered_file, numbered_folder
 from .app import app
@@ -121,6 +121,8 @@ def evaluate(
         with numbered_folder(output.output_path, place) as folder, waiting("writing the pictures"):
             paths = save_evaluation(result, folder, pictures is None, output.overwrite)
         drawing.clear()
+    if "plots" not in paths:
+        say("note: there are no charts, because matplotlib is not installed; pip install 'mifo[plots]' adds it")
     job.text(*table(result.record).split("\n"), *(f"{kind.replace('_', ' ')}: {path}" for kind, path in paths.items()))
     shown = {k: v for k, v in result.record.items() if k not in ("pictures", "definitions", "synthesis")}
     job.json({**paths, **sheet_facts(Path(paths["json"]).parent), **shown})

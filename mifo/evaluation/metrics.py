@@ -1,6 +1,7 @@
 """The metrics as pure functions of arrays, each with its exact definition and source.
 
-Boxes are xyxy, normalized to [0, 1].
+`L` is a leakage matrix: L[i, j] is the similarity of the crop that stands for asked asset i to instance j. `G` holds the
+similarities that the source crops have among themselves (look-alikes start high). Boxes are xyxy, normalized to [0, 1].
 """
 
 from __future__ import annotations

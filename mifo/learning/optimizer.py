@@ -6,11 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from diffusers.optimization import (
-    get_constant_schedule_with_warmup,
-    get_cosine_schedule_with_warmup,
-    get_cosine_with_hard_restarts_schedule_with_warmup,
-)
+from diffusers.optimization import get_constant_schedule_with_warmup, get_cosine_with_hard_restarts_schedule_with_warmup
 
 from ..config import EmbeddingPhase, LearnConfig, LoraPhase
 from ..io.console import say
@@ -68,9 +64,7 @@ def make_optimizer(groups: list[dict[str, Any]], config: LearnConfig, use_8bit: 
 
 
 def make_lr_schedule(optimizer: Any, phase: EmbeddingPhase | LoraPhase) -> Any:
-    """Phase 1: warm-up and cosine with restarts. Phase 2: constant, or a cosine without warm-up."""
-    if isinstance(phase, LoraPhase) and phase.cosine:
-        return get_cosine_schedule_with_warmup(optimizer, 0, phase.train_steps)
+    """Phase 1: warm-up and cosine with restarts. Phase 2: constant."""
     if isinstance(phase, EmbeddingPhase) and phase.cosine_restarts:
         return get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, phase.warmup_steps, phase.train_steps, 1)
     return get_constant_schedule_with_warmup(optimizer, getattr(phase, "warmup_steps", 0))

@@ -92,7 +92,7 @@ def capture(state: TrainerState, phase: PhaseRun, scaler: Any = None, kept: Any 
         "optimizer": phase.optimizer.state_dict(),
         "scheduler": phase.scheduler.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
-        "random": _random_states(state),
+        "random": _random_states(state, on_gpu=phase.parameters[0].is_cuda),
         "curve": state.loss_history,
         "snapshots": state.snapshots,
         "skipped_steps": state.skipped_steps,
@@ -116,15 +116,15 @@ def restore(state: TrainerState, phase: PhaseRun, saved: dict[str, Any], scaler:
     phase.steps_done = int(saved["step"])
 
 
-def _random_states(state: TrainerState) -> dict[str, Any]:
-    """Of every library that has one, and the run's own."""
+def _random_states(state: TrainerState, on_gpu: bool) -> dict[str, Any]:
+    """Of every library that has one, and the run's own; of GPUs only where the run is on one: asking would start CUDA."""
     numpy_state: Any = np.random.get_state(legacy=False)
     key = numpy_state["state"]["key"].tolist()
     return {
         "python": random.getstate(),
         "numpy": {**numpy_state, "state": {**numpy_state["state"], "key": key}},
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state_all() if on_gpu else [],
         "rng": state.rng.bit_generator.state,
         "generator": state.generator.get_state(),
     }

@@ -1,4 +1,7 @@
-"""The toybox base model's shape: small parts of Stable Diffusion's own kinds, and a tokenizer of the world's words."""
+"""The toybox base model's shape: small parts of Stable Diffusion's own kinds, and a tokenizer of the world's words.
+
+The weights come from scripts/toybox/train_toybox.py.
+"""
 
 from __future__ import annotations
 

@@ -456,7 +456,7 @@ def test_every_query_sees_something() -> None:
                 assert mask is not None and mask.any(-1).all()
                 if is_cross:
                     assert mask[..., 0].all(), "the start token is everybody's"
-                batch = control.images * (2 if control._pass.unconditional else 1)
+                batch = control._pass.images * (2 if control._pass.unconditional else 1)
                 assert len(mask) in (1, batch)
 
 

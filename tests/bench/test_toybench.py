@@ -135,7 +135,7 @@ def test_a_run_goes_on_where_it_was_and_reports(tmp_path: Path, monkeypatch: pyt
     assert again["alone"]["identity"][:1] == item["alone"]["identity"][:1], "the same bundle draws the same picture"
 
     monkeypatch.setattr(toybench_report, "FOLDER", tmp_path)
-    monkeypatch.setattr("results.FOLDER", tmp_path)
+    monkeypatch.setattr("scripts.record.FOLDER", tmp_path)
     with pytest.raises(BaseException) as stopped:
         main(report_only=True, methods=",".join(methods), work=work, name="bench", large=False, quick=False)
     assert getattr(stopped.value, "exit_code", None) == 0
@@ -147,7 +147,7 @@ def test_a_run_goes_on_where_it_was_and_reports(tmp_path: Path, monkeypatch: pyt
 
 def test_quick_run_measures_real_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(toybench_report, "FOLDER", tmp_path)
-    monkeypatch.setattr("results.FOLDER", tmp_path)
+    monkeypatch.setattr("scripts.record.FOLDER", tmp_path)
     monkeypatch.setattr(toybench, "_BASES", {})
     with pytest.raises(BaseException) as stopped:
         main(quick=True, work=tmp_path / "work")

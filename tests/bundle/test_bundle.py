@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from mifo.bundle.export import export_for_diffusers
-from mifo.bundle.store import Bundle, attach, find_bundle, load_bundle, save_bundle
+from mifo.bundle.store import Bundle, attach, check_base, find_bundle, load_bundle, save_bundle
 from mifo.config import LearnConfig, LoraPhase
 from mifo.errors import InputError
 from mifo.io.files import write_file, write_folder
@@ -456,6 +457,17 @@ def test_another_base_is_refused_by_its_fingerprint(bundle: Bundle):
     with pytest.raises(InputError, match=r"learned on .* but the base model is .*--model-path"), attach(other, bundle):
         pass
     assert state_of(other) == modules and "<asset0>" not in other.tokenizer.get_vocab()
+
+
+def test_a_bundle_of_another_embedded_model_is_refused_and_says_where_its_photo_is(base: BaseModel, bundle: Bundle):
+    """As those of the 64-pixel model are, whose base has the same name."""
+    embedded = replace(base, source="toybox", fingerprint="f" * 64)
+    old = replace(bundle, base_name="toybox", base_source="toybox", base_fingerprint="0" * 64, instance="digest")
+    with pytest.raises(InputError, match=r"another version's embedded model.*learn its photo again.*instance holds a copy"):
+        check_base(embedded, old)
+    with pytest.raises(InputError) as refused:
+        check_base(embedded, replace(old, instance=None))
+    assert "learn its photo again" in str(refused.value) and "holds a copy" not in str(refused.value)
 
 
 Spoiler = Callable[[Path], Any]

@@ -109,7 +109,7 @@ def test_a_mask_that_vanishes_at_the_models_resolution(place: Path):
         mask = Image.new("L", (2000, 2000))
         mask.paste(255, (5, 5, 9, 9))
         mask.save(place / "cups" / f"mask{index}.png")
-    refused(place, r"mask0\.png covers 16 pixels of 2000x2000 and none at 64x64", *learn_arguments(place / "cups", place / "out"))
+    refused(place, r"mask0\.png covers 16 pixels of 2000x2000 and none at 128x128", *learn_arguments(place / "cups", place / "out"))
 
 
 def test_more_assets_than_a_prompt_can_hold(place: Path):
@@ -134,8 +134,8 @@ def test_more_assets_than_a_prompt_can_hold(place: Path):
         (["--device", "meta"], r"the device 'meta' cannot be used here"),
         (["--device", "cuda:99"], r"the device 'cuda:99' cannot be used here"),
         (["--device", "cpu", "--mixed-precision", "fp16"], r"fp16 needs a GPU"),
-        (["--resolution", "100"], r"resolution is 100; .* needs a multiple of 8 pixels, such as 96"),
-        (["--resolution", "8000"], r"resolution is 8000; .* give at most 512"),
+        (["--resolution", "100"], r"resolution is 100; .* needs a multiple of 16 pixels, such as 96"),
+        (["--resolution", "8000"], r"resolution is 8000; .* give at most 1024"),
         (["--class-prompt", " | "], r"the class prompt ' \| ' is empty"),
         (["--class-prompt", "a photo of <asset0>"], r"The class prompt has <asset0>, but there are no assets"),
         (["--class-prompt", "a car|a <lora:x:1> car"], r"The class prompt has <lora:x:1>, a tag"),
@@ -311,9 +311,9 @@ def test_a_picture_to_draw_boxes_on_that_is_none(place: Path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--width", "60"], r"--width is 60; .* needs a multiple of 8 pixels, such as 64"),
-        (["--height", "4"], r"--height is 4; .* such as 8"),
-        (["--width", "100000"], r"--width is 100000; .* give at most 512"),
+        (["--width", "60"], r"--width is 60; .* needs a multiple of 16 pixels, such as 64"),
+        (["--height", "4"], r"--height is 4; .* such as 16"),
+        (["--width", "100000"], r"--width is 100000; .* give at most 1024"),
         (["--device", "toaster"], r"the device 'toaster' cannot be used here"),
     ],
 )

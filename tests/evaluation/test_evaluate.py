@@ -256,6 +256,15 @@ def test_evaluate_twice_gives_the_same_json(folder: Path, tmp_path: Path):
     mifo("evaluate", folder / "bundles" / "twins", "--output-path", tmp_path / "third", *TOYBOX, exit_code=2)
 
 
+def test_without_matplotlib_all_but_the_charts_is_written_and_said(folder: Path, tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch):  # fmt: skip
+    monkeypatch.setattr("mifo.evaluation.report.can_plot", lambda: False)
+    said = mifo("evaluate", folder / "bundles" / "twins", "--samples", 1, "--output-path", tmp_path / "out", *TOYBOX)
+    assert "no charts, because matplotlib is not installed" in said.stderr
+    there = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"evaluation.json", "contact.png", "pictures"} <= there and "plots.png" not in there
+
+
 def test_evaluate_pictures_that_exist_and_an_edit(folder: Path, tmp_path: Path):
     bundle = folder / "bundles" / "twins"
     mifo("synthesize", bundle, "--prompt", PROMPT, "--boxes", BOXES, "--batch-size", 2, "--seed", 4, "--steps", 2,
@@ -346,7 +355,7 @@ def test_a_bundle_keeps_what_it_was_learned_from(folder: Path, tmp_path: Path):
 
     bundle = Path(shutil.copytree(folder / "bundles" / "twins", tmp_path / "twins"))
     kept = load_instance(bundle / "instance")
-    assert kept.count == 2 and kept.image.size == (64, 64) and kept.words == load_instance(folder / "twins").words
+    assert kept.count == 2 and kept.image.size == (128, 128) and kept.words == load_instance(folder / "twins").words
     shutil.rmtree(bundle / "instance")
     result = mifo("evaluate", bundle, "--output-path", tmp_path / "out", *TOYBOX, exit_code=2)
     assert "--instance" in result.stderr

@@ -19,12 +19,12 @@ from mifo.data.instance import fit_instance, load_instance
 from mifo.learning.dataset import InstanceData
 from mifo.learning.learn import lend_adapters
 from mifo.learning.objective import Objective, StepLosses
-from mifo.learning.optimizer import make_lr_schedule
 from mifo.learning.prior import PriorData
 from mifo.model.embedding import initial_vectors, use_assets
 from mifo.prompts import add_asset_tokens
 
-CONFIG = replace(learn_preset("toybox"), placements=0)
+PRESET = learn_preset("toybox")
+CONFIG = replace(PRESET, placements=0, locality_every=1, prior=replace(PRESET.prior, every_steps=1))
 
 
 class Step:
@@ -88,17 +88,3 @@ def test_a_term_of_every_other_step_weighs_twice_as_much_then_and_nothing_in_bet
                                   for step, weight, every in ((0, 0.0, 1), (0, 1.0, 1), (0, 1.0, 2), (1, 1.0, 2)))  # fmt: skip
     assert there - plain == pytest.approx(2 * (each - plain), rel=1e-3) and each > plain
     assert absent == pytest.approx(losses(1, locality_weight=0.0)["diffusion"])
-
-
-def test_the_rate_of_lora_falls_to_nothing_where_it_is_told_to() -> None:
-    def rates(phase: LoraPhase) -> list[float]:
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
-        schedule, found = make_lr_schedule(optimizer, phase), []
-        for _ in range(phase.train_steps):
-            found.append(schedule.get_last_lr()[0])
-            optimizer.step()
-            schedule.step()
-        return [*found, schedule.get_last_lr()[0]]
-
-    assert rates(LoraPhase(train_steps=4)) == [1.0] * 5
-    assert rates(LoraPhase(train_steps=4, cosine=True)) == pytest.approx([1.0, 0.8536, 0.5, 0.1464, 0.0], abs=1e-4)

@@ -124,8 +124,8 @@ def test_a_setting_that_cannot_be_right_is_refused_by_file_and_key(copy: Path, f
 
 @pytest.mark.parametrize(
     "changes, message",
-    [({"in_channels": 9}, "takes 9 channels and gives 8, but the VAE's latents have 8; give the text-to-image model"),
-     ({"out_channels": 16}, "takes 8 channels and gives 16"),
+    [({"in_channels": 9}, "takes 9 channels and gives 12, but the VAE's latents have 12; give the text-to-image model"),
+     ({"out_channels": 16}, "takes 12 channels and gives 16"),
      ({"addition_embed_type": "text_time"}, "has addition_embed_type 'text_time' .*1.x and 2.x models"),
      ({"class_embed_type": "timestep"}, "has class_embed_type"), ({"time_cond_proj_dim": 256}, "has time_cond_proj_dim"),
      ({"cross_attention_dim": 768}, "gives 128 numbers a token .* takes 768")],
