@@ -91,3 +91,14 @@ def test_a_setting_that_was_retired_is_still_read_in_old_bundles() -> None:
     record = to_dict(learn_preset("toybox"))
     record["lora"]["full_unet"] = False
     assert from_dict(LearnConfig, record) == learn_preset("toybox")
+
+
+def test_a_comparison_on_the_toybox_gives_each_recipe_the_same_steps_rates_and_prior() -> None:
+    """A baseline once had fewer steps, rates that nobody had searched, and another loss; its numbers were worth nothing."""
+    ours, theirs = (learn_preset("toybox", recipe) for recipe in ("mifo", "break-a-scene"))
+    for a, b in ((ours.embedding, theirs.embedding), (ours.lora, theirs.lora)):
+        assert (a.train_steps, a.draws, a.learning_rate) == (b.train_steps, b.draws, b.learning_rate)
+    assert (ours.lora.row_learning_rate, ours.lora.rank) == (theirs.lora.row_learning_rate, theirs.lora.rank)
+    assert ours.prior == replace(theirs.prior, class_prompt=ours.prior.class_prompt)
+    published = learn_preset("stable-diffusion", "break-a-scene")
+    assert (published.embedding.train_steps, published.lora.train_steps, published.embedding.learning_rate) == (400, 400, 5e-4)

@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from ..errors import InputError
 from ..io.console import Bar, Job, say, waiting
 from ..io.files import check_writable, write_file
@@ -16,10 +14,10 @@ from .app import app
 from .job import job_command
 from .options import (
     Attention,
-    Background,
     BundleName,
-    BundleOptions,
     DeviceOptions,
+    EditToMeasure,
+    EvaluateInput,
     EvaluatorOptions,
     FolderPath,
     MaskOrientation,
@@ -28,10 +26,9 @@ from .options import (
     OutputOptions,
     OverwriteFile,
     PlannedJob,
-    Precision,
+    PlannedMemory,
+    PlannedWork,
     Resolution,
-    Steps,
-    VramGib,
     instance_names,
     path,
     path_argument,
@@ -59,20 +56,11 @@ from .parts import (
 def evaluate(
     job: Job,
     model_id: BundleName,
-    base_options: BundleOptions,
+    source: EvaluateInput,
+    edit: EditToMeasure,
     evaluators: EvaluatorOptions,
     output: OutputOptions,
     compute: DeviceOptions,
-    prompts: Annotated[Path | None, path("Text file, one prompt a line; without it, each asset and all.")] = None,
-    boxes: Annotated[str | None, path("JSON file or text, as for synthesize; for all prompts.")] = None,
-    images: Annotated[Path | None, path("Measure this folder's pictures instead of drawing.")] = None,
-    samples: Annotated[int, typer.Option(min=1, max=1000, help="Pictures of each prompt.")] = 4,
-    instance: Annotated[Path | None, path("What the bundle was learned from; its own copy by default.")] = None,
-    original: Annotated[Path | None, path("With --edited and --edit-mask: is all outside the mask kept?")] = None,
-    edited: Annotated[Path | None, path("The picture after the edit.")] = None,
-    edit_mask: Annotated[Path | None, path("White where the edit was allowed.")] = None,
-    mask_orientation: MaskOrientation = MasksDrawn.auto,
-    steps: Steps = None,
 ) -> None:
     """Measure a bundle: identity, leakage, layout, prompt fit and drift, with intervals. The same seed, the same JSON."""
     import_libraries()
@@ -84,38 +72,38 @@ def evaluate(
     from ..synthesis.resumable import open_job
 
     check_writable(output.output_path or PLACE)
-    edit = measure_edit(original, edited, edit_mask, mask_orientation.value)
-    bundle = load_bundle(find_bundle(model_id, base_options.output_dir))
+    preservation = measure_edit(edit.original, edit.edited, edit.edit_mask, source.mask_orientation.value)
+    bundle = load_bundle(find_bundle(model_id, source.output_dir))
     place = PLACE / bundle.name
-    read = {"--prompts": prompts, "--boxes": boxes, "--images": images, "--original": original, "--edited": edited,
-            "--edit-mask": edit_mask, "--dino": evaluators.dino,
+    read = {"--prompts": source.prompts, "--boxes": source.boxes, "--images": source.images, "--original": edit.original,
+            "--edited": edit.edited, "--edit-mask": edit.edit_mask, "--dino": evaluators.dino,
             "--clip": evaluators.clip, "--detector": evaluators.detector}  # fmt: skip
-    closed = {**not_to_write_into(bundle, base_options.model_path), "--instance": instance}
+    closed = {**not_to_write_into(bundle, source.model_path), "--instance": source.instance}
     check_apart(output.output_path, place, read, closed)
     check_output(output.output_path, place, KIND, output.overwrite)
-    source = instance_of(bundle, instance, mask_orientation.value)
-    cases = read_cases(prompts, boxes, source.tokens, mask_aspects(source))
+    learned_from = instance_of(bundle, source.instance, source.mask_orientation.value)
+    cases = read_cases(source.prompts, source.boxes, learned_from.tokens, mask_aspects(learned_from))
     say_weights([case.prompt for case in cases])
-    pictures = read_pictures(images, prompts, boxes, bundle.tokens) if images else None
+    pictures = read_pictures(source.images, source.prompts, source.boxes, bundle.tokens) if source.images else None
     chosen = choose_device(compute.device)
     from ..config import synthesis_preset, to_dict
 
-    wanted = base_options.model_path or own_base(bundle)
-    config = override(synthesis_preset(family_of(wanted)), steps=steps)
+    wanted = source.model_path or own_base(bundle)
+    config = override(synthesis_preset(family_of(wanted)), steps=source.steps)
     check_sampling(wanted, config.scheduler, config.steps)
-    base = load_base_of(bundle, base_options.model_path, chosen, choose_dtype(compute.mixed_precision, chosen))
-    judge = measured_by(bundle, base, instance, evaluators, mask_orientation.value)
-    recipe = [to_dict(config), [case.to_json() for case in cases], compute.seed, samples]
+    base = load_base_of(bundle, source.model_path, chosen, choose_dtype(compute.mixed_precision, chosen))
+    judge = measured_by(bundle, base, source.instance, evaluators, source.mask_orientation.value)
+    recipe = [to_dict(config), [case.to_json() for case in cases], compute.seed, source.samples]
     with open_job(output.output_path, place, "evaluate", recipe, base, bundle) as drawing:
         job.hint = drawing.hint
         with Bar() as bar:
-            result = run_evaluate(base, bundle, source, judge, config, cases, pictures, compute.seed, samples, bar.drawing,
-                                  drawing.pictures)  # fmt: skip
+            result = run_evaluate(base, bundle, learned_from, judge, config, cases, pictures, compute.seed, source.samples,
+                                  bar.drawing, drawing.pictures)  # fmt: skip
         if result is None:
             end_job(drawing)
             return
-        if edit:
-            result.record["edit_preservation"] = edit
+        if preservation:
+            result.record["edit_preservation"] = preservation
         if drawing.failures:
             result.record["failed"] = drawing.failed()
         with numbered_folder(output.output_path, place) as folder, waiting("writing the pictures"):
@@ -161,21 +149,7 @@ def check(
 
 
 @job_command(app, "mifo plan --model-path sd2.1 --job learn --vram-gib 12")
-def plan(
-    job: Job,
-    model_path: ModelPath = "sd2.1",
-    planned: Annotated[PlannedJob, typer.Option("--job")] = PlannedJob.learn,
-    resolution: Resolution = None,
-    vram_gib: VramGib = None,
-    assets: Annotated[int, typer.Option(min=1, max=64)] = 3,
-    batch_size: Annotated[int, typer.Option(min=1, max=64, help="Pictures drawn together.")] = 1,
-    lora_rank: Annotated[int, typer.Option(min=1, max=256)] = 16,
-    gradient_checkpointing: bool = False,
-    prior_preservation: bool = True,
-    background: Annotated[Background, typer.Option(help="Of edit; optimization tunes the decoder.")] = Background.pixel,
-    mixed_precision: Annotated[Precision, typer.Option(help="auto: bf16, as on a GPU.")] = Precision.auto,
-    attention_backend: Annotated[Attention, typer.Option(help="materialized shows what fused attention saves.")] = Attention.auto,
-) -> None:  # fmt: skip
+def plan(job: Job, work: PlannedWork, memory: PlannedMemory, model_path: ModelPath = "sd2.1") -> None:
     """Count a job's GPU memory before it runs, without loading any weights, and what to give up to fit a budget."""
     import_libraries()
     import torch
@@ -185,20 +159,24 @@ def plan(
     from ..planning.report import plan_facts, plan_text
 
     model = read_model(model_path)
-    if planned is PlannedJob.edit and resolution not in (None, model.native_resolution):
-        raise InputError(f"--resolution is {resolution}, but edit draws at the model's own {model.native_resolution} pixels, "
-                         "whatever the picture's size; leave it out")  # fmt: skip
+    if work.job is PlannedJob.edit and work.resolution not in (None, model.native_resolution):
+        raise InputError(
+            f"--resolution is {work.resolution}, but edit draws at the model's own {model.native_resolution} pixels, whatever "
+            "the picture's size; leave it out"
+        )
     dtypes = {"no": torch.float32, "fp16": torch.float16}
     family = family_of(model_path)
     config = learn_preset(family)
-    config = replace(config, lora=replace(config.lora, rank=lora_rank), gradient_checkpointing=gradient_checkpointing,
-                     prior=replace(config.prior, enabled=prior_preservation))  # fmt: skip
-    backend = "materialized" if attention_backend is Attention.materialized else "sdpa"
-    settings = Settings(planned.value, model.check_side(resolution), dtypes.get(mixed_precision.value, torch.bfloat16), config,
-                        synthesis_preset(family), assets, batch_size, backend=backend,
-                        edit=replace(edit_preset(family), background=background.value))  # fmt: skip
+    config = replace(config, lora=replace(config.lora, rank=work.lora_rank),
+                     gradient_checkpointing=work.gradient_checkpointing,
+                     prior=replace(config.prior, enabled=work.prior_preservation))  # fmt: skip
+    backend = "materialized" if memory.attention_backend is Attention.materialized else "sdpa"
+    dtype = dtypes.get(memory.mixed_precision.value, torch.bfloat16)
+    settings = Settings(work.job.value, model.check_side(work.resolution), dtype, config,
+                        synthesis_preset(family), work.assets, work.batch_size, backend=backend,
+                        edit=replace(edit_preset(family), background=work.background.value))  # fmt: skip
     with waiting("counting the memory"):
-        found = make_plan(model, settings, vram_gib)
+        found = make_plan(model, settings, memory.vram_gib)
     job.text(*plan_text(found).split("\n"))
     job.json(plan_facts(found))
     found.check()

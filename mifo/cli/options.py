@@ -159,9 +159,13 @@ Precisions = Annotated[Precision, typer.Option(help="auto: what the device is be
 Boxes = Annotated[str | None, path("JSON file or text: one [x0, y0, x1, y1] per asset, 0 to 1.")]
 FolderPath = Annotated[Path, path("Holds the instance folders.")]
 OutputDir = Annotated[Path, path("Where learned bundles are kept.")]
+AttentionBackend = Annotated[Attention, typer.Option(help="auto: xformers where it works, else PyTorch's own.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="The same seed gives the same result.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; empty picks what is there.")]
 VramGib = Annotated[float | None, number(0.5, 1024, "GPU memory to stay within; see 'plan'.")]
+OwnText = Annotated[bool, typer.Option(help="In boxes, each asset reads the prompt as if it spoke of that asset alone.")]
+LoraScale = Annotated[float | None, number(0, 4, "Strength of what was learned; 1 by default.")]
+NegativePrompt = Annotated[str, typer.Option(help="What the picture should not show.")]
 Steps = Annotated[int | None, typer.Option(min=1, max=1000, help="Denoising steps.")]
 Scale = Annotated[float | None, number(1, help="How strictly the prompt is followed; 1: no guidance.")]
 
@@ -188,27 +192,21 @@ class OutputOptions(OptionGroup):
 
 
 @dataclass(frozen=True)
-class ComputeOptions(OptionGroup):
-    """On what a job runs, and within which memory."""
+class DeviceOptions(OptionGroup):
+    """On what a job runs."""
 
     heading: ClassVar[str] = "Memory and device"
     mixed_precision: Precisions = Precision.auto
-    vram_gib: VramGib = None
-    attention_backend: Annotated[
-        Attention, typer.Option(help="auto: xformers where it works, else PyTorch's own.")
-    ] = Attention.auto
     seed: Seed = 0
     device: Device = ""
 
 
 @dataclass(frozen=True)
-class DeviceOptions(OptionGroup):
-    """As `ComputeOptions`, for jobs without a memory budget."""
+class ComputeOptions(DeviceOptions):
+    """The same, within a memory budget."""
 
-    heading: ClassVar[str] = "Memory and device"
-    mixed_precision: Precisions = Precision.auto
-    seed: Seed = 0
-    device: Device = ""
+    vram_gib: VramGib = None
+    attention_backend: AttentionBackend = Attention.auto
 
 
 @dataclass(frozen=True)
@@ -278,17 +276,14 @@ class LearnOutput(OptionGroup):
 
 
 @dataclass(frozen=True)
-class SynthesisOptions(OptionGroup):
-    heading: ClassVar[str] = "Sampling"
+class SynthesisOptions(SamplingOptions):
     batch_size: Annotated[int, typer.Option(min=1, max=64, help="Pictures, drawn together.")] = 1
     best_of: Annotated[int | None, typer.Option(min=2, max=1000, help="Draw so many seeds, keep the best.")] = None
-    steps: Steps = None
-    guidance_scale: Scale = None
-    negative_prompt: Annotated[str, typer.Option(help="What the picture should not show.")] = ""
+    negative_prompt: NegativePrompt = ""
     scheduler: Annotated[Sampler | None, typer.Option(help="own: the one that the base model's folder names.")] = None
     width: Annotated[int | None, typer.Option(min=1, help="Pixels; the model's own by default.")] = None
     height: Annotated[int | None, typer.Option(min=1, help="Pixels; the model's own by default.")] = None
-    lora_scale: Annotated[float | None, number(0, 4, "Strength of what was learned; 1 by default.")] = None
+    lora_scale: LoraScale = None
     subject_token_indices: Annotated[str | None, typer.Option(help="Accepted for compatibility; never needed.")] = None
 
 
@@ -298,20 +293,15 @@ class LayoutOptions(OptionGroup):
     guidance: Annotated[bool, typer.Option(help="Move the latents until the assets lie in their boxes.")] = True
     refine: Annotated[bool, typer.Option(help="Tighten the boxes to the things' own shapes.")] = True
     bounded: Annotated[bool, typer.Option(help="Mask attention to the boxes.")] = True
-    own_text: Annotated[
-        bool, typer.Option(help="In boxes, each asset reads the prompt as if it spoke of that asset alone.")
-    ] = True
+    own_text: OwnText = True
 
 
-@dataclass(frozen=True)
-class EditInput(OptionGroup):
-    heading: ClassVar[str] = "Input"
+@dataclass(frozen=True, kw_only=True)
+class EditInput(BundleOptions):
     init_image: Annotated[Path, path("The picture to edit.")]
     mask: Annotated[Path, path("White where the picture may change.")]
     prompt: Annotated[str, typer.Option(help='Such as "a photo of <asset2>".')]
     model_id: Annotated[str | None, path("Instead of MODEL_ID; 'none' edits with the plain base model.")] = None
-    model_path: Annotated[str | None, path("The base model; the bundle's own by default.")] = None
-    output_dir: OutputDir = Path("Model_ours")
     invert_mask: Annotated[bool, typer.Option(help="Edit all but the white part.")] = False
     resize_mask: Annotated[bool, typer.Option(help="Accept a mask of another size.")] = False
     mask_orientation: MaskOrientation = MasksDrawn.auto
@@ -332,25 +322,61 @@ class BlendingOptions(OptionGroup):
 
 
 @dataclass(frozen=True)
-class EditSampling(OptionGroup):
-    heading: ClassVar[str] = "Sampling"
+class EditSampling(SamplingOptions):
     batch_size: Annotated[int, typer.Option(min=1, max=64, help="Candidates; all are kept, the best first.")] = 1
-    steps: Steps = None
-    guidance_scale: Scale = None
-    negative_prompt: Annotated[str, typer.Option(help="What the picture should not show.")] = ""
-    lora_scale: Annotated[float | None, number(0, 4, "Strength of what was learned; 1 by default.")] = None
+    negative_prompt: NegativePrompt = ""
+    lora_scale: LoraScale = None
     guidance: Annotated[bool | None, typer.Option(help="Move the latents until the asset lies in its box.")] = None
     bounded: Annotated[bool, typer.Option(help="Keep an asset to its box, and plain words to the mask.")] = True
-    own_text: Annotated[
-        bool, typer.Option(help="In boxes, each asset reads the prompt as if it spoke of that asset alone.")
-    ] = True
+    own_text: OwnText = True
 
 
 @dataclass(frozen=True)
-class EditOutput(OptionGroup):
-    heading: ClassVar[str] = "Output"
-    output_path: Annotated[Path | None, path("Folder to write; by default the next number in output/<bundle>/.")] = None
-    overwrite: Overwrite = False
+class EditOutput(OutputOptions):
     metadata: Annotated[
         Metadata, typer.Option(help="Of the picture's file; safe: date and camera, no position, owner, serial number.")
     ] = Metadata.safe
+
+
+@dataclass(frozen=True)
+class EvaluateInput(BundleOptions):
+    prompts: Annotated[Path | None, path("Text file, one prompt a line; without it, each asset and all.")] = None
+    boxes: Annotated[str | None, path("JSON file or text, as for synthesize; for all prompts.")] = None
+    images: Annotated[Path | None, path("Measure this folder's pictures instead of drawing.")] = None
+    samples: Annotated[int, typer.Option(min=1, max=1000, help="Pictures of each prompt.")] = 4
+    steps: Steps = None
+    instance: Annotated[Path | None, path("What the bundle was learned from; its own copy by default.")] = None
+    mask_orientation: MaskOrientation = MasksDrawn.auto
+
+
+@dataclass(frozen=True)
+class EditToMeasure(OptionGroup):
+    """An edit to be measured beside a bundle: is all outside the mask kept?"""
+
+    heading: ClassVar[str] = "An edit"
+    original: Annotated[Path | None, path("With --edited and --edit-mask: is all outside the mask kept?")] = None
+    edited: Annotated[Path | None, path("The picture after the edit.")] = None
+    edit_mask: Annotated[Path | None, path("White where the edit was allowed.")] = None
+
+
+@dataclass(frozen=True)
+class PlannedWork(OptionGroup):
+    """The job whose memory is counted."""
+
+    heading: ClassVar[str] = "Job"
+    job: PlannedJob = PlannedJob.learn
+    resolution: Resolution = None
+    assets: Annotated[int, typer.Option(min=1, max=64, help="Learned or drawn together.")] = 3
+    batch_size: Annotated[int, typer.Option(min=1, max=64, help="Pictures drawn together.")] = 1
+    lora_rank: Annotated[int, typer.Option(min=1, max=256, help="Of what is learned.")] = 16
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory for more time.")] = False
+    prior_preservation: Annotated[bool, typer.Option(help="A picture of the class beside each step's own.")] = True
+    background: Annotated[Background, typer.Option(help="Of edit; optimization tunes the decoder.")] = Background.pixel
+
+
+@dataclass(frozen=True)
+class PlannedMemory(OptionGroup):
+    heading: ClassVar[str] = "Memory"
+    vram_gib: VramGib = None
+    mixed_precision: Annotated[Precision, typer.Option(help="auto: bf16, as on a GPU.")] = Precision.auto
+    attention_backend: Annotated[Attention, typer.Option(help="materialized shows what fused attention saves.")] = Attention.auto

@@ -109,7 +109,8 @@ def test_a_mask_that_vanishes_at_the_models_resolution(place: Path):
         mask = Image.new("L", (2000, 2000))
         mask.paste(255, (5, 5, 9, 9))
         mask.save(place / "cups" / f"mask{index}.png")
-    refused(place, r"mask0\.png covers 16 pixels of 2000x2000 and none at 128x128", *learn_arguments(place / "cups", place / "out"))
+    arguments = learn_arguments(place / "cups", place / "out")
+    refused(place, r"mask0\.png covers 16 pixels of 2000x2000 and none at 128x128", *arguments)
 
 
 def test_more_assets_than_a_prompt_can_hold(place: Path):
