@@ -28,11 +28,12 @@ from .boxes import Layout, parse_layout
 from .bundle.instance_copy import kept_crops, kept_instance
 from .bundle.store import Bundle, attach, find_bundle
 from .bundle.store import load_bundle as read_bundle
-from .config import EditConfig, LearnConfig, MemoryConfig, SynthesisConfig, edit_preset, learn_preset, synthesis_preset
+from .config import EditConfig, LearnConfig, MemoryConfig, SynthesisConfig
 from .data.instance import Instance, with_background, without_background
 from .data.instance import load_instance as read_instance
-from .editing.edit import Edit
+from .editing.edit import Edit, EditRequest
 from .editing.edit import edit as run_edit
+from .editing.frame import BoolArray
 from .editing.output import save_edit
 from .editing.picture_file import Picture, load_edit_mask, load_picture
 from .errors import InputError
@@ -44,6 +45,7 @@ from .evaluation.run import Evaluation
 from .evaluation.run import evaluate as run_evaluate
 from .io.json_text import json_text
 from .io.outputs import check_apart
+from .learning.callbacks import CheckpointJudge
 from .learning.checkpoints import Checkpointing
 from .learning.learn import learn as run_learn
 from .learning.trainer import Progress
@@ -51,6 +53,7 @@ from .model.base import BaseModel
 from .model.base import load_base_model as read_base_model
 from .model.device import choose_device, choose_dtype, precision_name
 from .planning.planner import Plan, Settings, make_plan, read_model
+from .presets import edit_preset, learn_preset, synthesis_preset
 from .prompts import assets_in
 from .synthesis.synthesize import Synthesis, save_synthesis
 from .synthesis.synthesize import synthesize as run_synthesize
@@ -100,14 +103,16 @@ def load_bundle(folder: PathLike) -> Bundle:
 
 def learn(instance: Instance, base: BaseModel, output: PathLike, config: LearnConfig | None = None, *, seed: int | None = None,
           words: Sequence[str | None] | None = None, overwrite: bool = False, resume: bool | None = None,
-          keep_base_path: bool = False, on_progress: Callable[[Progress], None] | None = None) -> Bundle:  # fmt: skip
+          checkpoint_every: int = 50, judge: CheckpointJudge | None = None, keep_base_path: bool = False,
+          on_progress: Callable[[Progress], None] | None = None) -> Bundle:  # fmt: skip
     """Learns each masked thing of `instance` as its own token, `<asset0>`, `<asset1>`, ...: token embeddings, then LoRA
     (MIFO, arXiv 2511.00542, section 3). Writes the bundle to `output`, whole or not at all.
 
-    `config`: by default that of the base model's family, `mifo.config.learn_preset`; its precision is always the base model's.
+    `config`: by default that of the base model's family, `mifo.presets.learn_preset`; its precision is always the base model's.
     `words`: one per asset to start from. `overwrite`: replace a bundle of another photo there. `resume`: go on from an
     interrupted run's checkpoint (True), start over and forget it (False), or raise InputError where there is one of this very
-    run (None).
+    run (None). `checkpoint_every`: steps; 0 keeps no state. `judge`: scores checkpoints where `config.keep` is enabled, as
+    `mifo.evaluation.checkpoints.checkpoint_judge` makes one. `keep_base_path`: write into the bundle where a local base lies.
     """
     folder = Path(output)
     check_apart(folder, folder, {}, {**_closed(base, None), "the instance": instance.source}, "output")
@@ -115,7 +120,7 @@ def learn(instance: Instance, base: BaseModel, output: PathLike, config: LearnCo
     if seed is not None:
         chosen = replace(chosen, seed=seed)
     return run_learn(instance, base, chosen, folder, on_progress or (lambda progress: None), words,
-                     Checkpointing(resume=resume), overwrite=overwrite, keep_base_path=keep_base_path)  # fmt: skip
+                     Checkpointing(checkpoint_every, resume=resume), judge, overwrite, keep_base_path)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -150,7 +155,7 @@ def synthesize(base: BaseModel, bundle: Bundle | None, prompt: str, boxes: Boxes
     arXiv 2403.16990, section 4). Without `boxes` the prompt is drawn as it is; without a bundle, by the base model alone.
 
     `boxes`: [x0, y0, x1, y1], from 0 to 1, one per asset in the prompt's order, or by token. `config`: by default that of the
-    base model's family, `mifo.config.synthesis_preset`.
+    base model's family, `mifo.presets.synthesis_preset`.
     """
     chosen = config or synthesis_preset(base.family)
     tokens = bundle.tokens if bundle else ()
@@ -158,7 +163,12 @@ def synthesize(base: BaseModel, bundle: Bundle | None, prompt: str, boxes: Boxes
     _check_count(num_images)
     with attach(base, bundle, chosen.lora_scale) if bundle else nullcontext():
         drawn = run_synthesize(base, prompt, layout, tokens, chosen, seed, num_images, on_progress)
-    return SynthesisResult(drawn, _facts(base, bundle), _closed(base, bundle))
+    return synthesis_result(drawn, base, bundle)
+
+
+def synthesis_result(synthesis: Synthesis, base: BaseModel, bundle: Bundle | None, **facts: Any) -> SynthesisResult:
+    """For pictures that were drawn by other means, such as the best of several seeds; `facts` go into the record."""
+    return SynthesisResult(synthesis, {**_facts(base, bundle), **facts}, _closed(base, bundle))
 
 
 @dataclass(frozen=True)
@@ -193,28 +203,31 @@ class EditResult:
         return save_edit(self.edit, self.picture, Path(folder), self.facts, overwrite)
 
 
-def edit(base: BaseModel, bundle: Bundle | None, image: PathLike, mask: PathLike, prompt: str, boxes: Boxes | None = None, *,
+def edit(base: BaseModel, bundle: Bundle | None, image: PathLike | Picture, mask: PathLike | BoolArray, prompt: str,
+         boxes: Boxes | None = None, *,
          num_images: int = 1, seed: int = 0, config: EditConfig | None = None, metadata: str = "safe",
          mask_orientation: str = "auto", on_progress: OnProgress | None = None) -> EditResult:  # fmt: skip
     """Draws `prompt` into the white part of `mask`, a file of the size of the file `image`; every other byte of the picture
     stays (Blended Latent Diffusion, arXiv 2206.02779). Candidates come best first.
 
+    `image` may be a picture that `mifo.editing.picture_file.load_picture` read, and `mask` an array (H, W), True where the
+    picture may change.
+
     `boxes`: where each asset stands, in fractions of the whole picture, if the prompt has several. `metadata`: what of the
     photo's is kept, 'safe' (no places, serial numbers, owners, thumbnails), 'keep' or 'strip'. `config`: by default that of the
-    base model's family, `mifo.config.edit_preset`.
+    base model's family, `mifo.presets.edit_preset`.
     """
     _check_count(num_images)
     chosen = config or edit_preset(base.family)
-    picture = load_picture(Path(image), metadata)
-    white, reading = load_edit_mask(Path(mask), picture.image, Path(image).name, orientation=picture.orientation,
-                                    drawn=mask_orientation)  # fmt: skip
+    picture = image if isinstance(image, Picture) else load_picture(Path(image), metadata)
+    white, notes = _edit_mask(mask, picture, image, mask_orientation)
+    files = {name: path for name, path in (("image", image), ("mask", mask)) if isinstance(path, Path | str)}
     tokens = bundle.tokens if bundle else ()
     crops = kept_crops(bundle.folder, bundle.tokens, bundle.instance) if bundle else {}
+    request = EditRequest(picture.image, white, prompt, tokens, _layout(boxes, prompt), crops)
     with attach(base, bundle, chosen.lora_scale) if bundle else nullcontext():
-        drawn = run_edit(base, picture.image, white, prompt, tokens, chosen, seed, num_images, _layout(boxes, prompt), crops,
-                         on_progress)  # fmt: skip
-    return EditResult(drawn, replace(picture, notes=(*picture.notes, *reading)), _facts(base, bundle),
-                      {"image": image, "mask": mask}, _closed(base, bundle))  # fmt: skip
+        drawn = run_edit(base, request, chosen, seed, num_images, on_progress)
+    return EditResult(drawn, replace(picture, notes=(*picture.notes, *notes)), _facts(base, bundle), files, _closed(base, bundle))
 
 
 @dataclass(frozen=True)
@@ -260,15 +273,17 @@ def evaluate(base: BaseModel, bundle: Bundle, *, instance: Instance | None = Non
 
 
 def plan(model: str = "sd2.1", job: str = "learn", vram_gib: float | None = None, *, resolution: int | None = None,
-         assets: int = 3, num_images: int = 1, precision: str = "bf16", config: LearnConfig | None = None) -> Plan:  # fmt: skip
+         assets: int = 3, num_images: int = 1, precision: str = "bf16", config: LearnConfig | None = None,
+         edit: EditConfig | None = None, attention_backend: str = "sdpa") -> Plan:  # fmt: skip
     """Counts the GPU memory of `job` ('learn', 'synthesize' or 'edit') without loading any weights, and finds what to give up
-    to stay within `vram_gib`. `Plan.check()` raises InputError with the sum where nothing fits."""
+    to stay within `vram_gib`. `config` and `edit`: the settings to count, by default the family's. `attention_backend`: 'sdpa' or
+    'materialized', whose attention maps are held whole. `Plan.check()` raises InputError with the sum where nothing fits."""
     if job not in ("learn", "synthesize", "edit"):
         raise InputError(f"the job is {job[:50]!r}; choose learn, synthesize or edit")
     shape, family = read_model(str(model)), "toybox" if model == "toybox" else "stable-diffusion"
     dtype = choose_dtype(precision, "cuda")
     settings = Settings(job, shape.check_side(resolution), dtype, config or learn_preset(family), synthesis_preset(family),
-                        assets, num_images, edit=edit_preset(family))  # fmt: skip
+                        assets, num_images, backend=attention_backend, edit=edit or edit_preset(family))  # fmt: skip
     return make_plan(shape, settings, vram_gib)
 
 
@@ -283,6 +298,19 @@ def _facts(base: BaseModel, bundle: Bundle | None) -> dict[str, Any]:
 def _closed(base: BaseModel, bundle: Bundle | None) -> Closed:
     """The folders in which nothing may be written, by what they are for people; see `outputs.check_apart`."""
     return {"the bundle": bundle.folder if bundle else None, "the base model": base.location}
+
+
+def _edit_mask(mask: PathLike | BoolArray, picture: Picture, image: PathLike | Picture,
+               drawn: str) -> tuple[BoolArray, tuple[str, ...]]:  # fmt: skip
+    """(H, W), True where the picture may change, and notes on how a file was read."""
+    if isinstance(mask, Path | str):
+        name = "the picture" if isinstance(image, Picture) else Path(image).name
+        return load_edit_mask(Path(mask), picture.image, name, orientation=picture.orientation, drawn=drawn)
+    white, (width, height) = np.asarray(mask), picture.image.size
+    if white.dtype != np.bool_ or white.shape != (height, width) or not white.any():
+        given = f"an array of {white.dtype}, shape {white.shape}" + ("" if white.any() else ", empty")
+        raise InputError(f"mask is {given}; expected bool, shape ({height}, {width}), True where the picture may change")
+    return white, ()
 
 
 def _check_count(count: int, name: str = "num_images") -> None:

@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .boxes import Layout, parse_layout
 from .bundle.store import attach
-from .config import learn_preset, synthesis_preset
 from .data.instance import Instance, load_instance
 from .io.files import write_folder
 from .io.lock import checkpoint_folder
@@ -24,6 +23,7 @@ from .io.sheets import ASSET_COLORS, PAPER, TEXT, caption_below, draw_boxes, enl
 from .learning.checkpoints import Checkpointing
 from .learning.learn import learn
 from .model.base import load_base_model
+from .presets import learn_preset, synthesis_preset
 from .sampling.sample import sample_prompts
 from .synthesis.synthesize import synthesize
 from .toybox.examples import write_example

@@ -77,9 +77,9 @@ def load_base() -> Any:
 @functools.cache
 def tiny_bundle_folder() -> Path:
     """A bundle of two assets learned on the tiny model. Never write into it: `copy_bundle` gives one to spoil."""
-    from mifo.config import learn_preset
     from mifo.data.instance import load_instance
     from mifo.learning.learn import learn
+    from mifo.presets import learn_preset
 
     config = learn_preset("stable-diffusion")
     config = replace(

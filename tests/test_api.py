@@ -15,10 +15,11 @@ from PIL import Image
 
 import mifo
 from mifo import edit, evaluate, learn, load_base_model, load_bundle, load_instance, plan, synthesize
-from mifo.config import LearnConfig, edit_preset, learn_preset, synthesis_preset
+from mifo.config import LearnConfig
 from mifo.errors import InputError
 from mifo.learning.trainer import Progress
 from mifo.model import base as base_model
+from mifo.presets import edit_preset, learn_preset, synthesis_preset
 
 BOXES = [[0.0, 0.1, 0.5, 0.9], [0.5, 0.1, 1.0, 0.9]]
 BOTH = "a photo of <asset0> and <asset1>"

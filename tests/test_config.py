@@ -10,20 +10,9 @@ import pytest
 
 from mifo import config as module
 from mifo.checked import Checked
-from mifo.config import (
-    AttentionTerms,
-    EditConfig,
-    GuidanceConfig,
-    LearnConfig,
-    LoraPhase,
-    SynthesisConfig,
-    edit_preset,
-    from_dict,
-    learn_preset,
-    synthesis_preset,
-    to_dict,
-)
+from mifo.config import AttentionTerms, EditConfig, GuidanceConfig, LearnConfig, LoraPhase, SynthesisConfig, from_dict, to_dict
 from mifo.errors import InputError
+from mifo.presets import edit_preset, learn_preset, synthesis_preset
 
 KINDS = [k for k in vars(module).values() if isinstance(k, type) and is_dataclass(k) and k.__module__ == module.__name__]
 

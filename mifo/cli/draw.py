@@ -86,12 +86,14 @@ def synthesize(
         say("note: --subject-token-indices is not needed; the assets' positions are found in the prompt")
 
     import_libraries()
+    from ..api import synthesis_result
+    from ..api import synthesize as run_synthesize
     from ..attention.backend import use_backend
     from ..bundle.store import attach, find_bundle, load_bundle
-    from ..config import synthesis_preset, to_dict
+    from ..config import to_dict
+    from ..presets import synthesis_preset
     from ..synthesis.resumable import open_job
-    from ..synthesis.synthesize import KIND, save_synthesis
-    from ..synthesis.synthesize import synthesize as run_synthesize
+    from ..synthesis.synthesize import KIND
 
     best_of = sampling.best_of
     bundle = load_bundle(find_bundle(model_id, source.output_dir))
@@ -113,31 +115,31 @@ def synthesize(
                        attention.name, bundle.config, config, len(bundle.tokens), sampling.batch_size)  # fmt: skip
     base = load_base_of(bundle, source.model_path, chosen, dtype, plan.settings.memory if plan else None)
     judge = measured_by(bundle, base, None, evaluators) if best_of else None
-    facts: dict[str, Any] = {"bundle": bundle.name, **base.record()}
     recipe = [prompt, layout.to_json() if layout else None, to_dict(config), compute.seed, best_of, attention.name]
     opened = open_job(output.output_path, place, "best-of", recipe, base, bundle) if best_of else nullcontext()
-    with use_backend(base.unet, attention), attach(base, bundle, config.lora_scale), opened as kept:
+    with use_backend(base.unet, attention), opened as kept:
         if best_of and judge and kept:
             job.hint = kept.hint
-            result, more = _draw_best(base, prompt, layout, bundle.tokens, config, compute.seed, best_of, judge, kept)
-            facts.update(more)
+            with attach(base, bundle, config.lora_scale):
+                drawn, facts = _draw_best(base, prompt, layout, bundle.tokens, config, compute.seed, best_of, judge, kept)
+            result = synthesis_result(drawn, base, bundle, **facts)
         else:
             with Bar() as bar:
-                result = run_synthesize(base, prompt, layout, bundle.tokens, config, compute.seed, sampling.batch_size,
-                                        bar.denoising)  # fmt: skip
+                result = run_synthesize(base, bundle, prompt, layout, num_images=sampling.batch_size, seed=compute.seed,
+                                        config=config, on_progress=bar.denoising)  # fmt: skip
         with numbered_folder(output.output_path, place) as folder, waiting("writing the pictures"):
-            paths = save_synthesis(result, folder, facts, output.overwrite)
+            paths = result.save(folder, output.overwrite)
         if kept:
             kept.clear()
-    seconds, peak = round(result.seconds, 2), round(result.peak_gib, 3)
+    seconds, peak = round(result.synthesis.seconds, 2), round(result.synthesis.peak_gib, 3)
     if best_of:
-        best = facts["best_of"][0]
-        worst = facts["best_of"][-1]["score"]
-        job.text(f"the best of {len(facts['best_of'])} is seed {best['seed']}, score {best['score']} (the worst has {worst})")
+        ranking = result.facts["best_of"]
+        best, worst = ranking[0], ranking[-1]["score"]
+        job.text(f"the best of {len(ranking)} is seed {best['seed']}, score {best['score']} (the worst has {worst})")
     job.text(f"{count_pictures(paths)} in {folder} ({seconds} s, peak {peak} GiB)", sheet_line(folder))
     job.json({"images": [str(p) for p in paths], **sheet_facts(folder), "json": str(folder / "synthesis.json"),
               "seconds": seconds, "peak_gib": peak,
-              **{name: facts[name] for name in ("best_of", "failed") if name in facts}})  # fmt: skip
+              **{name: result.facts[name] for name in ("best_of", "failed") if name in result.facts}})  # fmt: skip
     if kept:
         end_job(kept)
 
@@ -226,7 +228,8 @@ def _run_shots(job: Job, model_id: str, command: str, source: BundleOptions, sam
     """What `decompose` and `variations` share: load, draw a list of prompts, save."""
     import_libraries()
     from ..bundle.store import attach, find_bundle, load_bundle
-    from ..config import synthesis_preset, to_dict
+    from ..config import to_dict
+    from ..presets import synthesis_preset
     from ..synthesis.resumable import open_job
     from ..synthesis.variations import draw_shots, save_shots
 

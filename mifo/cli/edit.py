@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import InputError
 from ..io.console import Bar, Job, say, waiting
@@ -33,7 +32,6 @@ from .parts import (
 )
 
 if TYPE_CHECKING:
-    from ..bundle.store import Bundle
     from ..config import EditConfig
 
 
@@ -62,11 +60,12 @@ def edit(
         say(f"note: {note}")
 
     import_libraries()
+    from ..api import edit as run_edit
     from ..attention.backend import use_backend
-    from ..bundle.store import attach, find_bundle, load_bundle
-    from ..config import LearnConfig, LoraPhase, MemoryConfig, edit_preset
-    from ..editing.edit import edit as run_edit
-    from ..editing.output import KIND, save_edit
+    from ..bundle.store import find_bundle, load_bundle
+    from ..config import LearnConfig, LoraPhase, MemoryConfig
+    from ..editing.output import KIND
+    from ..presets import edit_preset
 
     bundle = None if name.lower() == "none" else load_bundle(find_bundle(name, source.output_dir))
     place = PLACE / (bundle.name if bundle else "none")
@@ -95,19 +94,17 @@ def edit(
         base = load_base_of(bundle, source.model_path, chosen, dtype, memory)
     else:
         base = load_base(wanted, chosen, dtype, memory)
-    attached = attach(base, bundle, config.lora_scale) if bundle else nullcontext()
-    with use_backend(base.unet, attention), attached, Bar() as bar:
-        result = run_edit(base, picture.image, mask, source.prompt, tokens, config, compute.seed, sampling.batch_size, layout,
-                      _crops(bundle), bar.denoising)  # fmt: skip
-    for note in result.notes:
+    with use_backend(base.unet, attention), Bar() as bar:
+        result = run_edit(base, bundle, picture, mask, source.prompt, layout, num_images=sampling.batch_size, seed=compute.seed,
+                          config=config, on_progress=bar.denoising)  # fmt: skip
+    for note in result.edit.notes:
         say(f"note: {note}")
-    facts = {"bundle": bundle.name if bundle else None, **base.record()}
     with numbered_folder(output.output_path, place) as folder, waiting("writing the pictures"):
-        paths = save_edit(result, picture, folder, facts, output.overwrite)
-    seconds, peak = round(result.seconds, 2), round(result.peak_gib, 3)
+        paths = result.save(folder, output.overwrite)
+    seconds, peak = round(result.edit.seconds, 2), round(result.edit.peak_gib, 3)
     job.text(f"{count_pictures(paths)} in {folder}, the best first ({seconds} s, peak {peak} GiB)", sheet_line(folder))
     job.json({"images": [str(p) for p in paths], **sheet_facts(folder), "json": str(folder / "edit.json"),
-              "scores": [c.scores for c in result.candidates], "seconds": seconds, "peak_gib": peak})  # fmt: skip
+              "scores": result.scores, "seconds": seconds, "peak_gib": peak})  # fmt: skip
 
 
 def _model_name(argument: str | None, option: str | None) -> str:
@@ -117,12 +114,6 @@ def _model_name(argument: str | None, option: str | None) -> str:
     if name is None:
         raise InputError("there is no MODEL_ID: give a learned bundle, or --model-id none to edit with the plain base model")
     return name
-
-
-def _crops(bundle: Bundle | None) -> dict[str, Any]:
-    from ..bundle.instance_copy import kept_crops
-
-    return kept_crops(bundle.folder, bundle.tokens, bundle.instance) if bundle else {}
 
 
 def _edit_config(config: EditConfig, blending: BlendingOptions, sampling: EditSampling) -> EditConfig:

@@ -67,16 +67,15 @@ def learn(
         _check_target(target, folders, source.model_path)
 
     import_libraries()
+    from ..api import learn as run_learn
     from ..attention.backend import use_backend
     from ..bundle.target import check_target
-    from ..config import MemoryConfig, learn_preset
+    from ..config import MemoryConfig
     from ..data.mask_check import check_masks
-    from ..learning.checkpoints import Checkpointing
-    from ..learning.learn import learn as run_learn
     from ..learning.supervision import sizes_of
     from ..model.device import precision_name
+    from ..presets import learn_preset
 
-    checkpointing = Checkpointing(training.checkpoint_every, resume=training.resume)
     for each, target in zip(instances, targets, strict=True):
         check_target(target, each, None, output.overwrite)
     chosen = choose_device(compute.device)
@@ -102,8 +101,9 @@ def learn(
             say(f"note: {note}")
         _say_what_is_resumed(target, training.resume)
         with use_backend(base.unet, attention), Bar() as bar, job.keeping(target if os.path.lexists(target) else None):
-            bundle = run_learn(each, base, config, target, bar.learning, initial, checkpointing, judge,
-                               output.overwrite, output.keep_base_path)  # fmt: skip
+            bundle = run_learn(each, base, target, config, words=initial, overwrite=output.overwrite, resume=training.resume,
+                               checkpoint_every=training.checkpoint_every, judge=judge, keep_base_path=output.keep_base_path,
+                               on_progress=bar.learning)  # fmt: skip
         job.kept.append(target)
         if not bundle.base_source:
             say(f"note: the bundle has the base model's name, {bundle.base_name}, and fingerprint, but not where it lies: "

@@ -86,7 +86,8 @@ def evaluate(
     say_weights([case.prompt for case in cases])
     pictures = read_pictures(source.images, source.prompts, source.boxes, bundle.tokens) if source.images else None
     chosen = choose_device(compute.device)
-    from ..config import synthesis_preset, to_dict
+    from ..config import to_dict
+    from ..presets import synthesis_preset
 
     wanted = source.model_path or own_base(bundle)
     config = override(synthesis_preset(family_of(wanted)), steps=source.steps)
@@ -152,11 +153,10 @@ def check(
 def plan(job: Job, work: PlannedWork, memory: PlannedMemory, model_path: ModelPath = "sd2.1") -> None:
     """Count a job's GPU memory before it runs, without loading any weights, and what to give up to fit a budget."""
     import_libraries()
-    import torch
-
-    from ..config import edit_preset, learn_preset, synthesis_preset
-    from ..planning.planner import Settings, make_plan, read_model
+    from ..api import plan as make_plan
+    from ..planning.planner import read_model
     from ..planning.report import plan_facts, plan_text
+    from ..presets import edit_preset, learn_preset
 
     model = read_model(model_path)
     if work.job is PlannedJob.edit and work.resolution not in (None, model.native_resolution):
@@ -164,19 +164,17 @@ def plan(job: Job, work: PlannedWork, memory: PlannedMemory, model_path: ModelPa
             f"--resolution is {work.resolution}, but edit draws at the model's own {model.native_resolution} pixels, whatever "
             "the picture's size; leave it out"
         )
-    dtypes = {"no": torch.float32, "fp16": torch.float16}
-    family = family_of(model_path)
-    config = learn_preset(family)
+    config = learn_preset(family_of(model_path))
     config = replace(config, lora=replace(config.lora, rank=work.lora_rank),
                      gradient_checkpointing=work.gradient_checkpointing,
                      prior=replace(config.prior, enabled=work.prior_preservation))  # fmt: skip
     backend = "materialized" if memory.attention_backend is Attention.materialized else "sdpa"
-    dtype = dtypes.get(memory.mixed_precision.value, torch.bfloat16)
-    settings = Settings(work.job.value, model.check_side(work.resolution), dtype, config,
-                        synthesis_preset(family), work.assets, work.batch_size, backend=backend,
-                        edit=replace(edit_preset(family), background=work.background.value))  # fmt: skip
+    precision = memory.mixed_precision.value
     with waiting("counting the memory"):
-        found = make_plan(model, settings, memory.vram_gib)
+        found = make_plan(model_path, work.job.value, memory.vram_gib, resolution=work.resolution, assets=work.assets,
+                          num_images=work.batch_size, precision="bf16" if precision == "auto" else precision, config=config,
+                          attention_backend=backend,
+                          edit=replace(edit_preset(family_of(model_path)), background=work.background.value))  # fmt: skip
     job.text(*plan_text(found).split("\n"))
     job.json(plan_facts(found))
     found.check()

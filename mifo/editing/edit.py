@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -103,23 +103,37 @@ class Edit:
         }
 
 
-def edit(base: BaseModel, image: Image.Image, mask: BoolArray, prompt: str, tokens: Sequence[str], config: EditConfig,
-         seed: int = 0, count: int = 1, layout: Layout | None = None, crops: Mapping[str, Image.Image] | None = None,
+@dataclass(frozen=True)
+class EditRequest:
+    """What to draw, and where."""
+
+    image: Image.Image
+    """RGB"""
+    mask: BoolArray
+    """(H, W), True where the picture may change"""
+    prompt: str
+    tokens: Sequence[str] = ()
+    """The assets that exist."""
+    layout: Layout | None = None
+    """A box per asset of the prompt, in fractions of the whole picture; one asset alone takes the mask's box."""
+    crops: Mapping[str, Image.Image] = field(default_factory=dict)
+    """The assets' own pictures (RGBA), to rank by."""
+
+
+def edit(base: BaseModel, request: EditRequest, config: EditConfig, seed: int = 0, count: int = 1,
          on_progress: Callable[[int, int], None] | None = None) -> Edit:  # fmt: skip
-    """Draws `count` candidates of `prompt` into `image` (RGB) where `mask` (H, W) is True, and ranks them.
+    """Draws `count` candidates of the request's prompt into its masked part, and ranks them; candidate k has seed `seed + k`.
 
     With `config.bounded` an asset keeps to its box, and the content words of a prompt without assets keep to the mask.
-
-    `tokens`: the assets that exist. `layout`: a box per asset of the prompt, in fractions of the whole picture; one asset
-    alone takes the mask's box. `crops`: the assets' own pictures (RGBA), to rank by. Candidate k depends on `seed + k` alone.
     A mask's tiny islands far from its body are left out, and noted.
     Raises InputError for a prompt that the model cannot take, assets without boxes, and a mask below one latent pixel.
     """
     started = time.monotonic()
+    prompt, tokens = request.prompt, request.tokens
     check_prompt(prompt, tokens)
     check_prompt(config.negative_prompt, tokens, NEGATIVE)
     base.check_steps("ddim", config.steps)
-    scene = _prepare(base, image, mask, prompt, config, layout)
+    scene = _prepare(base, request, config)
     side = base.native_latents
     source = base.encode(pixels_to_tensor(Image.fromarray(scene.canvas)))[0]  # (1, C, h, w)
     noise = initial_latents((source.shape[1], side, side), seed, count, base.device)
@@ -150,14 +164,14 @@ def edit(base: BaseModel, image: Image.Image, mask: BoolArray, prompt: str, toke
     candidates = []
     for k, pixels in enumerate(drawn):
         scores = {"prompt": closeness[k]}
-        own = [asset_similarity(np.rint(pixels).astype(np.uint8), region, crops[token])
-               for token, region in regions.items() if crops and token in crops]  # fmt: skip
+        own = [asset_similarity(np.rint(pixels).astype(np.uint8), region, request.crops[token])
+               for token, region in regions.items() if token in request.crops]  # fmt: skip
         if own:
             scores["asset"] = float(np.mean(own))
         candidates.append(Candidate(pixels, seed + k, scores))
     ranked = [candidates[k] for k in best_first([c.scores for c in candidates])]
-    return Edit(image, scene.mask, scene.frame, scene.canvas, ranked, scene.frame.side / side, prompt, scene.layout, config, seed,
-                time.monotonic() - started, peak.gib, _notes(scene, config))  # fmt: skip
+    return Edit(request.image, scene.mask, scene.frame, scene.canvas, ranked, scene.frame.side / side, prompt, scene.layout,
+                config, seed, time.monotonic() - started, peak.gib, _notes(scene, config))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -180,15 +194,14 @@ class EditScene:
     """A box per asset of the prompt, on the canvas"""
 
 
-def _prepare(base: BaseModel, image: Image.Image, mask: BoolArray, prompt: str, config: EditConfig,
-             layout: Layout | None) -> EditScene:  # fmt: skip
-    mask, islands = without_islands(mask)
+def _prepare(base: BaseModel, request: EditRequest, config: EditConfig) -> EditScene:
+    mask, islands = without_islands(request.mask)
     frame = make_frame(mask, base.resolution)
     inside = latent_mask(frame, mask, base.native_latents)
     first_step = min(int(config.steps * config.blending_start_percentage), config.steps - 1)
     masks = tuple(shrinking_masks(inside, config.mask_dilation, config.steps - first_step + 1))
-    on_canvas = _layout_on_canvas(base, prompt, frame, image.size, masks[0], layout)
-    return EditScene(mask, islands, frame, frame.to_canvas(image), inside, first_step, masks, on_canvas)
+    on_canvas = _layout_on_canvas(base, request.prompt, frame, request.image.size, masks[0], request.layout)
+    return EditScene(mask, islands, frame, frame.to_canvas(request.image), inside, first_step, masks, on_canvas)
 
 
 def _control(base: BaseModel, scene: EditScene, prompt: TokenizedPrompt, config: EditConfig,

@@ -6,12 +6,13 @@ import os
 from pathlib import Path
 
 from ..attention.sites import choose_sites, levels_within
-from ..config import LearnConfig, learn_preset
+from ..config import LearnConfig
 from ..data.mask_sizes import MaskSizes
 from ..errors import InputError
 from ..model.base import TOYBOX_FOLDER, BaseModel, model_configs
 from ..model.shapes import native_latents
 from ..model.single_file import is_single_file
+from ..presets import learn_preset
 
 
 def sizes_of(base: BaseModel, config: LearnConfig) -> MaskSizes:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from PIL import Image
 
-from ..config import synthesis_preset
 from ..io.sheets import to_images
 from ..io.threads import one_thread_an_operation
 from ..model.base import BaseModel
+from ..presets import synthesis_preset
 from ..prompts import tokenize_prompt
 from .denoise import denoise, initial_latents
 

@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from mifo.attention.record import record_attention
 from mifo.attention.sites import choose_sites
 from mifo.boxes import Box, Layout
-from mifo.config import MemoryConfig, learn_preset
+from mifo.config import MemoryConfig
 from mifo.data.instance import Instance, load_instance
 from mifo.learning.dataset import InstanceData
 from mifo.learning.learn import gradient_checkpointing, lend_adapters
@@ -27,6 +27,7 @@ from mifo.learning.trainer import Trainer
 from mifo.model.base import BaseModel
 from mifo.model.embedding import initial_vectors, use_assets
 from mifo.model.shapes import shape_of
+from mifo.presets import learn_preset
 from mifo.prompts import add_asset_tokens
 from scripts.make_random_sd import sharpen, write_tokenizer
 

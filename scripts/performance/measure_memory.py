@@ -32,7 +32,7 @@ import typer
 
 from mifo.attention.record import record_attention
 from mifo.attention.sites import choose_sites
-from mifo.config import LearnConfig, learn_preset
+from mifo.config import LearnConfig
 from mifo.io.json_text import json_text, record_text
 from mifo.learning.losses import masked_diffusion_loss, penalty_loss
 from mifo.model.base import BaseModel
@@ -42,6 +42,7 @@ from mifo.model.peak_memory import process_peak_gib
 from mifo.model.shapes import shape_of
 from mifo.planning.live_bytes import LiveBytes
 from mifo.planning.trace import Model, build, trace_learning
+from mifo.presets import learn_preset
 from scripts.performance import measure_drawing
 from scripts.record import write_result
 

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import typer
 
-from mifo.config import MemoryConfig, learn_preset, synthesis_preset
+from mifo.config import MemoryConfig
 from mifo.io.json_text import record_text
 from mifo.planning.planner import GIB, Settings, make_plan, phases_of, read_model
 from mifo.planning.report import plan_facts
+from mifo.presets import learn_preset, synthesis_preset
 from scripts.record import write_result
 
 FAMILY = "stable-diffusion"

@@ -19,12 +19,12 @@ from PIL import Image
 
 from mifo.boxes import Layout, parse_layout
 from mifo.bundle.store import attach
-from mifo.config import synthesis_preset
 from mifo.data.instance import Instance, load_instance
 from mifo.io.json_text import json_text
 from mifo.io.sheets import ASSET_COLORS, caption_below, draw_boxes, enlarge, grid, outline
 from mifo.learning.learn import learn
 from mifo.model.base import load_base_model
+from mifo.presets import synthesis_preset
 from mifo.synthesis.synthesize import synthesize
 from mifo.toybox.examples import write_instance
 from scripts.quality.measure_main_job import ARRANGEMENTS, arrangement, recipe_config

@@ -26,12 +26,13 @@ from tqdm import tqdm
 from mifo.boxes import Box
 from mifo.bundle.instance_copy import kept_crops
 from mifo.bundle.store import Bundle, attach, load_bundle
-from mifo.config import EditConfig, edit_preset, learn_preset, synthesis_preset
+from mifo.config import EditConfig
 from mifo.data.instance import load_instance, with_background
-from mifo.editing.edit import edit
+from mifo.editing.edit import EditRequest, edit
 from mifo.io.sheets import caption_below, enlarge, grid
 from mifo.learning.learn import learn
 from mifo.model.base import BaseModel, load_base_model
+from mifo.presets import edit_preset, learn_preset, synthesis_preset
 from mifo.prompts import things_among
 from mifo.sampling.sample import sample_prompts
 from mifo.toybox.draw import BACKGROUNDS, COLORS
@@ -100,7 +101,8 @@ def measure_insert(base: BaseModel, bundle: Bundle, things: list[Thing], judge: 
                 drawing = draw_scene(scene, PHOTO)
                 mask = box.rasterize(PHOTO, PHOTO)
                 prompt, seed = f"a photo of {token}", first + 1000 * index + k
-                result = edit(base, drawing.image, mask, prompt, bundle.tokens, config, seed, candidates, crops=crops_of(bundle))
+                request = EditRequest(drawing.image, mask, prompt, bundle.tokens, crops=crops_of(bundle))
+                result = edit(base, request, config, seed, candidates)
                 seconds.append(result.seconds)
                 images = [result.picture(c) for c in range(candidates)]
                 before, *after = judge_images(judge, [drawing.image, *images])
@@ -159,7 +161,7 @@ def measure_reconstruction(base: BaseModel, config: EditConfig, scenes: int) -> 
         drawing = draw_scene(scene, base.resolution)
         mask = box.rasterize(base.resolution, base.resolution)
         for name, changes in settings.items():
-            result = edit(base, drawing.image, mask, "a photo of a red car", (), replace(config, **changes), k)
+            result = edit(base, EditRequest(drawing.image, mask, "a photo of a red car"), replace(config, **changes), k)
             numbers[name].append(_psnr_outside(drawing.image, result.picture(0), mask))
     means = {name: round(float(np.mean(values)), 2) for name, values in numbers.items()}
     gains = {f"{name}_gain_db": round(means[name] - means["none"], 2) for name in settings if name != "none"}
@@ -189,7 +191,7 @@ def measure_thin(base: BaseModel, config: EditConfig, scenes: int, dilation: int
         mask = mask.T if k % 2 else mask
         for (grown, candidates), found in hits.items():
             settings = replace(config, mask_dilation=grown)
-            result = edit(base, image, mask, f"a photo of a {color} balloon", (), settings, k, candidates)
+            result = edit(base, EditRequest(image, mask, f"a photo of a {color} balloon"), settings, k, candidates)
             after = np.asarray(result.picture(0))
             found.append(named_color(after[mask]) == color)
             if k < first + 6:

@@ -21,12 +21,13 @@ import typer
 
 from mifo.boxes import Layout, parse_layout
 from mifo.bundle.store import Bundle, attach
-from mifo.config import LearnConfig, SynthesisConfig, learn_preset, synthesis_preset
+from mifo.config import LearnConfig, SynthesisConfig
 from mifo.data.instance import load_instance
 from mifo.io.json_text import json_text, record_text
 from mifo.io.sheets import caption_below, draw_boxes, enlarge, grid
 from mifo.learning.learn import learn
 from mifo.model.base import BaseModel, load_base_model
+from mifo.presets import learn_preset, synthesis_preset
 from mifo.sampling.sample import sample_prompts
 from mifo.synthesis.synthesize import synthesize
 from mifo.toybox.judge import Finding, Verdict, judge_images, load_judge

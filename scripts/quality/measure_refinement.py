@@ -26,11 +26,11 @@ from tqdm import tqdm
 from mifo.attention.refine import MeanMap, cluster_pixels, refine_masks, subject_cover
 from mifo.boxes import Layout, parse_layout
 from mifo.bundle.store import attach, load_bundle
-from mifo.config import learn_preset, synthesis_preset
 from mifo.data.instance import load_instance
 from mifo.io.json_text import json_text
 from mifo.learning.learn import learn
 from mifo.model.base import BaseModel, load_base_model
+from mifo.presets import learn_preset, synthesis_preset
 from mifo.prompts import join_assets
 from mifo.sampling.guidance import MaskRefinement
 from mifo.synthesis.synthesize import synthesize

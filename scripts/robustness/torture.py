@@ -36,12 +36,12 @@ from _as_user import CAN_OBEY, obeying_permissions  # noqa: E402
 from _tiny import snapshot, tiny_base_folder, write_instance  # noqa: E402
 
 from mifo.bundle.store import load_bundle  # noqa: E402
-from mifo.config import learn_preset  # noqa: E402
 from mifo.data.instance import load_instance  # noqa: E402
 from mifo.errors import InputError  # noqa: E402
 from mifo.learning.checkpoints import Checkpointing, latest  # noqa: E402
 from mifo.learning.learn import learn  # noqa: E402
 from mifo.model.base import load_base_model  # noqa: E402
+from mifo.presets import learn_preset  # noqa: E402
 
 NAME = "cups"
 

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import typer
 
-from mifo.config import SynthesisConfig, learn_preset, synthesis_preset, to_dict
+from mifo.config import SynthesisConfig, to_dict
 from mifo.data.instance import Instance, fit_instance, load_instance
 from mifo.evaluation.attention import attention_leakage
 from mifo.evaluation.cases import Case, default_cases, mask_aspects
@@ -43,6 +43,7 @@ from mifo.evaluation.toybox_backend import ToyboxBackend
 from mifo.io.json_text import json_text
 from mifo.learning.dataset import InstanceData
 from mifo.model.base import BaseModel, load_base_model
+from mifo.presets import learn_preset, synthesis_preset
 from mifo.toybox.examples import write_instance
 from scripts.toybench.toybench_methods import METHODS, Training, choose_methods, trained, training, write_record
 from scripts.toybench.toybench_scenes import COUNTS, LARGE_COUNTS, LEVELS, SPLITS, Cell, bench_scene

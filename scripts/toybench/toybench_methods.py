@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from mifo.bundle.store import Bundle, attach, load_bundle
-from mifo.config import AttentionTerms, LearnConfig, PriorConfig, SynthesisConfig, learn_preset
+from mifo.config import AttentionTerms, LearnConfig, PriorConfig, SynthesisConfig
 from mifo.data.instance import FittedInstance, Instance, fit_instance
 from mifo.evaluation.backend import Backend
 from mifo.evaluation.checkpoints import checkpoint_judge
@@ -36,6 +36,7 @@ from mifo.learning.prior import make_prior
 from mifo.learning.trainer import Trainer
 from mifo.model.base import BaseModel
 from mifo.model.embedding import initial_vectors, use_assets
+from mifo.presets import learn_preset
 from mifo.prompts import add_asset_tokens, join_assets
 
 PAIRS = 24

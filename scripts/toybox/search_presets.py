@@ -22,10 +22,11 @@ import torch
 import typer
 
 from mifo.bundle.store import attach
-from mifo.config import LearnConfig, learn_preset
+from mifo.config import LearnConfig
 from mifo.data.instance import load_instance
 from mifo.learning.learn import learn
 from mifo.model.base import BaseModel, load_base_model
+from mifo.presets import learn_preset
 from mifo.sampling.sample import sample_prompts
 from mifo.toybox.examples import write_instance
 from mifo.toybox.judge import judge_images, load_judge

@@ -23,9 +23,10 @@ from mifo.attention.sites import (
     use_processors,
 )
 from mifo.boxes import Box, Layout
-from mifo.config import LearnConfig, from_dict, learn_preset, synthesis_preset, to_dict
+from mifo.config import LearnConfig, from_dict, to_dict
 from mifo.errors import InputError
 from mifo.model.base import BaseModel
+from mifo.presets import learn_preset, synthesis_preset
 from mifo.prompts import TokenizedPrompt
 
 LENGTH = 9

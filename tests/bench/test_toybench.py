@@ -13,10 +13,10 @@ import torch
 from _tiny import load_base, tiny_base_folder, write_instance
 
 from mifo.boxes import Box
-from mifo.config import learn_preset, synthesis_preset
 from mifo.data.instance import fit_instance, load_instance
 from mifo.evaluation.toybox_backend import agreement, thing_looks
 from mifo.model.embedding import initial_vectors, use_assets
+from mifo.presets import learn_preset, synthesis_preset
 from mifo.toybox.draw import RARE_CLASSES
 from scripts.toybench import toybench, toybench_report
 from scripts.toybench.toybench import item_path, main, plan_jobs, run_all

@@ -16,12 +16,13 @@ from _tiny import learn_arguments, mifo, snapshot, tiny_base_folder, tiny_bundle
 from PIL import Image, ImageCms, ImageDraw
 
 from mifo.bundle.store import load_bundle
-from mifo.config import MemoryConfig, SynthesisConfig, edit_preset
+from mifo.config import MemoryConfig, SynthesisConfig
 from mifo.data.instance import load_instance, with_background
 from mifo.editing.picture_file import load_edit_mask, load_picture
 from mifo.errors import InputError
 from mifo.model import base as base_model
 from mifo.planning.planner import GIB, RESERVE, Settings, make_plan, read_model
+from mifo.presets import edit_preset
 
 ORIENTATION, MAKER = 0x0112, 0x010F
 PROMPT = "a photo of <asset1>"

@@ -10,11 +10,11 @@ import pytest
 from _tiny import FAST, load_base, mifo, tiny_base_folder, write_instance
 from PIL import Image, ImageDraw
 
-from mifo.config import learn_preset
 from mifo.data.instance import load_instance
 from mifo.data.mask_check import check_masks
 from mifo.data.mask_sizes import MaskSizes
 from mifo.learning.supervision import sizes_by_name, sizes_of
+from mifo.presets import learn_preset
 
 SIZES = MaskSizes(64, 16, (16, 8))
 

@@ -14,7 +14,7 @@ from mifo.boxes import Box, snapped_box
 from mifo.config import EditConfig, GuidanceConfig
 from mifo.data.asset_crops import cut_out
 from mifo.editing.blending import Blending, clone, feather, paste, paste_around, tune_to_source
-from mifo.editing.edit import edit
+from mifo.editing.edit import EditRequest, edit
 from mifo.editing.frame import latent_mask, make_frame, shrinking_masks, thickness, within_length
 from mifo.editing.hooks import EditHooks
 from mifo.editing.ranking import asset_similarity, best_first, prompt_similarity
@@ -264,10 +264,10 @@ def test_the_latents_outside_follow_the_source_down_to_no_noise(toybox_random_ba
 def test_each_candidate_depends_on_its_own_seed(any_base: BaseModel):
     picture = noise_picture(300, 200)
     mask = block(picture.size, 100, 50, 180, 150)
-    both = edit(any_base, picture, mask, "a photo of a red car", (), QUICK, seed=3, count=2)
+    both = edit(any_base, EditRequest(picture, mask, "a photo of a red car"), QUICK, seed=3, count=2)
     assert [c.seed for c in sorted(both.candidates, key=lambda c: c.seed)] == [3, 4]
     assert any("enlarged" in note for note in both.notes) == (any_base.resolution < 150)
-    alone = edit(any_base, picture, mask, "a photo of a red car", (), QUICK, seed=4, count=1)
+    alone = edit(any_base, EditRequest(picture, mask, "a photo of a red car"), QUICK, seed=4, count=1)
     index = next(k for k, c in enumerate(both.candidates) if c.seed == 4)
     together, single = np.asarray(both.picture(index)).astype(int), np.asarray(alone.picture(0)).astype(int)
     assert np.abs(together - single).max() <= 1
@@ -282,7 +282,7 @@ def test_other_backgrounds_touch_the_crop_alone(toybox_random_base: BaseModel, b
     picture = noise_picture(200, 150)
     mask = block(picture.size, 80, 60, 110, 100)
     config = replace(QUICK, background=background, reconstruction_steps=2)
-    result = edit(toybox_random_base, picture, mask, "a photo of a red car", (), config)
+    result = edit(toybox_random_base, EditRequest(picture, mask, "a photo of a red car"), config)
     after, before = np.asarray(result.picture(0)), np.asarray(picture)
     left, top, right, bottom = result.frame.crop
     untouched = np.ones(mask.shape, bool)
@@ -296,9 +296,9 @@ def test_wrong_choices_are_refused(toybox_random_base: BaseModel):
     for changes, message in (({"background": "magic"}, "background"), ({"start": "half"}, "start"),
                              ({"blending_start_percentage": 1.0}, "less than 1")):  # fmt: skip
         with pytest.raises(InputError, match=message):
-            edit(toybox_random_base, picture, mask, "a photo of a car", (), replace(QUICK, **changes))
+            edit(toybox_random_base, EditRequest(picture, mask, "a photo of a car"), replace(QUICK, **changes))
     with pytest.raises(InputError, match="<asset0>, but there are no assets"):
-        edit(toybox_random_base, picture, mask, "a photo of <asset0>", (), QUICK)
+        edit(toybox_random_base, EditRequest(picture, mask, "a photo of <asset0>"), QUICK)
 
 
 def test_the_backgrounds_word_is_hidden_from_the_assets():
@@ -340,8 +340,8 @@ def test_apart_from_the_background_a_subject_goes_on_with_nothing():
 
 def test_a_thin_mask_is_filled_with_what_the_prompt_says():
     """The toybox model itself, whose balloons are shorter than this bar; with free words a quarter of it is green."""
-    from mifo.config import edit_preset
     from mifo.model.base import load_base_model
+    from mifo.presets import edit_preset
     from mifo.toybox.draw import BACKGROUNDS, COLORS
     from mifo.toybox.world import Scene, draw_scene
 
@@ -349,7 +349,7 @@ def test_a_thin_mask_is_filled_with_what_the_prompt_says():
     picture = draw_scene(Scene((), BACKGROUNDS[507 % len(BACKGROUNDS)], 507), 128).image
     bar = block(picture.size, 16, 72, 112, 88)
     config = replace(edit_preset("toybox"), mask_dilation=4)
-    drawn = np.asarray(edit(base, picture, bar, "a photo of a green balloon", (), config, 507).picture(0))[bar]
+    drawn = np.asarray(edit(base, EditRequest(picture, bar, "a photo of a green balloon"), config, 507).picture(0))[bar]
     distances = {name: ((drawn - np.array(color, float)) ** 2).sum(1) for name, color in COLORS.items()}
     green = (distances["green"] == np.min(list(distances.values()), axis=0)).mean()
     assert green > 0.6, green

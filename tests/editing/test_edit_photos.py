@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from mifo.config import EditConfig, GuidanceConfig
 from mifo.editing.blending import clone
-from mifo.editing.edit import edit
+from mifo.editing.edit import EditRequest, edit
 from mifo.editing.frame import make_frame
 from mifo.editing.picture_file import load_edit_mask, load_picture
 from mifo.errors import InputError
@@ -149,7 +149,7 @@ def test_one_stray_pixel_does_not_make_the_crop_the_whole_photo(toybox_random_ba
     clean = make_frame(mask, toybox_random_base.resolution)
     mask[790, 990] = True
     config = EditConfig(steps=1, guidance_scale=1.0, guidance=GuidanceConfig(enabled=False))
-    result = edit(toybox_random_base, picture, mask, "a photo of a red car", (), config)
+    result = edit(toybox_random_base, EditRequest(picture, mask, "a photo of a red car"), config)
     assert result.frame == clean and not result.mask[790, 990]
     assert "the mask has a tiny island far from its body (1 pixel at (990, 790)); what is there is not edited" in result.notes
     assert np.array_equal(np.asarray(result.picture(0))[790, 990], np.asarray(picture)[790, 990])

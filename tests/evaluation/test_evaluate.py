@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from mifo.boxes import Box, Layout
 from mifo.bundle.store import load_bundle
 from mifo.cli.parts import instance_of
-from mifo.config import KeepConfig, learn_preset
+from mifo.config import KeepConfig
 from mifo.data.instance import load_instance
 from mifo.errors import InputError
 from mifo.evaluation.backend import Seen
@@ -28,6 +28,7 @@ from mifo.evaluation.cases import Case, Picture
 from mifo.evaluation.measure import measure_pictures, summarize
 from mifo.evaluation.toybox_backend import ToyboxBackend, agreement
 from mifo.learning.learn import learn
+from mifo.presets import learn_preset
 from mifo.toybox.examples import EXAMPLES, write_example
 from mifo.toybox.world import Scene, draw_scene, placed
 
@@ -290,7 +291,6 @@ def test_evaluate_pictures_that_exist_and_an_edit(folder: Path, tmp_path: Path):
         result = mifo("evaluate", bundle, "--output-path", tmp_path / "x", *TOYBOX, *wrong, exit_code=2)
         assert not (tmp_path / "x").exists()
 
-
         assert re.search(said, result.stderr), result.stderr
 
 
@@ -351,7 +351,6 @@ def test_keep_best_by_the_judge_from_the_command_line(folder: Path, tmp_path: Pa
 
 
 def test_a_bundle_keeps_what_it_was_learned_from(folder: Path, tmp_path: Path):
-
 
     bundle = Path(shutil.copytree(folder / "bundles" / "twins", tmp_path / "twins"))
     kept = load_instance(bundle / "instance")

@@ -17,7 +17,7 @@ from PIL import Image
 
 from mifo.bundle.instance_copy import kept_crops, kept_instance
 from mifo.bundle.store import base_of_bundle, load_bundle
-from mifo.config import LearnConfig, from_dict, learn_preset, to_dict
+from mifo.config import LearnConfig, from_dict, to_dict
 from mifo.data.instance import load_instance
 from mifo.editing.picture_file import load_edit_mask
 from mifo.errors import InputError
@@ -29,6 +29,7 @@ from mifo.learning.prior import _read_cache
 from mifo.model.base import has_layout
 from mifo.model.base_config import check_configs, read_configs
 from mifo.model.base_weights import check_files, variant_of, weight_files
+from mifo.presets import learn_preset
 from mifo.synthesis.variations import read_prompts
 
 TOKENS = ("<asset0>", "<asset1>")

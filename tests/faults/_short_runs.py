@@ -10,13 +10,14 @@ from typing import Any
 
 from _tiny import load_base, snapshot
 
-from mifo.config import LearnConfig, learn_preset
+from mifo.config import LearnConfig
 from mifo.data.instance import Instance
 from mifo.learning.callbacks import CheckpointJudge
 from mifo.learning.checkpoints import Checkpointing
 from mifo.learning.learn import learn
 from mifo.learning.trainer import Progress
 from mifo.model.base import BaseModel
+from mifo.presets import learn_preset
 
 STEPS = 3  # of each phase
 

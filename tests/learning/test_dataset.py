@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from _tiny import load_base, write_instance
 
-from mifo.config import learn_preset
 from mifo.data.instance import fit_instance, load_instance, with_background
 from mifo.io.sheets import pixels_to_tensor
 from mifo.learning.clean_plate import clean_plate
 from mifo.learning.dataset import InstanceData, random_shifts, shift
 from mifo.learning.objective import Objective
+from mifo.presets import learn_preset
 from mifo.prompts import tokenize_prompt
 from mifo.toybox.examples import EXAMPLES
 from mifo.toybox.world import Scene, draw_scene

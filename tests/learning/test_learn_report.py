@@ -13,11 +13,12 @@ import torch
 from _tiny import load_base, write_instance
 from PIL import Image
 
-from mifo.config import LearnConfig, learn_preset
+from mifo.config import LearnConfig
 from mifo.data.instance import load_instance
 from mifo.learning.callbacks import snapshot_steps
 from mifo.learning.learn import learn
 from mifo.learning.trainer import Progress
+from mifo.presets import learn_preset
 from mifo.sampling import sample
 
 

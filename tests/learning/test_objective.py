@@ -14,13 +14,14 @@ from _tiny import load_base, write_instance
 
 from mifo.attention.record import record_attention
 from mifo.attention.sites import choose_sites
-from mifo.config import LearnConfig, LoraPhase, learn_preset
+from mifo.config import LearnConfig, LoraPhase
 from mifo.data.instance import fit_instance, load_instance
 from mifo.learning.dataset import InstanceData
 from mifo.learning.learn import lend_adapters
 from mifo.learning.objective import Objective, StepLosses
 from mifo.learning.prior import PriorData
 from mifo.model.embedding import initial_vectors, use_assets
+from mifo.presets import learn_preset
 from mifo.prompts import add_asset_tokens
 
 PRESET = learn_preset("toybox")

@@ -14,11 +14,12 @@ from _tiny import load_base, write_instance
 import mifo.learning.objective as objective
 from mifo.attention.record import record_attention
 from mifo.attention.sites import choose_sites
-from mifo.config import LearnConfig, learn_preset
+from mifo.config import LearnConfig
 from mifo.data.instance import fit_instance, load_instance
 from mifo.learning.dataset import InstanceData
 from mifo.learning.trainer import Trainer
 from mifo.model.embedding import initial_vectors, use_assets
+from mifo.presets import learn_preset
 from mifo.prompts import add_asset_tokens
 
 

@@ -17,11 +17,12 @@ from PIL import Image
 
 from mifo.boxes import Box, Layout
 from mifo.bundle.store import attach, load_bundle
-from mifo.config import PriorConfig, SynthesisConfig, synthesis_preset
+from mifo.config import PriorConfig, SynthesisConfig
 from mifo.errors import InputError
 from mifo.learning.prior import make_prior
 from mifo.model.base import BaseModel
 from mifo.model.samplers import OWN_CLASSES, SCHEDULERS, check_steps, make_scheduler, read_scheduler, training_schedule
+from mifo.presets import synthesis_preset
 from mifo.sampling.denoise import denoise, initial_latents, seeded_noise
 from mifo.synthesis.synthesize import synthesize
 
@@ -262,8 +263,15 @@ def test_box_guidance_and_refinement_run_with_the_folders_own_sampler(tmp_path: 
     with attach(base, bundle):
         for enabled in (True, False):
             config = synthesis_preset("toybox")
-            guidance = replace(config.guidance, enabled=enabled, steps=2, max_iterations=1, loss_threshold=0.0,
-                               step_size_start=1e3, step_size_end=1e3)  # a random model's maps are flat: small gradients
+            guidance = replace(
+                config.guidance,
+                enabled=enabled,
+                steps=2,
+                max_iterations=1,
+                loss_threshold=0.0,
+                step_size_start=1e3,
+                step_size_end=1e3,
+            )  # a random model's maps are flat: small gradients
             config = replace(config, steps=5, scheduler="own", guidance=guidance)
             result = synthesize(base, "a photo of <asset0> and <asset1>", layout, bundle.tokens, config)
             assert [step for step, _, _ in result.guidance_history] == ([0, 1] if enabled else [])
@@ -303,8 +311,12 @@ def test_commands_refuse_too_many_steps_before_anything_loads(
     monkeypatch.setattr("mifo.model.base.UNet2DConditionModel.from_pretrained", lambda *_, **__: pytest.fail("the UNet loads"))
     Image.new("RGB", (64, 64), "grey").save(tmp_path / "photo.png")
     Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
-    more = {"synthesize": ["--prompt", "a photo of <asset0>"], "variations": ["--asset", "0"], "evaluate": [],
-            "edit": ["--prompt", "a photo of <asset0>", "--init-image", tmp_path / "photo.png", "--mask", tmp_path / "mask.png"]}
+    more = {
+        "synthesize": ["--prompt", "a photo of <asset0>"],
+        "variations": ["--asset", "0"],
+        "evaluate": [],
+        "edit": ["--prompt", "a photo of <asset0>", "--init-image", tmp_path / "photo.png", "--mask", tmp_path / "mask.png"],
+    }
     found = mifo(command, bundle, "--model-path", settings, "--steps", 1000, "--output-path", tmp_path / "out", *more[command],
                  exit_code=2)  # fmt: skip
     assert "at most 999" in " ".join(found.output.split())

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from mifo.attention import backend as backends
 from mifo.attention.record import record_attention
 from mifo.attention.sites import choose_sites
-from mifo.config import LearnConfig, MemoryConfig, SynthesisConfig, learn_preset
+from mifo.config import LearnConfig, MemoryConfig, SynthesisConfig
 from mifo.data.instance import fit_instance, load_instance
 from mifo.editing.blending import tune_to_source
 from mifo.errors import InputError
@@ -33,6 +33,7 @@ from mifo.model.lora import add_adapters
 from mifo.planning.live_bytes import LiveBytes
 from mifo.planning.planner import GIB, RESERVE, Settings, make_plan, phases_of, read_model
 from mifo.planning.trace import trace_learning, trace_tuning
+from mifo.presets import learn_preset
 from mifo.prompts import add_asset_tokens
 
 # --- counting -----------------------------------------------------------------------------------

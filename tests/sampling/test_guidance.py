@@ -14,9 +14,10 @@ from mifo.attention.bounded import BoundedAttention, ForwardPass, bound_attentio
 from mifo.attention.refine import MeanMap, assign_clusters, cluster_pixels, refine_masks, subject_cover
 from mifo.attention.sites import attention_sites, choose_sites
 from mifo.boxes import Box, Layout
-from mifo.config import GuidanceConfig, RefinementConfig, synthesis_preset
+from mifo.config import GuidanceConfig, RefinementConfig
 from mifo.model.base import BaseModel
 from mifo.model.samplers import make_scheduler
+from mifo.presets import synthesis_preset
 from mifo.prompts import TokenizedPrompt
 from mifo.sampling.denoise import denoise
 from mifo.sampling.guidance import LatentGuidance, MaskRefinement, attention_masses, step_size

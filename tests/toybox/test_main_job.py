@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from mifo.bundle.store import attach
-from mifo.config import learn_preset, synthesis_preset
 from mifo.data.instance import load_instance
 from mifo.learning.learn import learn
 from mifo.model.base import load_base_model
+from mifo.presets import learn_preset, synthesis_preset
 from mifo.toybox.judge import load_judge
 from scripts.quality.measure_main_job import load_things, measure_alone, measure_boxes
 

@@ -1,0 +1,87 @@
+"""Settings by base model family, chosen by measurement (see LOG.md)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .config import (
+    AttentionTerms,
+    EditConfig,
+    GuidanceConfig,
+    LearnConfig,
+    PriorConfig,
+    RefinementConfig,
+    SynthesisConfig,
+)
+from .errors import InputError
+
+SINGLE_TOYS = "|".join(f"a photo of a toy {place}" for place in (
+    "at the beach", "in the snow", "on the grass", "at night", "on a wooden floor", "on a plain background"))  # fmt: skip
+
+
+TOYBOX_PRIOR = PriorConfig(every_steps=2, num_class_images=16, sampling_steps=15, guidance_scale=2.0, class_prompt=SINGLE_TOYS)
+
+
+def learn_preset(family: str, recipe: str = "mifo") -> LearnConfig:
+    """`family`: 'stable-diffusion' (published numbers; LoRA's rate found by others) or 'toybox' (measured, LOG.md)."""
+    if recipe not in ("mifo", "break-a-scene"):
+        raise InputError(f"recipe '{recipe}' is not known; choose mifo or break-a-scene")
+    config = LearnConfig()
+    if family == "toybox":
+        terms = AttentionTerms(levels=(1, 2), penalty_weight=0.5, reward_weight=0.5)
+        rewarded = replace(terms, reward_steps=50)
+        config = replace(
+            config,
+            embedding=replace(config.embedding, train_steps=150, learning_rate=1.5e-2, draws=4, attention=rewarded),
+            lora=replace(config.lora, train_steps=100, learning_rate=3e-3, row_learning_rate=2e-3, draws=4, attention=terms),
+            prior=TOYBOX_PRIOR,
+            placements=8,
+            locality_weight=1.0,
+            locality_every=2,
+            masked_loss_by_area=True,
+        )
+    if recipe == "break-a-scene":
+        config = _as_break_a_scene(config, family)
+    return config
+
+
+def _as_break_a_scene(config: LearnConfig, family: str) -> LearnConfig:
+    """Break-A-Scene's losses (arXiv 2305.16311, section 3 and appendix) on the same LoRA budget.
+
+    For Stable Diffusion with its published schedule; for the toybox with the steps, draws and rates of this project's own recipe:
+    the published rates teach a model as small as that next to nothing (LOG.md).
+    """
+    match = replace(config.lora.attention, loss="match", reward_weight=0.0, penalty_weight=1e-2, reward_steps=0,
+                    max_timestep=1000, average_sites=True)  # fmt: skip
+    embedding = replace(config.embedding, cosine_restarts=False, attention=match)
+    lora = replace(config.lora, attention=match)
+    if family != "toybox":
+        embedding, lora = replace(embedding, train_steps=400, learning_rate=5e-4), replace(lora, train_steps=400)
+    return replace(
+        config,
+        recipe="break-a-scene",
+        masked_loss_by_area=False,  # its attention weight belongs to the loss by picture
+        placements=0,
+        locality_weight=0.0,
+        prior=replace(config.prior, class_prompt=PriorConfig.class_prompt),
+        embedding=embedding,
+        lora=lora,
+    )
+
+
+def synthesis_preset(family: str) -> SynthesisConfig:
+    """As `learn_preset`."""
+    if family != "toybox":
+        return SynthesisConfig()
+    return SynthesisConfig(
+        steps=20,
+        guidance_scale=2.0,
+        guidance=GuidanceConfig(steps=6, levels=(1, 2)),
+        refinement=RefinementConfig(levels=(1,)),
+    )
+
+
+def edit_preset(family: str) -> EditConfig:
+    """As `learn_preset`."""
+    control = synthesis_preset(family)
+    return EditConfig(steps=control.steps, guidance_scale=control.guidance_scale, guidance=control.guidance)
