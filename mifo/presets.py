@@ -23,7 +23,8 @@ TOYBOX_PRIOR = PriorConfig(every_steps=2, num_class_images=16, sampling_steps=15
 
 
 def learn_preset(family: str, recipe: str = "mifo") -> LearnConfig:
-    """`family`: 'stable-diffusion' (published numbers; LoRA's rate found by others) or 'toybox' (measured, LOG.md)."""
+    """`family`: 'stable-diffusion' (published numbers; LoRA's rate found by others), 'sdxl' (the same, at the levels at which its
+    UNet looks at the text) or 'toybox' (measured, LOG.md)."""
     if recipe not in ("mifo", "break-a-scene"):
         raise InputError(f"recipe '{recipe}' is not known; choose mifo or break-a-scene")
     config = LearnConfig()
@@ -70,7 +71,10 @@ def _as_break_a_scene(config: LearnConfig, family: str) -> LearnConfig:
 
 
 def synthesis_preset(family: str) -> SynthesisConfig:
-    """As `learn_preset`."""
+    """As `learn_preset`. SDXL's guidance looks at the middle block alone: the up block at the same level has three times the
+    maps, for which a consumer GPU has no room."""
+    if family == "sdxl":
+        return SynthesisConfig(guidance=GuidanceConfig(blocks=("mid_block",), levels=(4,)))
     if family != "toybox":
         return SynthesisConfig()
     return SynthesisConfig(

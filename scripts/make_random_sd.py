@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import transformers
 import typer
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTokenizer
 
 from mifo.io.files import check_writable, write_folder
 from mifo.io.json_text import json_text
+from mifo.model.families import Family, family_of
 from mifo.model.shapes import VOCABULARY, WIDTH_DIVISORS, shape_of
 from mifo.toybox.architecture import build_tokenizer
 from scripts.hub_names import use_hub_names
@@ -32,6 +34,7 @@ class Shape(str, Enum):
     sd15 = "sd1.5"
     sd21 = "sd2.1"
     sd21_768 = "sd2.1-768"
+    sdxl = "sdxl"
 
 
 class Weights(str, Enum):
@@ -48,6 +51,7 @@ def write_random_sd(name: str, folder: Path, width_divisor: int = 1, seed: int =
                     overwrite: bool = False) -> None:  # fmt: skip
     """Whole or absent. Holds one part at a time in memory (sd2.1's UNet: 1.6 GiB in fp16)."""
     shape = shape_of(name, width_divisor)
+    family = family_of(shape["unet"])
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
     with write_folder(folder, "random model", overwrite) as temporary:
@@ -55,13 +59,17 @@ def write_random_sd(name: str, folder: Path, width_divisor: int = 1, seed: int =
         try:
             _save(sharpen(UNet2DConditionModel(**shape["unet"])), temporary / "unet")
             _save(AutoencoderKL(**shape["vae"]), temporary / "vae")
-            _save(CLIPTextModel(CLIPTextConfig(**shape["text_encoder"])), temporary / "text_encoder")
-            use_hub_names(temporary / "text_encoder")
+            for text in family.texts:
+                kind = getattr(transformers, text.kind)
+                _save(kind(CLIPTextConfig(**shape[text.encoder])), temporary / text.encoder)
+                use_hub_names(temporary / text.encoder)
         finally:
             torch.set_default_dtype(before)
         DDIMScheduler(**shape["scheduler"]).save_pretrained(temporary / "scheduler")
         write_tokenizer(temporary / "tokenizer")
-        (temporary / "model_index.json").write_text(json_text(_index(), indent=2) + "\n")
+        if family.pooled:  # its second tokenizer fills up with the first entry of the vocabulary
+            write_tokenizer(temporary / "tokenizer_2", padding="!")
+        (temporary / "model_index.json").write_text(json_text(_index(family), indent=2) + "\n")
 
 
 def _save(part: Any, folder: Path) -> None:
@@ -78,7 +86,7 @@ def sharpen(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     return unet
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, padding: str = "<|endoftext|>") -> None:
     """CLIP's vocabulary size with the toybox's words in it; the rest are entries that no text is ever spelled with."""
     with tempfile.TemporaryDirectory() as scratch:
         build_tokenizer(Path(scratch))
@@ -90,22 +98,19 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "vocab.json").write_text(json_text({s: i for i, s in enumerate([*words, *fillers, *ends])}, ensure_ascii=False))
     (folder / "merges.txt").write_text(merges)
     tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77,
-                              pad_token="<|endoftext|>")  # fmt: skip
+                              pad_token=padding)  # fmt: skip
     tokenizer.save_pretrained(folder)
 
 
-def _index() -> dict[str, Any]:
-    return {
-        "_class_name": "StableDiffusionPipeline",
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
+def _index(family: Family) -> dict[str, Any]:
+    kinds: dict[str, Any] = {"scheduler": ["diffusers", "DDIMScheduler"], "unet": ["diffusers", "UNet2DConditionModel"],
+                             "vae": ["diffusers", "AutoencoderKL"]}  # fmt: skip
+    for text in family.texts:
+        kinds |= {text.encoder: ["transformers", text.kind], text.tokenizer: ["transformers", "CLIPTokenizer"]}
+    if family.pooled:
+        return {"_class_name": family.pipeline, "force_zeros_for_empty_prompt": True, **kinds}
+    return {"_class_name": family.pipeline, "feature_extractor": [None, None], "requires_safety_checker": False,
+            "safety_checker": [None, None], **kinds}  # fmt: skip
 
 
 def main(

@@ -209,7 +209,8 @@ class BoundedAttention:
         self._pass, self._maps = forward_pass, {}
 
     def end(self) -> dict[str, torch.Tensor]:
-        """The maps of the pass that `begin` announced, by site name, (batch, heads, h*w, keys); the next one draws."""
+        """The maps of the pass that `begin` announced, by site name; the next one draws. Of a guidance pass (batch, heads, h*w,
+        keys), of another its conditional half's mean over heads, (images, h*w, keys)."""
         maps, self._maps, self._pass = self._maps, {}, self.sampling
         return maps
 
@@ -218,8 +219,10 @@ class BoundedAttention:
         return site in self._pass.recorded
 
     def note(self, site: Site, probabilities: torch.Tensor) -> None:
-        """Keeps a map, (batch, heads, h*w, keys). Raises StopForward when it was the last that was asked for."""
-        self._maps[site.name] = probabilities
+        """Keeps a map, (batch, heads, h*w, keys); of a pass that draws only what refinement asks for, which at 1024 pixels is a
+        fortieth of it. Raises StopForward when it was the last that was asked for."""
+        drawn = slice(-self._pass.images, None)  # the conditional half stands last
+        self._maps[site.name] = probabilities if self._pass.guiding else probabilities[drawn].mean(1)
         if self._pass.stop_when_recorded and len(self._maps) == len(self._pass.recorded):
             raise StopForward
 

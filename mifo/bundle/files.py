@@ -17,10 +17,10 @@ from safetensors.torch import load
 
 from ..errors import InputError
 from ..io.read_files import leads_out, read_regular
+from ..model.families import ADAPTERS
 from ..model.lora import AGAIN, LORA_CONFIG, LORA_WEIGHTS
 from .instance_copy import instance_digest
 
-ADAPTERS = ("unet_lora", "text_lora")
 RECORD, ROWS = "bundle.json", "assets.safetensors"
 WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Five times the adapters of Stable Diffusion at rank 256.

@@ -25,9 +25,10 @@ from ..io.json_text import json_text
 from ..io.swap import finish_swaps
 from ..model.base import HUB_MODELS, BaseModel, has_layout, identify, is_local, public_name
 from ..model.embedding import use_assets
+from ..model.families import ADAPTERS
 from ..model.lora import AGAIN, LORA_CONFIG, LORA_WEIGHTS, Adapter, lend_adapter, lora_config, save_adapter
 from ..prompts import BACKGROUND_TOKEN, add_asset_tokens, asset_token
-from .files import ADAPTERS, RECORD, ROWS, Files, parse_json, parse_tensors, read_bundle_files, weights_digest
+from .files import RECORD, ROWS, Files, parse_json, parse_tensors, read_bundle_files, weights_digest
 
 SCHEMA = 1
 KIND = "bundle"  # of its manifest
@@ -76,7 +77,7 @@ def attach(base: BaseModel, bundle: Bundle, lora_scale: float = 1.0) -> Iterator
     base model, or does not fit it.
     """
     check_base(base, bundle)
-    width = base.text_encoder.config.hidden_size
+    width = base.text_width
     if bundle.token_embeddings.shape[1] != width:
         raise InputError(
             f"{bundle.folder / 'assets.safetensors'} has embeddings of {bundle.token_embeddings.shape[1]} numbers, but the base "
@@ -85,11 +86,13 @@ def attach(base: BaseModel, bundle: Bundle, lora_scale: float = 1.0) -> Iterator
     known = base.tokenizer.get_added_vocab()
     add_asset_tokens(base.tokenizer, [t for t in bundle.tokens if t not in known])
     ids = [base.tokenizer.get_added_vocab()[t] for t in bundle.tokens]
-    parts: dict[str, Any] = {"unet_lora": base.unet, "text_lora": base.text_encoder}
+    parts = base.layout.adapters
+    if extra := [name for name in bundle.adapters if name not in parts]:
+        raise InputError(f"{bundle.folder} has {extra[0]}, but {base.name} ({base.layout.title}) has no such part; {AGAIN}")
     with ExitStack() as stack:
-        stack.enter_context(use_assets(base.text_encoder, ids, bundle.token_embeddings))
+        stack.enter_context(use_assets(base.text_encoders, ids, bundle.token_embeddings))
         for name in bundle.adapters:
-            stack.enter_context(lend_adapter(parts[name], bundle.lora[name], bundle.folder / name, lora_scale))
+            stack.enter_context(lend_adapter(base.parts[parts[name]], bundle.lora[name], bundle.folder / name, lora_scale))
         yield base
 
 

@@ -51,7 +51,9 @@ def not_to_write_into(bundle: Bundle | None, model_path: str | None) -> dict[str
 
 def family_of(model_path: str) -> str:
     """As BaseModel.family, before the model is there."""
-    return "toybox" if model_path == "toybox" else "stable-diffusion"
+    from ..model.base import family_of
+
+    return family_of(model_path)
 
 
 def choose_device(name: str) -> str:

@@ -17,6 +17,7 @@ from PIL import Image
 from scipy import ndimage
 
 from ..boxes import bounds
+from ..model.prompt_embeds import PromptEmbeds, predict
 from .frame import BoolArray
 
 BINS = 8  # colour bins along each of red, green and blue
@@ -66,11 +67,11 @@ def _cosine(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
 
 
 @torch.no_grad()
-def prompt_similarity(unet: Any, scheduler: Any, latents: torch.Tensor, mask: torch.Tensor, prompt_embeds: torch.Tensor,
-                      negative_prompt_embeds: torch.Tensor) -> list[float]:  # fmt: skip
+def prompt_similarity(unet: Any, scheduler: Any, latents: torch.Tensor, mask: torch.Tensor, prompt_embeds: PromptEmbeds,
+                      negative_prompt_embeds: PromptEmbeds) -> list[float]:  # fmt: skip
     """By how much the prompt lowers the model's error inside the mask, one number a candidate: 0 is not at all, 1 is to nothing.
 
-    latents (B, C, h, w), scaled, without noise; mask (h, w) bool; embeds (1, L, D) each. The same fixed noise for all, and one
+    latents (B, C, h, w), scaled, without noise; mask (h, w) bool; embeds of one row each. The same fixed noise for all, and one
     candidate at a time, so that a candidate's number does not depend on the others.
     """
     noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(latents)[None]
@@ -82,7 +83,7 @@ def prompt_similarity(unet: Any, scheduler: Any, latents: torch.Tensor, mask: to
             timestep = torch.tensor([round(part * total)], device=latents.device)
             noisy = scheduler.add_noise(row, noise, timestep)
             for index, context in enumerate((negative_prompt_embeds, prompt_embeds)):
-                prediction = unet(noisy.to(unet.dtype), timestep, context).sample.float()
+                prediction = predict(unet, noisy, timestep, context).float()
                 clean = _clean(scheduler, noisy, prediction, timestep)
                 errors[index] += float(((clean - row).pow(2) * mask).mean())
         scores.append(float(1 - errors[1] / errors[0].clamp(min=1e-12)))

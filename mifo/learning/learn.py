@@ -59,8 +59,8 @@ def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path
         state.last_saved = checkpoints.last_saved
         parts = prepare(instance, base, config, folder.parent / ".prior", report)
         words = initializer_words or [None] * instance.count
-        rows = initial_vectors(base.text_encoder.get_input_embeddings(), base.tokenizer, words)
-        with use_assets(base.text_encoder, parts.token_ids, rows) as embedding, \
+        rows = initial_vectors(base.text_encoders, base.tokenizer, words)
+        with use_assets(base.text_encoders, parts.token_ids, rows) as embedding, \
                 gradient_checkpointing(base, config.gradient_checkpointing):  # fmt: skip
             trainer = Trainer(base, parts.data, config, embedding, parts.prior, _callbacks(config, checkpoints, judge), state,
                               report, checkpoint=resumed)  # fmt: skip
@@ -104,7 +104,7 @@ def prepare(instance: Instance, base: BaseModel, config: LearnConfig, prior_cach
     _check_longest_prompt(base, tokens)
     resolution = config.resolution or base.resolution
     fitted = fit_instance(instance, resolution)
-    data = InstanceData(fitted, base, config.placements, config.seed)
+    data = InstanceData(fitted, base, config.placements, config.seed, instance.image.size)
     prior = None
     if config.prior.enabled and config.lora.train_steps:
         prior = make_prior(base, config.prior, resolution, config.seed, prior_cache,

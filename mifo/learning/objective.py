@@ -17,6 +17,7 @@ from ..config import AttentionTerms, EmbeddingPhase, LearnConfig, LoraPhase
 from ..data.mask_sizes import mask_at_map
 from ..errors import InputError
 from ..model.base import BaseModel
+from ..model.prompt_embeds import joined, predict
 from ..prompts import TokenizedPrompt, tokenize_prompt
 from .dataset import Batch, InstanceData
 from .losses import masked_diffusion_loss, match_loss, penalty_loss, reward_loss, separation_loss
@@ -102,9 +103,10 @@ class Objective:
         own = slice(first if with_prior else 0, None)
         noisy = self.base.scheduler.add_noise(latents, noise, timesteps)
         recorder.open()
-        prompt_embeds = self.base.encode_prompt(torch.tensor([t.input_ids for t in tokenized]))  # (1 or 2, L, D)
-        prompt_embeds = torch.cat([prompt_embeds[:-1], prompt_embeds[-1:].expand(len(latents[own]), -1, -1)])
-        prediction = self.base.unet(noisy.to(self.base.dtype), timesteps, prompt_embeds).sample
+        sizes = [self.data.drawn_size, self.data.size][-len(tokenized) :]
+        prompt_embeds = self.base.encode_prompt(torch.tensor([t.input_ids for t in tokenized]), *sizes)  # 1 or 2 rows
+        prompt_embeds = joined([prompt_embeds[:-1], prompt_embeds[-1:].expand(len(latents[own]))])
+        prediction = predict(self.base.unet, noisy, timesteps, prompt_embeds)
         maps = recorder.take()
         target = diffusion_target(self.base.scheduler, latents, noise, timesteps)
         diffusion = masked_diffusion_loss(prediction[own], target[own], batch.union_mask, config.masked_loss_by_area)
@@ -149,8 +151,8 @@ class Objective:
         """
         with torch.no_grad():
             ids = tokenize_prompt(self.base.tokenizer, "a photo", []).input_ids
-            prompt_embeds = self.base.encode_prompt(torch.tensor([ids])).expand(len(noisy), -1, -1)
-            without = self.base.unet(noisy.to(self.base.dtype), timesteps, prompt_embeds).sample
+            prompt_embeds = self.base.encode_prompt(torch.tensor([ids]), self.data.size).expand(len(noisy))
+            without = predict(self.base.unet, noisy, timesteps, prompt_embeds)
         return masked_diffusion_loss(prediction, without, 1 - batch.union_mask, self.config.masked_loss_by_area)
 
 

@@ -19,6 +19,7 @@ from ..data.instance import Instance, fit
 from ..io.sheets import ASSET_COLORS, PAPER, caption_below, grid, outline
 from ..model.base import BaseModel
 from ..model.finite import blame
+from ..model.prompt_embeds import predict
 from ..prompts import join_assets, tokenize_prompt
 from ..sampling.sample import PREVIEW_STEPS, sample_prompts
 from .dataset import InstanceData
@@ -48,7 +49,7 @@ def snapshot_maps(base: BaseModel, data: InstanceData, tokens: Sequence[str], te
     """
     sites = choose_sites(base.unet, terms.blocks, terms.levels)
     prompt = tokenize_prompt(base.tokenizer, join_assets(list(tokens)), tokens)
-    prompt_embeds = base.encode_prompt(torch.tensor([prompt.input_ids]))
+    prompt_embeds = base.encode_prompt(torch.tensor([prompt.input_ids]), data.size)
     mean, _ = data.moments[False]
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)).to(mean)
     size = mean.shape[-2:]
@@ -58,7 +59,7 @@ def snapshot_maps(base: BaseModel, data: InstanceData, tokens: Sequence[str], te
         for timestep in PROBE_TIMESTEPS:
             steps = torch.tensor([timestep], device=mean.device)
             recorder.open()
-            base.unet(base.scheduler.add_noise(mean, noise, steps).to(base.dtype), steps, prompt_embeds)
+            predict(base.unet, base.scheduler.add_noise(mean, noise, steps), steps, prompt_embeds)
             maps = recorder.take()
             for index, token in enumerate(tokens):
                 for found in token_maps(maps, sites, prompt.asset_positions[token], 0, (size[0], size[1])):

@@ -10,7 +10,8 @@ from ..config import LearnConfig
 from ..data.mask_sizes import MaskSizes
 from ..errors import InputError
 from ..model.base import TOYBOX_FOLDER, BaseModel, model_configs
-from ..model.shapes import native_latents
+from ..model.families import family_of
+from ..model.shapes import SHAPES, native_latents, shape_of
 from ..model.single_file import is_single_file
 from ..presets import learn_preset
 
@@ -27,15 +28,17 @@ def sizes_of(base: BaseModel, config: LearnConfig) -> MaskSizes:
 
 
 def sizes_by_name(name: str, resolution: int | None = None) -> MaskSizes:
-    """The same for a model that is not loaded: from its configuration files where it is local, as Stable Diffusion 1.x and 2.x
-    otherwise. Raises InputError for a folder without them."""
+    """The same for a model that is not loaded: from its configuration files where it is local, from what is known of its name, or
+    as Stable Diffusion 1.x and 2.x. Raises InputError for a folder without them."""
     folder = TOYBOX_FOLDER if name == "toybox" else Path(name).expanduser()
-    config = learn_preset("toybox" if name == "toybox" else "stable-diffusion")
-    native, factor, depth = 64, 8, 4
-    if name and os.path.exists(folder) and (folder.is_dir() or is_single_file(folder)):
-        configs = model_configs(folder)
+    native, factor, depth, family = 64, 8, 4, "stable-diffusion"
+    local = name and name not in SHAPES and os.path.exists(folder) and (folder.is_dir() or is_single_file(folder))
+    if local or name in SHAPES:
+        configs = model_configs(folder) if local else shape_of(name)
+        family = "toybox" if name == "toybox" else family_of(configs["unet"]).name
         native, depth = native_latents(configs["unet"]), len(configs["unet"]["block_out_channels"])
         factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+    config = learn_preset(family)
     latent = (resolution or native * factor) // factor
     if latent < 1:
         raise InputError(f"the resolution {resolution} is below one latent pixel ({factor}); give at least {16 * factor}")

@@ -1,4 +1,4 @@
-"""A base model's configuration files: what must hold for a Stable Diffusion 1.x or 2.x text-to-image model."""
+"""A base model's configuration files: what must hold for a text-to-image model of Stable Diffusion 1.x, 2.x or XL."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from typing import Any
 
 from ..errors import InputError
 from ..io.read_files import read_regular
+from .families import family_of
 
-CONFIG_FILES = {"text_encoder": "config.json", "vae": "config.json", "unet": "config.json", "scheduler": "scheduler_config.json"}
+CONFIG_FILES = {**dict.fromkeys(("text_encoder", "text_encoder_2", "vae", "unet"), "config.json"),
+                "scheduler": "scheduler_config.json"}  # fmt: skip
 #: UNets that expect more latents than those they denoise: channels -> what they are for
 OTHER_KINDS = {9: "an inpainting model", 8: "an image-to-image model", 7: "an upscaler", 5: "a depth model"}
 #: conditions beside the text that mifo gives no UNet
 EXTRA_CONDITIONS = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
-USE_INSTEAD = "give the text-to-image model that it was made from, such as sd1.5 or sd2.1, with --model-path"
+USE_INSTEAD = "give the text-to-image model that it was made from, such as sd1.5, sd2.1 or sdxl, with --model-path"
+
+#: of a picture's size and crop, that SDXL's UNet is told
+SIZE_NUMBERS = 6
 
 Configs = Mapping[str, Mapping[str, Any]]
 
@@ -26,6 +31,8 @@ def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
     configs = {}
     for part, name in CONFIG_FILES.items():
         path = folder / part / name
+        if part == "text_encoder_2" and not path.parent.is_dir():
+            continue
         try:
             configs[part] = json.loads(read_regular(path, 1 << 20))
             if not isinstance(configs[part], dict):
@@ -38,6 +45,8 @@ def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
 def check_configs(configs: Configs, where: Path) -> None:
     """Raises InputError with the file and the key for a value that cannot be right, and for a model of another kind."""
     for part, key, expected, holds in _RULES:
+        if part not in configs:
+            continue
         value = configs[part].get(key)
         needed = key == "block_out_channels"  # the defaults are no Stable Diffusion's
         if not (holds(value) if value is not None or needed else True):
@@ -61,17 +70,31 @@ def _check_kind(configs: Configs, where: Path) -> None:
             f"{where} is no text-to-image model{kind}: its UNet takes {takes} channels and gives {gives}, but the VAE's latents "
             f"have {latent}; {USE_INSTEAD} ('edit' fills masks with those too)"
         )
-    if extra := [key for key in EXTRA_CONDITIONS if unet.get(key) is not None]:
+    family = family_of(unet)
+    allowed = ("addition_embed_type",) if family.pooled else ()
+    if extra := [key for key in EXTRA_CONDITIONS if unet.get(key) is not None and key not in allowed]:
         raise InputError(
             f"the UNet of {where} wants more than a text: {_place(where, 'unet')} has {extra[0]} {str(unet[extra[0]])[:50]!r} "
-            f"(as Stable Diffusion XL and distilled models do); this version works with 1.x and 2.x models: {USE_INSTEAD}"
+            f"(as distilled models do); this version works with Stable Diffusion 1.x, 2.x and XL: {USE_INSTEAD}"
         )
-    width, wanted = configs["text_encoder"].get("hidden_size", 512), unet.get("cross_attention_dim", 1280)
+    if absent := [part for part in family.encoders if part not in configs]:
+        raise InputError(f"the UNet of {where} is {family.title}'s, but there is no {absent[0]}; fetch or copy the model again")
+    width, wanted = sum(configs[part].get("hidden_size", 512) for part in family.encoders), unet.get("cross_attention_dim", 1280)
     if width != wanted:
+        each = "the text encoder gives" if len(family.encoders) == 1 else "the text encoders give together"
         raise InputError(
-            f"the parts of {where} are of different models: the text encoder gives {width} numbers a token (hidden_size), the "
+            f"the parts of {where} are of different models: {each} {width} numbers a token (hidden_size), the "
             f"UNet takes {wanted} (cross_attention_dim); fetch or copy the base model again"
         )
+    if family.pooled:
+        pooled, takes = configs[family.encoders[-1]].get("projection_dim", 512), unet.get("projection_class_embeddings_input_dim")
+        given = pooled + SIZE_NUMBERS * int(unet.get("addition_time_embed_dim") or 0)
+        if takes != given:
+            raise InputError(
+                f"the parts of {where} are of different models: the UNet takes {takes} numbers of text and size "
+                f"(projection_class_embeddings_input_dim), but {pooled} of the text and {SIZE_NUMBERS} of the size make {given}; "
+                f"if this is a refiner, {USE_INSTEAD}"
+            )
 
 
 def _place(where: Path, part: str) -> Path:
@@ -120,6 +143,10 @@ _RULES: tuple[tuple[str, str, str, Callable[[Any], bool]], ...] = (
     ("text_encoder", "hidden_size", *_COUNT),
     ("text_encoder", "max_position_embeddings", *_COUNT),
     ("text_encoder", "layer_norm_eps", "a number above 0", _is_positive),
+    ("text_encoder_2", "hidden_size", *_COUNT),
+    ("text_encoder_2", "projection_dim", *_COUNT),
+    ("unet", "addition_time_embed_dim", *_COUNT),
+    ("unet", "projection_class_embeddings_input_dim", *_COUNT),
     ("scheduler", "num_train_timesteps", *_COUNT),
     ("scheduler", "beta_start", *_BETA),
     ("scheduler", "beta_end", *_BETA),

@@ -10,15 +10,20 @@ from ..errors import InputError
 from ..io.read_files import check_regular, read_regular
 
 #: part -> how diffusers and transformers name its weights
-STEMS = {"text_encoder": "model", "vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model"}
+STEMS = {"text_encoder": "model", "text_encoder_2": "model", "vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model"}
 #: in the order in which they are taken; None is the plain name
 VARIANTS = (None, "fp16", "bf16")
 MAX_FILE_BYTES = 1 << 34
-"""Twice the largest checkpoint of Stable Diffusion 1.x or 2.x."""
+"""More than the largest checkpoint of Stable Diffusion XL, in fp32."""
 MAX_CONFIG_BYTES = 1 << 24
 #: What libraries open in the parts' folders.
 READ_SUFFIXES = (".json", ".txt", ".safetensors", ".model")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+
+
+def weighted_parts(folder: Path) -> tuple[str, ...]:
+    """The parts with weights that a folder in diffusers' layout has: SDXL's have a second text encoder."""
+    return tuple(part for part in STEMS if part != "text_encoder_2" or (folder / part).is_dir())
 
 
 def has_weights(folder: Path, part: str, variant: str | None) -> bool:
@@ -51,7 +56,7 @@ def check_file(path: Path) -> None:
     try:
         check_regular(path, MAX_FILE_BYTES)
     except OSError as error:
-        raise InputError(f"{path} is no part of a Stable Diffusion 1.x or 2.x model: {error.strerror}; fetch or copy the base "
+        raise InputError(f"{path} is no part of a Stable Diffusion model: {error.strerror}; fetch or copy the base "
                          "model again") from None  # fmt: skip
 
 
@@ -100,13 +105,14 @@ def convert_file(path: Path) -> str:
 
 def plain_patterns(parts: tuple[str, ...]) -> list[str]:
     """What is fetched first: configurations, the tokenizer, and the plain weights; never pickles."""
-    return ["model_index.json", *(f"{part}/*.json" for part in parts), "tokenizer/merges.txt",
+    return ["model_index.json", *(f"{part}/*.json" for part in parts),
+            *(f"{part}/merges.txt" for part in parts if part.startswith("tokenizer")),
             *(f"{part}/{pattern}" for part in STEMS for pattern in _patterns(part, None))]  # fmt: skip
 
 
 def variant_patterns(folder: Path) -> list[str]:
     """The half-precision weights of those parts whose plain ones a repository does not have."""
-    absent = [part for part in STEMS if not has_weights(folder, part, None)]
+    absent = [part for part in STEMS if (folder / part).is_dir() and not has_weights(folder, part, None)]
     return [f"{part}/{pattern}" for part in absent for pattern in _patterns(part, "fp16")]
 
 

@@ -25,8 +25,9 @@ from ..errors import InputError
 from ..io.json_text import json_text
 from ..io.read_files import read_regular
 from .base_config import read_configs
-from .base_weights import MAX_CONFIG_BYTES, STEMS, check_files, variant_of, weight_files
+from .base_weights import MAX_CONFIG_BYTES, check_files, variant_of, weight_files, weighted_parts
 from .digest_cache import remembered, stamp
+from .families import family_of
 from .samplers import read_scheduler
 from .shapes import native_latents
 
@@ -53,8 +54,9 @@ OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 def fingerprint(folder: Path) -> str:
     """Of a folder in diffusers' layout. Every weight is read: some seconds for a Stable Diffusion of 1 billion weights,
     the first time; it is remembered while the files stay as they are. Raises InputError for files that do not load."""
-    files = {part: weight_files(folder, part, variant_of(folder, part)) for part in STEMS}
-    small = [p for sub in ("tokenizer", "scheduler", *STEMS) for p in (folder / sub).iterdir() if p.suffix in (".json", ".txt")]
+    files = {part: weight_files(folder, part, variant_of(folder, part)) for part in weighted_parts(folder)}
+    others = [sub for sub in ("tokenizer", "tokenizer_2", "scheduler") if (folder / sub).is_dir()]
+    small = [p for sub in (*others, *files) for p in (folder / sub).iterdir() if p.suffix in (".json", ".txt")]
     index = [folder / "model_index.json"] if (folder / "model_index.json").is_file() else []
     state = tuple((str(p), *stamp(p)) for p in sorted([*index, *small, *(p for each in files.values() for p in each)]))
     return _fingerprint(str(folder), state)
@@ -63,7 +65,7 @@ def fingerprint(folder: Path) -> str:
 def fingerprint_of_parts(parts: Mapping[str, torch.nn.Module], configs: Mapping[str, Mapping[str, Any]], tokenizer: Any,
                          schedule: Any) -> str:  # fmt: skip
     """The same of loaded parts, whose weights must be those of the file: in its dtype, or in fp32."""
-    digests = {part: _weights_digest(part, parts[part].state_dict().items()) for part in STEMS}
+    digests = {part: _weights_digest(part, parts[part].state_dict().items()) for part in family_of(configs["unet"]).weighted}
     return _combine(digests, configs, tokenizer, schedule)
 
 
@@ -71,7 +73,7 @@ def fingerprint_of_parts(parts: Mapping[str, torch.nn.Module], configs: Mapping[
 def _fingerprint(folder_name: str, _: tuple[tuple[Any, ...], ...]) -> str:
     folder = Path(folder_name)
     check_files(folder)
-    files = {part: weight_files(folder, part, variant_of(folder, part)) for part in STEMS}
+    files = {part: weight_files(folder, part, variant_of(folder, part)) for part in weighted_parts(folder)}
     digests = {part: remembered(KIND + part, found, partial(_files_digest, part, found)) for part, found in files.items()}
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
@@ -93,6 +95,9 @@ def _combine(digests: Mapping[str, str], configs: Mapping[str, Mapping[str, Any]
         "schedule": {name: schedule.config.get(name) or None for name in SCHEDULE_SETTINGS},
         "tokenizer": tokenizer_meaning(tokenizer),
     }
+    if "text_encoder_2" in digests:  # whose layers' settings are as the first one's but for these
+        second = CLIPTextConfig(**configs["text_encoder_2"])
+        facts["text_encoder_2"] = {name: getattr(second, name) for name in TEXT_SETTINGS}
     return KIND + hashlib.sha256(json_text(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -105,17 +110,19 @@ def _settings(kind: Callable[..., Any], config: Mapping[str, Any], names: Iterab
     return found
 
 
-def tokenizer_meaning(tokenizer: Any) -> str:
-    """A digest of what a freshly loaded CLIP tokenizer does to a text: vocabulary, merges, special tokens, longest prompt."""
+def tokenizer_meaning(tokenizer: Any, padding: bool = True) -> str:
+    """A digest of what a freshly loaded CLIP tokenizer does to a text: vocabulary, merges, special tokens, longest prompt;
+    without `padding`, whatever it fills up with."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         merges = json.loads(backend.to_str())["model"]["merges"]
     else:  # transformers 4's tokenizer in Python
         merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.get)
+    special = ("bos_token", "eos_token", *(("pad_token",) if padding else ()), "unk_token")
     facts = {
         "vocabulary": sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])),
         "merges": [m if isinstance(m, str) else " ".join(m) for m in merges],
-        "special": [str(getattr(tokenizer, name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")],
+        "special": [str(getattr(tokenizer, name)) for name in special],
         "length": tokenizer.model_max_length,
     }
     return hashlib.sha256(json_text(facts, sort_keys=True).encode()).hexdigest()
@@ -153,7 +160,7 @@ def weight_name(part: str, name: str) -> str:
     """The weight's name whatever version saved it; empty for what is no weight."""
     if name.endswith("position_ids"):
         return ""  # 0, 1, 2, ...: saved by transformers before 4.31
-    if part == "text_encoder":
+    if part in ("text_encoder", "text_encoder_2"):
         return name.removeprefix("text_model.")
     return re.sub(r"\.(query|key|value|proj_attn)\.", lambda m: f".{OLD_NAMES[m[1]]}.", name) if part == "vae" else name
 

@@ -46,9 +46,9 @@ def add_adapters(base: BaseModel, rank: int, text_encoder: bool, seed: int = 0) 
     with torch.random.fork_rng([base.device] if base.device.type == "cuda" else []):
         torch.manual_seed(seed)
         adapters = {"unet_lora": get_peft_model(unet, LoraConfig(r=rank, lora_alpha=rank, target_modules=UNET_TARGETS))}
-        if text_encoder:
+        for text in base.layout.texts if text_encoder else ():
             config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TEXT_TARGETS)
-            adapters["text_lora"] = get_peft_model(base.text_encoder, config)
+            adapters[text.adapter] = get_peft_model(base.parts[text.encoder], config)
     for adapter in adapters.values():
         follow_input_dtype(adapter)
     return adapters

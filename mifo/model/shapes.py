@@ -1,4 +1,4 @@
-"""The shapes of Stable Diffusion 1.5 and 2.1 (at 512 and at 768 pixels) as published: configurations without weights."""
+"""The shapes of Stable Diffusion 1.5, 2.1 (at 512 and at 768 pixels) and XL as published: configurations without weights."""
 
 from __future__ import annotations
 
@@ -54,6 +54,22 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
         "vae": {**_VAE, "sample_size": 768},
         "scheduler": {**_SCHEDULER, "prediction_type": "v_prediction"},
     },
+    "sdxl": {
+        "unet": {
+            "sample_size": 128, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "norm_num_groups": 32,
+            "block_out_channels": [320, 640, 1280], "transformer_layers_per_block": [1, 2, 10],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "cross_attention_dim": 2048, "attention_head_dim": [5, 10, 20], "use_linear_projection": True,
+            "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+        },
+        "vae": {**_VAE, "sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
+        "text_encoder": {**_TEXT, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+                         "num_attention_heads": 12, "projection_dim": 768, "hidden_act": "quick_gelu"},
+        "text_encoder_2": {**_TEXT, "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
+                           "num_attention_heads": 20, "projection_dim": 1280, "hidden_act": "gelu"},
+        "scheduler": {**_SCHEDULER, "prediction_type": "epsilon"},
+    },
 }  # fmt: skip
 
 
@@ -73,7 +89,8 @@ def native_latents(unet_config: Mapping[str, Any]) -> int:
 
 
 def shape_of(name: str, width_divisor: int = 1) -> dict[str, dict[str, Any]]:
-    """Configurations by part: unet, vae, text_encoder, scheduler. `width_divisor` narrows every layer and keeps the rest.
+    """Configurations by part: unet, vae, text_encoder (and text_encoder_2), scheduler. `width_divisor` narrows every layer and
+    keeps the rest.
 
     The number of layers, heads, sites and map sizes stays, so a narrow model takes the same paths as the real one. Raises
     KeyError for a name that is not in SHAPES, ValueError for a divisor that is not in WIDTH_DIVISORS.
@@ -82,9 +99,13 @@ def shape_of(name: str, width_divisor: int = 1) -> dict[str, dict[str, Any]]:
         raise ValueError(f"the width divisor is {width_divisor}; choose one of {WIDTH_DIVISORS}")
     shape = deepcopy(SHAPES[name])
     for part, keys in (("unet", ("cross_attention_dim", "norm_num_groups")), ("vae", ("norm_num_groups",)),
-                       ("text_encoder", ("hidden_size", "intermediate_size", "projection_dim"))):  # fmt: skip
+                       *((name, ("hidden_size", "intermediate_size", "projection_dim"))
+                         for name in ("text_encoder", "text_encoder_2") if name in shape)):  # fmt: skip
         for key in keys:
             shape[part][key] //= width_divisor
+    if "text_encoder_2" in shape:
+        shape["unet"]["addition_time_embed_dim"] //= width_divisor
+        shape["unet"]["projection_class_embeddings_input_dim"] //= width_divisor
     for part in ("unet", "vae"):
         shape[part]["block_out_channels"] = [c // width_divisor for c in shape[part]["block_out_channels"]]
     return shape

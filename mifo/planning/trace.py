@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig
 
 from ..attention.backend import Backend, use_backend
 from ..attention.bounded import BoundedAttention, ForwardPass, bound_attention
@@ -27,8 +28,11 @@ from ..config import AttentionTerms, SynthesisConfig
 from ..editing.blending import tune_to_source
 from ..learning.losses import masked_diffusion_loss, penalty_loss
 from ..model.base import BaseModel, tile_vae
+from ..model.base_config import SIZE_NUMBERS
 from ..model.embedding import use_assets
+from ..model.families import family_of
 from ..model.lora import add_adapters
+from ..model.prompt_embeds import PromptEmbeds, joined, predict
 from ..model.quantize import quantizable
 from ..model.shapes import native_latents
 from ..prompts import TokenizedPrompt, asset_token
@@ -68,8 +72,8 @@ class Model:
     def sizes(self) -> dict[str, int]:
         """Numbers of weights: the parts, the UNet's linear layers that NF4 takes, and the largest of those."""
         base = build(self, torch.float32)
-        parts = {"unet": base.unet, "text_encoder": base.text_encoder, "vae": base.vae}
-        counted = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        parts = {"unet": [base.unet], "text_encoder": base.text_encoders, "vae": [base.vae]}
+        counted = {name: sum(p.numel() for part in found for p in part.parameters()) for name, found in parts.items()}
         linear = [m.weight.numel() for m in quantizable(base.unet).values()]
         return {**counted, "unet linear": sum(linear), "largest linear": max(linear)}
 
@@ -87,11 +91,12 @@ def build(model: Model, dtype: torch.dtype) -> BaseModel:
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(configs["unet"])
         vae = AutoencoderKL.from_config(configs["vae"])
-        text_encoder = CLIPTextModel(CLIPTextConfig(**configs["text_encoder"]))
-    for part in (unet, vae, text_encoder):
+        encoders = [getattr(transformers, t.kind)(CLIPTextConfig(**configs[t.encoder])) for t in family_of(configs["unet"]).texts]
+    for part in (unet, vae, *encoders):
         part.requires_grad_(False).eval().to(dtype)
     scheduler = DDIMScheduler.from_config(configs["scheduler"])
-    return BaseModel(model.name, model.name, None, "", None, text_encoder, vae, unet, scheduler)
+    second = encoders[1] if len(encoders) > 1 else None
+    return BaseModel(model.name, model.name, None, "", None, encoders[0], vae, unet, scheduler, text_encoder_2=second)
 
 
 def _known(*parts: torch.nn.Module) -> list[torch.Tensor]:
@@ -101,7 +106,7 @@ def _known(*parts: torch.nn.Module) -> list[torch.Tensor]:
 @contextmanager
 def counting(base: BaseModel, backend: str) -> Iterator[LiveBytes]:
     """Within the block new tensors are counted; attention costs what `backend` costs."""
-    known = _known(base.unet, base.vae, base.text_encoder)
+    known = _known(*base.parts.values())
     chosen = Backend("materialized" if backend == "materialized" else "sdpa", "")
     with use_backend(base.unet, chosen), fused_attention_cost(), LiveBytes(known) as live:
         yield live
@@ -132,9 +137,9 @@ def trace_learning(model: Model, resolution: int, dtype: torch.dtype, rows: int,
         for adapter in add_adapters(base, rank, text_lora and text_on_gpu).values():
             adapter.to("meta")
             trained += [p for p in adapter.parameters() if p.requires_grad]
-    encoder, width = base.text_encoder, int(model.configs["text_encoder"]["hidden_size"])
+    width = base.text_width
     first = int(model.configs["text_encoder"]["vocab_size"])
-    with use_assets(encoder, range(first, first + assets), torch.empty((assets, width), device="meta")) as embedding:
+    with use_assets(base.text_encoders, range(first, first + assets), torch.empty((assets, width), device="meta")) as embedding:
         if text_on_gpu:
             trained.append(embedding.vectors)
         peak = Peak(0, {})
@@ -162,14 +167,14 @@ def _step(model: Model, base: BaseModel, live: LiveBytes, trained: list[torch.nn
     if text_on_gpu:
         prompt_embeds = base.encode_prompt(torch.empty((prompts, length), dtype=torch.long, device="meta"))
     else:
-        width = int(model.configs["unet"]["cross_attention_dim"])
-        prompt_embeds = torch.empty((prompts, length, width), dtype=base.dtype, device="meta", requires_grad=True)
-    prompt_embeds = torch.cat([prompt_embeds[:-1], prompt_embeds[-1:].expand(rows - prompts + 1, -1, -1)])
+        prompt_embeds = _states(model, base, rows=prompts)
+        prompt_embeds.states.requires_grad_(True)
+    prompt_embeds = joined([prompt_embeds[:-1], prompt_embeds[-1:].expand(rows - prompts + 1)])
     sites = choose_sites(base.unet, terms.blocks, terms.levels)
     recorder = AttentionRecorder()
     with use_processors(base.unet, {s.name: _TaggedRecording(s.name, recorder, live) for s in sites}):
         recorder.open()
-        prediction = base.unet(latents.to(base.dtype), timesteps, prompt_embeds).sample
+        prediction = predict(base.unet, latents, timesteps, prompt_embeds)
         maps = recorder.take()
         loss = masked_diffusion_loss(prediction, latents, latents[:, :1])
         for found in maps.values():
@@ -196,13 +201,18 @@ def trace_drawing(model: Model, resolution: int, dtype: torch.dtype, rows: int, 
 def _call_unet(model: Model, base: BaseModel, resolution: int, rows: int, texts: int = 1) -> None:
     side = resolution // model.vae_factor
     latents = torch.empty((rows, int(model.configs["unet"]["in_channels"]), side, side), device="meta", dtype=base.dtype)
-    base.unet(latents, torch.empty((), dtype=torch.long, device="meta"), _states(model, base, texts).expand(rows, -1, -1))
+    predict(base.unet, latents, torch.empty((), dtype=torch.long, device="meta"), _states(model, base, texts).expand(rows))
 
 
-def _states(model: Model, base: BaseModel, texts: int = 1) -> torch.Tensor:
-    """(1, texts * L, D) of texts one behind another"""
+def _states(model: Model, base: BaseModel, texts: int = 1, rows: int = 1) -> PromptEmbeds:
+    """Of texts one behind another, (rows, texts * L, D)."""
     length, width = model.configs["text_encoder"]["max_position_embeddings"], model.configs["unet"]["cross_attention_dim"]
-    return torch.empty((1, texts * length, width), device="meta", dtype=base.dtype)
+    states = torch.empty((rows, texts * length, width), device="meta", dtype=base.dtype)
+    if not base.layout.pooled:
+        return PromptEmbeds(states)
+    pooled = int(model.configs[base.layout.encoders[-1]]["projection_dim"])
+    sizes = (torch.empty((rows, numbers), device="meta", dtype=base.dtype) for numbers in (pooled, SIZE_NUMBERS))
+    return PromptEmbeds(states, *sizes)
 
 
 class BoxedControl(BoundedAttention):

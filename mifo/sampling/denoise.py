@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from diffusers import HeunDiscreteScheduler, PNDMScheduler, UNet2DConditionModel, UniPCMultistepScheduler
 
+from ..model.prompt_embeds import PromptEmbeds, joined, predict
+
 #: (step index, timestep, latents (B, C, h, w) as the UNet is given them) -> latents
 StepHook = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -27,13 +29,13 @@ def seeded_noise(shape: tuple[int, int, int], seed: int, count: int,
 
 
 @torch.no_grad()
-def denoise(unet: UNet2DConditionModel, scheduler: Any, latents: torch.Tensor, prompt_embeds: torch.Tensor,
-            negative_prompt_embeds: torch.Tensor, steps: int, guidance_scale: float, before_step: StepHook | None = None,
+def denoise(unet: UNet2DConditionModel, scheduler: Any, latents: torch.Tensor, prompt_embeds: PromptEmbeds,
+            negative_prompt_embeds: PromptEmbeds, steps: int, guidance_scale: float, before_step: StepHook | None = None,
             after_step: StepHook | None = None, on_progress: Callable[[int, int], None] | None = None, first_step: int = 0,
             generators: Sequence[torch.Generator] = ()) -> torch.Tensor:  # fmt: skip
     """Runs `latents` (B, C, h, w) from noise of unit variance to a picture's latents.
 
-    `prompt_embeds`, `negative_prompt_embeds`: (1 or B, L, D). The UNet's batch is [unconditional, conditional]; at guidance
+    `prompt_embeds`, `negative_prompt_embeds`: 1 row or B. The UNet's batch is [unconditional, conditional]; at guidance
     scale 1 it is the conditional half alone. With `first_step` the schedule begins there, at `latents` of that step's noise
     level; the hooks count steps from it. `generators`: one a picture, for samplers that add noise at each step.
 
@@ -47,9 +49,9 @@ def denoise(unet: UNet2DConditionModel, scheduler: Any, latents: torch.Tensor, p
     elif not first_step:
         latents = latents * scheduler.init_noise_sigma
     guided = guidance_scale != 1.0
-    context = prompt_embeds.expand(len(latents), -1, -1)
+    context = prompt_embeds.expand(len(latents))
     if guided:
-        context = torch.cat([negative_prompt_embeds.expand(len(latents), -1, -1), context])
+        context = joined([negative_prompt_embeds.expand(len(latents)), context])
     extra = {"generator": list(generators)} if generators and "generator" in inspect.signature(scheduler.step).parameters else {}
     index, returned = 0, latents
     for call, timestep in enumerate(timesteps):
@@ -58,7 +60,7 @@ def denoise(unet: UNet2DConditionModel, scheduler: Any, latents: torch.Tensor, p
         if call and latents is not returned:
             tell_moved(scheduler, latents - returned)
         scaled = scheduler.scale_model_input(latents, timestep)
-        noise_pred = unet((torch.cat([scaled, scaled]) if guided else scaled).to(unet.dtype), timestep, context).sample.float()
+        noise_pred = predict(unet, torch.cat([scaled, scaled]) if guided else scaled, timestep, context).float()
         if guided:
             unconditional, conditional = noise_pred.chunk(2)
             noise_pred = unconditional + guidance_scale * (conditional - unconditional)

@@ -12,6 +12,7 @@ from ..attention.bounded import BoundedAttention, ForwardPass, StopForward
 from ..attention.refine import MeanMap, cluster_pixels, refine_masks
 from ..attention.sites import Site, choose_sites
 from ..config import GuidanceConfig, RefinementConfig
+from ..model.prompt_embeds import PromptEmbeds, predict
 
 
 def step_size(step: int, config: GuidanceConfig) -> float:
@@ -60,8 +61,8 @@ class LatentGuidance:
     unet: UNet2DConditionModel
     control: BoundedAttention
     config: GuidanceConfig
-    prompt_embeds: torch.Tensor
-    """(1, L, D) the prompt's encoder hidden states"""
+    prompt_embeds: PromptEmbeds
+    """One row, of the prompt alone"""
 
     def __post_init__(self) -> None:
         self.sites = choose_sites(self.unet, self.config.blocks, self.config.levels, ("cross", "self"))
@@ -90,7 +91,7 @@ class LatentGuidance:
         """(B,) guidance loss of each picture. Only the conditional half runs, and only up to the last supervised site."""
         self.control.begin(ForwardPass(len(latents), False, True, tuple(self.sites), stop_when_recorded=True))
         try:
-            self.unet(latents.to(self.unet.dtype), timestep, self.prompt_embeds.expand(len(latents), -1, -1))
+            predict(self.unet, latents, timestep, self.prompt_embeds.expand(len(latents)))
         except StopForward:
             pass
         finally:
@@ -152,10 +153,9 @@ class MaskRefinement:
         if not self.config.enabled:
             return
         maps = self.control.end()
-        conditional = slice(-self.control.sampling.images, None)  # the conditional half stands last
-        self.watched.add(torch.stack([maps[s.name][conditional].mean(1) for s in self.self_sites]).mean(0))
+        self.watched.add(torch.stack([maps[s.name] for s in self.self_sites]).mean(0))
         if self._is_due(step):
-            cross = torch.stack([maps[s.name][conditional].mean(1) for s in self.cross_sites]).mean(0)  # (I, h*w, L)
+            cross = torch.stack([maps[s.name] for s in self.cross_sites]).mean(0)  # (I, h*w, L)
             self._refine(cross)
 
     def _refine(self, cross: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ from ..attention.sites import smallest_map
 from ..boxes import Layout
 from ..config import SynthesisConfig
 from ..model.base import BaseModel
+from ..model.prompt_embeds import PictureSize, PromptEmbeds
 from ..prompts import TokenizedPrompt
 from .guidance import LatentGuidance, MaskRefinement
 
@@ -32,12 +33,18 @@ def check_boxes(base: BaseModel, layout: Layout, latent_size: tuple[int, int]) -
         box.check_visible(*smallest)
 
 
-def encode_texts(base: BaseModel, texts: Sequence[Sequence[int]], negative: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (T, L), (L,) -> encoder hidden states (1, T * L, D) of the texts, one behind another, and as many of the negative
-    prompt's: repeated, so that its half of the attention is what it is for one."""
+def encode_texts(base: BaseModel, texts: Sequence[Sequence[int]], negative: Sequence[int],
+                 size: PictureSize | None = None) -> tuple[PromptEmbeds, PromptEmbeds]:  # fmt: skip
+    """Token ids (T, L), (L,) -> embeds (1, T * L, D) of the texts, one behind another, and as many of the negative prompt's:
+    repeated, so that its half of the attention is what it is for one. `size`: of the picture."""
     with torch.no_grad():
-        prompt_embeds = base.encode_prompt(torch.tensor([*texts, negative]))
-    return prompt_embeds[:-1].flatten(0, 1)[None], prompt_embeds[-1:].repeat(1, len(texts), 1)
+        if base.zero_negative:
+            prompts = base.encode_prompt(torch.tensor([*texts]), size)
+            empty = base.encode_negative(torch.tensor([negative]), size)
+        else:
+            both = base.encode_prompt(torch.tensor([*texts, negative]), size)
+            prompts, empty = both[:-1], both[-1:]
+    return prompts.one_behind_another(), empty.repeated(len(texts))
 
 
 def layout_control(base: BaseModel, config: SynthesisConfig, prompt: TokenizedPrompt, layout: Layout | None,
@@ -52,7 +59,7 @@ def layout_control(base: BaseModel, config: SynthesisConfig, prompt: TokenizedPr
 class LayoutHooks:
     """The hooks of one run: box guidance before a step, mask refinement around it."""
 
-    def __init__(self, base: BaseModel, config: SynthesisConfig, control: BoundedAttention | None, prompt_embeds: torch.Tensor):
+    def __init__(self, base: BaseModel, config: SynthesisConfig, control: BoundedAttention | None, prompt_embeds: PromptEmbeds):
         self.guidance: LatentGuidance | None = None
         self.refinement: MaskRefinement | None = None
         if control is None:

@@ -41,6 +41,7 @@ VARIATIONS: dict[str, tuple[str, ...]] = {
         "a pencil sketch of {}", "a children's book illustration of {}", "a photo of {} made of wood",
     ),
 }  # fmt: skip
+VARIATIONS["sdxl"] = VARIATIONS["stable-diffusion"]
 
 
 @dataclass(frozen=True)

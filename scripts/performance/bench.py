@@ -29,6 +29,7 @@ from mifo.data.instance import fit_instance
 from mifo.io.json_text import json_text, record_text
 from mifo.io.sheets import pixels_to_tensor
 from mifo.model.base import BaseModel
+from mifo.model.prompt_embeds import PromptEmbeds
 from mifo.planning.live_bytes import LiveBytes
 from mifo.prompts import add_asset_tokens, asset_token, join_assets, tokenize_prompt
 from mifo.sampling.guidance import LatentGuidance
@@ -127,8 +128,8 @@ class Placing:
 
     base: BaseModel
     guidance: LatentGuidance
-    prompt_embeds: torch.Tensor
-    negative: torch.Tensor
+    prompt_embeds: PromptEmbeds
+    negative: PromptEmbeds
     latents: torch.Tensor
     config: SynthesisConfig
     prompt: Any
@@ -143,7 +144,8 @@ def _place(options: Options, dtype: str, assets: int, resolution: int) -> Placin
     prompt = tokenize_prompt(base.tokenizer, join_assets(tokens), tokens)
     empty = tokenize_prompt(base.tokenizer, "", [])
     with torch.no_grad():
-        prompt_embeds, negative = base.encode_prompt(torch.tensor([prompt.input_ids, empty.input_ids])).chunk(2)
+        both = base.encode_prompt(torch.tensor([prompt.input_ids, empty.input_ids]))
+    prompt_embeds, negative = both[:1], both[1:]
     side = resolution // base.vae_factor
     control = BoundedAttention(prompt, boxes_for(assets), (side, side), base.device)
     guided = max(1, round(0.3 * options.steps))

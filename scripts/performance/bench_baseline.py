@@ -19,6 +19,7 @@ from mifo.config import LearnConfig, SynthesisConfig
 from mifo.learning.losses import masked_diffusion_loss
 from mifo.learning.objective import attention_loss, diffusion_target
 from mifo.model.base import BaseModel
+from mifo.model.prompt_embeds import PromptEmbeds, joined, predict
 from mifo.prompts import tokenize_prompt
 from mifo.sampling.denoise import denoise, initial_latents
 from mifo.sampling.guidance import LatentGuidance, alpha_schedule, step_size
@@ -48,7 +49,7 @@ def published_attention(base: BaseModel, kept: dict[str, torch.Tensor], control:
 # --- drawing ------------------------------------------------------------------------------------
 
 
-def guidance_gradient(base: BaseModel, guidance: LatentGuidance, prompt_embeds: torch.Tensor, negative: torch.Tensor,
+def guidance_gradient(base: BaseModel, guidance: LatentGuidance, prompt_embeds: PromptEmbeds, negative: PromptEmbeds,
                       latents: torch.Tensor, timestep: torch.Tensor, step: int = 0) -> torch.Tensor:  # fmt: skip
     """One guidance pass and its gradient, (B, C, h, w): both halves through the whole UNet, every map kept."""
     control = guidance.control
@@ -56,8 +57,8 @@ def guidance_gradient(base: BaseModel, guidance: LatentGuidance, prompt_embeds: 
     latents = latents.detach().requires_grad_(True)
     control.begin(ForwardPass(len(latents), unconditional=False, guiding=True))
     with torch.enable_grad(), published_attention(base, kept, control):
-        context = torch.cat([negative.expand(len(latents), -1, -1), prompt_embeds.expand(len(latents), -1, -1)])
-        base.unet(torch.cat([latents, latents]).to(base.dtype), timestep, context)
+        context = joined([negative.expand(len(latents)), prompt_embeds.expand(len(latents))])
+        predict(base.unet, torch.cat([latents, latents]), timestep, context)
         maps = {s.name: kept[s.name][len(latents) :] for s in guidance.sites}
         config = guidance.config
         alpha = alpha_schedule(step, config.steps)
@@ -75,7 +76,8 @@ def synthesize(base: BaseModel, prompt: Any, guidance: LatentGuidance, config: S
     """The whole picture, (1, 3, H, W); every guided step makes all its iterations."""
     ids = torch.tensor([prompt.input_ids, tokenize_prompt(base.tokenizer, "", []).input_ids])
     with torch.no_grad():
-        prompt_embeds, negative = base.encode_prompt(ids).chunk(2)
+        both = base.encode_prompt(ids)
+    prompt_embeds, negative = both[:1], both[1:]
     latents = initial_latents((int(base.unet.config["in_channels"]), *latent_size), seed, 1, base.device)
 
     def before(step: int, timestep: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
@@ -135,7 +137,7 @@ class PublishedTrainer:
         with published_attention(base, kept):
             prompt_embeds = base.encode_prompt(torch.tensor([self.prompt.input_ids] * rows))
             noisy = base.scheduler.add_noise(latents, noise, timesteps)
-            prediction = base.unet(noisy.to(base.dtype), timesteps, prompt_embeds).sample
+            prediction = predict(base.unet, noisy, timesteps, prompt_embeds)
         maps = {name: found.mean(1) for name, found in kept.items()}
         target = diffusion_target(base.scheduler, latents, noise, timesteps)
         loss = masked_diffusion_loss(prediction[-1:], target[-1:], batch.union_mask)

@@ -91,9 +91,9 @@ def make_trainer(base: BaseModel, instance: Any, options: Any, lora: bool) -> It
     add_asset_tokens(base.tokenizer, tokens)
     ids = [base.tokenizer.get_added_vocab()[t] for t in tokens]
     prior = PriorData(("a photo of a house",), torch.randn(data.moments[False][0].shape).to(base.device))
-    rows = initial_vectors(base.text_encoder.get_input_embeddings(), base.tokenizer, [None] * data.count)
+    rows = initial_vectors(base.text_encoders, base.tokenizer, [None] * data.count)
     with ExitStack() as stack:
-        embedding = stack.enter_context(use_assets(base.text_encoder, ids, rows))
+        embedding = stack.enter_context(use_assets(base.text_encoders, ids, rows))
         stack.enter_context(gradient_checkpointing(base, config.gradient_checkpointing))
         trainer = Trainer(base, data, config, embedding, prior if lora else None)
         parameters: list[Any] = [embedding.vectors]

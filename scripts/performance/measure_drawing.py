@@ -13,6 +13,8 @@ from mifo.attention.sites import attention_sites
 from mifo.config import SynthesisConfig
 from mifo.io.json_text import json_text, record_text
 from mifo.model.base import BaseModel
+from mifo.model.base_config import SIZE_NUMBERS
+from mifo.model.prompt_embeds import PromptEmbeds, predict
 from mifo.model.shapes import shape_of
 from mifo.planning.live_bytes import LiveBytes
 from mifo.planning.trace import BoxedControl, Model, trace_placing, trace_vae
@@ -45,24 +47,33 @@ def draw(base: BaseModel, piece: str, resolution: int, assets: int, between: Cal
         return
     control = BoxedControl(prompt, boxes_for(assets), (side, side), base.device, config.own_text)
     shape = (1, len(control.texts) * length, int(base.unet.config["cross_attention_dim"]))
-    prompt_embeds = torch.zeros(shape, dtype=base.dtype, device=base.device)
+    prompt_embeds = PromptEmbeds(torch.zeros(shape, dtype=base.dtype, device=base.device), *_of_picture(base))
     with bound_attention(base.unet, control):
         if piece == "guidance":
             latents.requires_grad_(True)
-            losses = LatentGuidance(base.unet, control, config.guidance, prompt_embeds[:, :length]).losses(0, timestep, latents)
+            alone = prompt_embeds.first_tokens(length)
+            losses = LatentGuidance(base.unet, control, config.guidance, alone).losses(0, timestep, latents)
             torch.autograd.grad(losses.sum(), latents)
             return
         control.begin(ForwardPass(unconditional=False, guiding=True))
         guiding_masks = _masks(base, control)  # they stay while it samples
         control.end()
-        pair = (torch.cat([latents, latents]).to(base.dtype), timestep, prompt_embeds.expand(2, -1, -1))
+        pair = (torch.cat([latents, latents]), timestep, prompt_embeds.expand(2))
         with torch.no_grad():
-            base.unet(*pair)
+            predict(base.unet, *pair)
             del guiding_masks
             control.refine(control.subject_masks((side, side)).unflatten(-1, (side, side)))
             MaskRefinement(base.unet, control, config.refinement, 0).before(0)
             between()
-            base.unet(*pair)
+            predict(base.unet, *pair)
+
+
+def _of_picture(base: BaseModel) -> tuple[torch.Tensor, ...]:
+    """One row of what SDXL's UNet is told of the picture as a whole; nothing for the others."""
+    if not base.layout.pooled:
+        return ()
+    numbers = (int(base.text_encoders[-1].config.projection_dim), SIZE_NUMBERS)
+    return tuple(torch.zeros((1, n), dtype=base.dtype, device=base.device) for n in numbers)
 
 
 def _masks(base: BaseModel, control: BoundedAttention) -> list[torch.Tensor | None]:

@@ -39,6 +39,7 @@ from mifo.model.base import BaseModel
 from mifo.model.embedding import use_assets
 from mifo.model.lora import add_adapters
 from mifo.model.peak_memory import process_peak_gib
+from mifo.model.prompt_embeds import predict
 from mifo.model.shapes import shape_of
 from mifo.planning.live_bytes import LiveBytes
 from mifo.planning.trace import Model, build, trace_learning
@@ -95,11 +96,11 @@ def measured_on_fake_tensors(model: Model, case: Case) -> dict[str, float]:
         base.unet.enable_gradient_checkpointing()
     text = model.configs["text_encoder"]
     with FakeTensorMode():
-        parts = (base.unet, base.text_encoder, base.vae)
+        parts = tuple(base.parts.values())
         for part in parts:
             _fill_with_fakes(part)
         tokens = range(text["vocab_size"], text["vocab_size"] + case.assets)
-        with use_assets(base.text_encoder, tokens, torch.zeros(case.assets, text["hidden_size"])):
+        with use_assets(base.text_encoders, tokens, torch.zeros(case.assets, base.text_width)):
             tracker = _tracker()
             tracker.track_external(*parts)
             with tracker:
@@ -176,7 +177,7 @@ def _fake_step(base: BaseModel, case: Case, terms: Any) -> None:
     sites = choose_sites(base.unet, terms.blocks, terms.levels)
     with record_attention(base.unet, sites) as recorder:
         recorder.open()
-        prediction = base.unet(latents.to(base.dtype), torch.zeros(case.rows, dtype=torch.long), prompt_embeds).sample
+        prediction = predict(base.unet, latents, torch.zeros(case.rows, dtype=torch.long), prompt_embeds)
         maps = recorder.take()
         loss = masked_diffusion_loss(prediction, latents, latents[:, :1])
         for found in maps.values():

@@ -215,11 +215,11 @@ def trained(base: BaseModel, instance: Instance, plan: Training, work: Path, bac
     known = base.tokenizer.get_added_vocab()
     add_asset_tokens(base.tokenizer, [t for t in instance.tokens if t not in known])
     ids = [base.tokenizer.get_added_vocab()[t] for t in instance.tokens]
-    rows = initial_vectors(base.text_encoder.get_input_embeddings(), base.tokenizer, [None] * instance.count)
+    rows = initial_vectors(base.text_encoders, base.tokenizer, [None] * instance.count)
     config = plan.config
     with_prior = config.prior.enabled and config.lora.train_steps > 0
     prior = make_prior(base, config.prior, base.resolution, config.seed, work.parent / ".prior") if with_prior else None
-    with use_assets(base.text_encoder, ids, rows) as embedding:
+    with use_assets(base.text_encoders, ids, rows) as embedding:
         trainer = Trainer(base, data, config, embedding, prior)
         trainer.train_embedding()
         lend = whole_model(base, embedding.table) if plan.kind == "full" else lend_adapters(base, config.lora, config.seed)

@@ -88,9 +88,9 @@ def test_pairs_hold_the_subset_alone_on_one_color(tmp_path: Path):
 
 def test_full_fine_tuning_trains_the_model_and_gives_it_back():
     base = load_base()
-    rows = initial_vectors(base.text_encoder.get_input_embeddings(), base.tokenizer, [None])
+    rows = initial_vectors(base.text_encoders, base.tokenizer, [None])
     before = {k: v.clone() for k, v in base.unet.state_dict().items()}
-    with use_assets(base.text_encoder, [len(base.tokenizer)], rows) as embedding:
+    with use_assets(base.text_encoders, [len(base.tokenizer)], rows) as embedding:
         with whole_model(base, embedding.table) as parts:
             trainable = [p for part in parts.values() for p in part.parameters() if p.requires_grad]
             assert len(trainable) > 100 and not embedding.table.weight.requires_grad

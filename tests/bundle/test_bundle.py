@@ -58,7 +58,7 @@ def bundle() -> Bundle:
 @torch.no_grad()
 def outputs(base: BaseModel, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Encoder states (1, L, D) and the UNet's prediction (1, C, h, w)."""
-    states = base.encode_prompt(torch.tensor([tokenize_prompt(base.tokenizer, prompt, []).input_ids]))
+    states = base.encode_prompt(torch.tensor([tokenize_prompt(base.tokenizer, prompt, []).input_ids])).states
     size = int(base.unet.config["sample_size"])
     latents = torch.randn((1, 12, size, size), generator=torch.Generator().manual_seed(5)).to(base.dtype)
     return states, base.unet(latents, torch.tensor(300), states).sample
@@ -196,7 +196,7 @@ def test_lora_scale_0_is_the_base_with_the_rows_only(base: BaseModel, bundle: Bu
     with attach(base, bundle, lora_scale=1.0):
         assert not torch.allclose(outputs(base, PROMPT)[1], prediction, atol=1e-4)
     ids = [base.tokenizer.get_added_vocab()[t] for t in bundle.tokens]
-    with use_assets(base.text_encoder, ids, bundle.token_embeddings):
+    with use_assets(base.text_encoders, ids, bundle.token_embeddings):
         rows_only = outputs(base, PROMPT)
     assert torch.equal(states, rows_only[0]) and torch.equal(prediction, rows_only[1])
 

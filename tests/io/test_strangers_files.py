@@ -86,7 +86,7 @@ def replace(folder: Path) -> None:
 def states(base, bundle) -> list[torch.Tensor]:
     with attach(base, bundle), torch.no_grad():
         ids = [base.tokenizer("a photo of <asset0>", padding="max_length").input_ids]
-        encoded = base.encode_prompt(torch.tensor(ids))
+        encoded = base.encode_prompt(torch.tensor(ids)).states
         latents = torch.ones(1, int(base.unet.config["in_channels"]), 16, 16)
         return [encoded, base.unet(latents, torch.tensor(300), encoded).sample]
 

@@ -90,11 +90,11 @@ def test_locality_counts_what_the_tokens_change_outside_the_masks_and_nothing_el
     timesteps = torch.tensor([700])
     ids = tokenize_prompt(base.tokenizer, "a photo", []).input_ids
     with torch.no_grad():
-        without = base.unet(noisy, timesteps, base.encode_prompt(torch.tensor([ids]))).sample
+        without = base.unet(noisy, timesteps, base.encode_prompt(torch.tensor([ids])).states).sample
     union = torch.zeros(1, 1, size, size)
     union[..., : size // 2] = 1
     config = replace(learn_preset("toybox"), masked_loss_by_area=True)
-    objective = Objective(base, None, config, None, None)  # type: ignore[arg-type]
+    objective = Objective(base, SimpleNamespace(size=None), config, None, None)  # type: ignore[arg-type]
     batch = SimpleNamespace(union_mask=union)
 
     def locality(prediction: torch.Tensor) -> float:

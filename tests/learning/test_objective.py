@@ -42,10 +42,10 @@ class Step:
 
     def run(self, step: int, pool: ThreadPoolExecutor | None) -> tuple[StepLosses, list[torch.Tensor | None]]:
         ids = [self.base.tokenizer.get_added_vocab()[t] for t in self.data.tokens]
-        vectors = initial_vectors(self.base.text_encoder.get_input_embeddings(), self.base.tokenizer, ["car", "mug"])
+        vectors = initial_vectors(self.base.text_encoders, self.base.tokenizer, ["car", "mug"])
         sites = choose_sites(self.base.unet, self.phase.attention.blocks, self.phase.attention.levels)
         objective = Objective(self.base, self.data, self.config, np.random.default_rng(0), torch.Generator().manual_seed(0))
-        with (use_assets(self.base.text_encoder, ids, vectors) as embedding,
+        with (use_assets(self.base.text_encoders, ids, vectors) as embedding,
               lend_adapters(self.base, LoraPhase(rank=2), 0) as lora,
               record_attention(self.base.unet, sites) as recorder):  # fmt: skip
             embedding.vectors.requires_grad_(True)

@@ -54,11 +54,11 @@ def ratios(recipe: str, config: LearnConfig, phase_name: str, reward: bool, tmp_
     data = InstanceData(fit_instance(load_instance(write_instance(tmp_path / "cups")), base.resolution), base)
     add_asset_tokens(base.tokenizer, data.tokens)
     ids = [base.tokenizer.get_added_vocab()[t] for t in data.tokens]
-    rows = initial_vectors(base.text_encoder.get_input_embeddings(), base.tokenizer, ["car", "mug"])
+    rows = initial_vectors(base.text_encoders, base.tokenizer, ["car", "mug"])
     own = getattr(config, phase_name)
     attention = replace(own.attention, max_timestep=1000, levels=(1, 2))  # so that this one step has the term
     phase = replace(own, draws=1, attention=attention)
-    with use_assets(base.text_encoder, ids, rows) as embedding:
+    with use_assets(base.text_encoders, ids, rows) as embedding:
         trainer = Trainer(base, data, config, embedding)
         sites = choose_sites(base.unet, attention.blocks, attention.levels)
         with record_attention(base.unet, sites) as recorder:

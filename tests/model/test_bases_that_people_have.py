@@ -126,7 +126,8 @@ def test_a_setting_that_cannot_be_right_is_refused_by_file_and_key(copy: Path, f
     "changes, message",
     [({"in_channels": 9}, "takes 9 channels and gives 12, but the VAE's latents have 12; give the text-to-image model"),
      ({"out_channels": 16}, "takes 12 channels and gives 16"),
-     ({"addition_embed_type": "text_time"}, "has addition_embed_type 'text_time' .*1.x and 2.x models"),
+     ({"addition_embed_type": "text_image"}, "has addition_embed_type 'text_image' .*1.x, 2.x and XL"),
+     ({"addition_embed_type": "text_time"}, "is Stable Diffusion XL's, but there is no text_encoder_2"),
      ({"class_embed_type": "timestep"}, "has class_embed_type"), ({"time_cond_proj_dim": 256}, "has time_cond_proj_dim"),
      ({"cross_attention_dim": 768}, "gives 128 numbers a token .* takes 768")],
 )  # fmt: skip
@@ -315,11 +316,11 @@ def test_a_single_file_is_checked_and_planned_for(checkpoint: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     "names, message",
     [({"lora_unet_down.weight": (4, 4)}, "it has no UNet, VAE, text encoder"),
-     ({"conditioner.embedders.0.x": (1,)}, "is Stable Diffusion XL"),
+     ({"conditioner.embedders.0.x": (1,)}, "has no UNet, VAE, first text encoder"),
      ({"model.diffusion_model.input_blocks.0.0.weight": (320, 9, 3, 3), "model.diffusion_model.out.2.weight": (4, 320, 3, 3),
        "first_stage_model.x": (1,), "cond_stage_model.model.x": (1,)}, "an inpainting model"),
      ({"model.diffusion_model.input_blocks.0.0.weight": (96, 4, 3, 3), "model.diffusion_model.out.2.weight": (4, 96, 3, 3),
-       "first_stage_model.x": (1,), "cond_stage_model.x": (1,)}, "no UNet of Stable Diffusion 1.x or 2.x")],
+       "first_stage_model.x": (1,), "cond_stage_model.x": (1,)}, "no UNet of Stable Diffusion 1.x, 2.x or XL")],
 )  # fmt: skip
 def test_a_single_file_of_another_kind_is_refused(names: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"

@@ -93,7 +93,7 @@ def test_a_scaled_half_precision_step_moves_the_rows_and_no_byte_of_the_table(ha
     first = len(before)
     ids = torch.tensor([[0, 3, first, 5, first + 1, 11]])
     start = 0.02 * torch.ones(2, table.embedding_dim)
-    with use_assets(half_encoder, [first, first + 1], start) as embedding:
+    with use_assets([half_encoder], [first, first + 1], start) as embedding:
         trained = [p for p in half_encoder.parameters() if p.requires_grad]
         assert len(trained) == 1 and trained[0] is embedding.vectors
         optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=1e-2)
@@ -116,24 +116,24 @@ def test_the_encoder_reads_assets_inside_the_block_and_is_as_before_after_it(toy
     first = table.num_embeddings
     plain, with_asset = torch.tensor([[0, 3, 4, 5]]), torch.tensor([[0, 3, first, 5]])
     modules = dict(encoder.named_modules())
-    before = toybox_random_base.encode_prompt(plain)
+    before = toybox_random_base.encode_prompt(plain).states
     # a row equal to the word 4 must read as the word 4 does
-    with use_assets(encoder, [first], table.weight[4:5]):
-        torch.testing.assert_close(toybox_random_base.encode_prompt(with_asset), before)
-    with pytest.raises(InterruptedError), use_assets(encoder, [first], torch.zeros(1, table.embedding_dim)):
-        assert not torch.equal(toybox_random_base.encode_prompt(with_asset), before)
+    with use_assets([encoder], [first], table.weight[4:5]):
+        torch.testing.assert_close(toybox_random_base.encode_prompt(with_asset).states, before)
+    with pytest.raises(InterruptedError), use_assets([encoder], [first], torch.zeros(1, table.embedding_dim)):
+        assert not torch.equal(toybox_random_base.encode_prompt(with_asset).states, before)
         raise InterruptedError
     assert encoder.get_input_embeddings() is table
     assert dict(encoder.named_modules()) == modules
-    assert torch.equal(toybox_random_base.encode_prompt(plain), before)
+    assert torch.equal(toybox_random_base.encode_prompt(plain).states, before)
 
 
 def test_assets_are_not_lent_twice(toybox_random_base: BaseModel) -> None:
     encoder = toybox_random_base.text_encoder
     table = encoder.get_input_embeddings()
     rows = torch.zeros(1, table.embedding_dim)
-    with use_assets(encoder, [table.num_embeddings], rows):  # noqa: SIM117
-        with pytest.raises(AssertionError, match="already carries assets"), use_assets(encoder, [table.num_embeddings], rows):
+    with use_assets([encoder], [table.num_embeddings], rows):  # noqa: SIM117
+        with pytest.raises(AssertionError, match="already carries assets"), use_assets([encoder], [table.num_embeddings], rows):
             pass
     assert encoder.get_input_embeddings() is table
 
@@ -141,11 +141,11 @@ def test_assets_are_not_lent_twice(toybox_random_base: BaseModel) -> None:
 def test_initial_rows_start_at_their_words_or_at_the_middle(toybox_random_base: BaseModel) -> None:
     table, tokenizer = toybox_random_base.text_encoder.get_input_embeddings(), toybox_random_base.tokenizer
     weight = table.weight
-    rows = initial_vectors(table, tokenizer, ["red", "small red", None, None])
+    rows = initial_vectors([toybox_random_base.text_encoder], tokenizer, ["red", "small red", None, None])
     red, small = (weight[tokenizer.convert_tokens_to_ids(word)] for word in ("red</w>", "small</w>"))
     expected = torch.stack([red, (small + red) / 2, weight.mean(0), weight.mean(0)])
     # each is 5 % of a typical row's length away, in a direction of its own
     distance = 0.05 * float(weight.norm(dim=1).median())
     torch.testing.assert_close((rows - expected).norm(dim=1), torch.full((4,), distance))
     assert not torch.allclose(rows[2], rows[3]), "two assets without words would stay the same for ever"
-    assert torch.equal(initial_vectors(table, tokenizer, ["red", "small red", None, None]), rows)
+    assert torch.equal(initial_vectors([toybox_random_base.text_encoder], tokenizer, ["red", "small red", None, None]), rows)

@@ -21,6 +21,7 @@ from mifo.config import PriorConfig, SynthesisConfig
 from mifo.errors import InputError
 from mifo.learning.prior import make_prior
 from mifo.model.base import BaseModel
+from mifo.model.prompt_embeds import PromptEmbeds
 from mifo.model.samplers import OWN_CLASSES, SCHEDULERS, check_steps, make_scheduler, read_scheduler, training_schedule
 from mifo.presets import synthesis_preset
 from mifo.sampling.denoise import denoise, initial_latents, seeded_noise
@@ -170,7 +171,7 @@ class SteadyNoise:
         self.noise, self.kind = noise, scheduler.config["prediction_type"]
         self.signal = scheduler.alphas_cumprod.clone()
 
-    def __call__(self, latents: torch.Tensor, timestep: torch.Tensor, _: torch.Tensor) -> SimpleNamespace:
+    def __call__(self, latents: torch.Tensor, timestep: torch.Tensor, _: torch.Tensor, **conditions: Any) -> SimpleNamespace:
         noise = self.noise.expand_as(latents)
         if self.kind == "epsilon":
             return SimpleNamespace(sample=noise)
@@ -182,7 +183,7 @@ def arrived(scheduler: Any, at: int, steps: int = 20) -> float:
     """The share of a push before step `at`, as the UNet sees it, that is in the final latents."""
     start, generators = seeded_noise((4, 4, 4), 0, 1, "cpu")
     push = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(9))
-    states, model, signal = torch.zeros(1, 1, 1), SteadyNoise(start, scheduler), []
+    states, model, signal = PromptEmbeds(torch.zeros(1, 1, 1)), SteadyNoise(start, scheduler), []
 
     def run(pushed: bool) -> torch.Tensor:
         def before(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
@@ -216,7 +217,7 @@ def test_a_push_arrives_with_the_samplers_on_offer_on_the_toyboxs_schedule(toybo
 def test_unipc_is_what_it_was_where_nothing_moves(toybox_random_base: BaseModel) -> None:
     base = toybox_random_base
     noise, states = initial_latents((base.unet.config["in_channels"], 16, 16), 0, 1, "cpu"), torch.zeros(1, 5, 1)
-    states = states.expand(1, 5, base.unet.config["cross_attention_dim"])
+    states = PromptEmbeds(states.expand(1, 5, base.unet.config["cross_attention_dim"]))
     runs = [denoise(base.unet, base.sampler("unipc"), noise, states, states, 5, 1.0, hook)
             for hook in (None, lambda step, timestep, latents: latents.clone())]  # fmt: skip
     assert torch.equal(*runs)
@@ -226,12 +227,12 @@ def test_unipc_is_what_it_was_where_nothing_moves(toybox_random_base: BaseModel)
 def test_hooks_run_once_a_step_and_see_what_the_unet_sees(tmp_path: Path, kind: str) -> None:
     scheduler, inputs, seen, done = read_scheduler(write_folder(tmp_path, kind)), [], [], []
     start, generators = seeded_noise((4, 8, 8), 0, 1, "cpu")
-    model, states = SteadyNoise(start, scheduler), torch.zeros(1, 1, 1)
+    model, states = SteadyNoise(start, scheduler), PromptEmbeds(torch.zeros(1, 1, 1))
 
     class Watched:
         dtype = torch.float32
 
-        def __call__(self, latents: torch.Tensor, *rest: Any) -> SimpleNamespace:
+        def __call__(self, latents: torch.Tensor, *rest: Any, **conditions: Any) -> SimpleNamespace:
             inputs.append(latents)
             return model(latents, *rest)
 
@@ -248,7 +249,7 @@ def test_hooks_run_once_a_step_and_see_what_the_unet_sees(tmp_path: Path, kind: 
 
 
 def test_noise_that_a_sampler_adds_depends_on_the_pictures_seed_alone(tmp_path: Path) -> None:
-    own, states, found = read_scheduler(write_folder(tmp_path, "EulerAncestralDiscrete")), torch.zeros(1, 1, 1), []
+    own, states, found = read_scheduler(write_folder(tmp_path, "EulerAncestralDiscrete")), PromptEmbeds(torch.zeros(1, 1, 1)), []
     for seed, count in ((4, 2), (5, 1)):
         start, generators = seeded_noise((4, 4, 4), seed, count, "cpu")
         found.append(denoise(SteadyNoise(torch.zeros(1, 4, 4, 4), own), make_scheduler("own", own), start, states, states, 4, 1.0,  # type: ignore[arg-type]

@@ -83,7 +83,7 @@ def test_the_plan_of_a_learning_step_is_what_a_real_step_takes(tmp_path: Path, c
     ids = [base.tokenizer.get_added_vocab()[t] for t in tokens]
     rows = torch.zeros(2, base.text_encoder.config.hidden_size)
     sites = choose_sites(base.unet, config.lora.attention.blocks, config.lora.attention.levels)
-    with use_assets(base.text_encoder, ids, rows) as embedding, lend_adapters(base, config.lora, 0), \
+    with use_assets(base.text_encoders, ids, rows) as embedding, lend_adapters(base, config.lora, 0), \
             gradient_checkpointing(base, checkpointing):  # fmt: skip
         embedding.vectors.requires_grad_(True)
         trainer = Trainer(base, data, config, embedding)
@@ -225,13 +225,13 @@ def test_a_gradient_scaler_steps_adapters_on_an_fp16_base() -> None:
     base = load_base_model(str(tiny_base_folder()), "cpu", torch.float16)
     adapters = add_adapters(base, 4, True)
     first = len(base.tokenizer)
-    with use_assets(base.text_encoder, [first], torch.zeros(1, base.text_encoder.config.hidden_size)) as embedding:
+    with use_assets(base.text_encoders, [first], torch.zeros(1, base.text_encoder.config.hidden_size)) as embedding:
         own = [p for a in adapters.values() for p in a.parameters() if p.requires_grad and p is not embedding.vectors]
         weights = [*own, embedding.vectors]
         before = [w.detach().clone() for w in weights]
         optimizer, scaler = torch.optim.AdamW(weights, lr=1e-2), torch.amp.GradScaler("cpu", init_scale=256.0)
         for _ in range(2):  # the first step opens LoRA's zero matrices, the second moves all
-            states = base.encode_prompt(torch.tensor([[1, first, 2]]))
+            states = base.encode_prompt(torch.tensor([[1, first, 2]])).states
             prediction = base.unet(torch.ones(1, 12, 16, 16, dtype=torch.float16), torch.tensor(10), states).sample
             assert prediction.dtype == torch.float16
             scaler.scale(prediction.float().pow(2).mean()).backward()
@@ -253,7 +253,7 @@ def test_both_phases_learn_in_fp16_through_the_trainers_own_loop(tmp_path: Path)
     tokens = ["<asset0>", "<asset1>"]
     add_asset_tokens(base.tokenizer, tokens)
     ids = [base.tokenizer.get_added_vocab()[t] for t in tokens]
-    with use_assets(base.text_encoder, ids, torch.zeros(2, base.text_encoder.config.hidden_size)) as embedding:
+    with use_assets(base.text_encoders, ids, torch.zeros(2, base.text_encoder.config.hidden_size)) as embedding:
         trainer = Trainer(base, data, config, embedding, stepper=stepper)
         trainer.train_embedding()
         rows = embedding.vectors.detach().clone()
@@ -282,7 +282,7 @@ def test_nf4_weights_are_near_the_real_ones_and_adapters_learn_on_them() -> None
     pytest.importorskip("bitsandbytes")
     inputs = (torch.randn(1, 12, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor(10))
     base = load_base()
-    states = base.encode_prompt(torch.tensor([[1, 2, 3]]))
+    states = base.encode_prompt(torch.tensor([[1, 2, 3]])).states
     expected = base.unet(*inputs, states).sample
     small = load_base_model(str(tiny_base_folder()), "cpu", torch.float32, MemoryConfig(nf4=True))
     found = small.unet(*inputs, states).sample
@@ -336,5 +336,5 @@ def test_random_stable_diffusion_loads_and_draws(tmp_path: Path, monkeypatch: py
     assert base.text_encoder.get_input_embeddings().num_embeddings == len(base.tokenizer) == 49408
     ids = base.tokenizer("a photo of a red car", padding="max_length").input_ids
     with torch.no_grad():
-        out = base.unet(torch.randn(1, 4, 16, 16), torch.tensor(5), base.encode_prompt(torch.tensor([ids]))).sample
+        out = base.unet(torch.randn(1, 4, 16, 16), torch.tensor(5), base.encode_prompt(torch.tensor([ids])).states).sample
     assert len(ids) == 77 and out.shape == (1, 4, 16, 16) and torch.isfinite(out).all()

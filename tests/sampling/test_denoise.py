@@ -10,17 +10,18 @@ import torch
 
 from mifo.errors import InputError
 from mifo.model.base import BaseModel
+from mifo.model.prompt_embeds import PromptEmbeds, joined
 from mifo.model.samplers import SCHEDULERS, make_scheduler
 from mifo.sampling.denoise import denoise, initial_latents
 
 LENGTH = 5
 
 
-def states_of(base: BaseModel, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """A prompt's and a negative prompt's states, (1, L, D) each."""
+def states_of(base: BaseModel, seed: int = 1) -> tuple[PromptEmbeds, PromptEmbeds]:
+    """A prompt's and a negative prompt's embeds, one row each."""
     generator = torch.Generator().manual_seed(seed)
     states = torch.randn(2, 1, LENGTH, base.unet.config["cross_attention_dim"], generator=generator)
-    return states[0], states[1]
+    return PromptEmbeds(states[0]), PromptEmbeds(states[1])
 
 
 def noise_of(base: BaseModel, seed: int = 0, count: int = 1) -> torch.Tensor:
@@ -37,8 +38,8 @@ def test_guidance_combines_both_halves_as_if_each_ran_alone(toybox_random_base: 
         for timestep in scheduler.timesteps:
             rows = []
             for row in latents:
-                without = base.unet(row[None], timestep, negative).sample
-                with_prompt = base.unet(row[None], timestep, states).sample
+                without = base.unet(row[None], timestep, negative.states).sample
+                with_prompt = base.unet(row[None], timestep, states.states).sample
                 rows.append(without + 4.0 * (with_prompt - without))
             latents = scheduler.step(torch.cat(rows), timestep, latents).prev_sample
     # fp32 rounding in batches of another size, through three steps and a guidance of 4
@@ -50,7 +51,7 @@ def test_guidance_scale_1_runs_half_the_batch_and_ignores_the_negative_prompt(to
     hook = base.unet.register_forward_pre_hook(lambda _, arguments: batches.append(len(arguments[0])))
     results = [
         denoise(base.unet, make_scheduler("ddim", base.scheduler), noise_of(base, count=3), states, other, 2, scale)
-        for scale, other in ((1.0, negative), (1.0, 5 * negative), (2.0, negative), (2.0, 5 * negative))
+        for scale in (1.0, 2.0) for other in (negative, PromptEmbeds(5 * negative.states))
     ]
     hook.remove()
     assert batches == [3, 3] * 2 + [6, 6] * 2
@@ -79,7 +80,7 @@ class Oracle:
         self.clean, self.kind = clean, scheduler.config["prediction_type"]
         self.signal = scheduler.alphas_cumprod  # share of the signal's power at each timestep
 
-    def __call__(self, latents: torch.Tensor, timestep: torch.Tensor, _: torch.Tensor) -> SimpleNamespace:
+    def __call__(self, latents: torch.Tensor, timestep: torch.Tensor, _: torch.Tensor, **conditions: Any) -> SimpleNamespace:
         signal = self.signal[int(timestep)]
         noise = (latents - signal.sqrt() * self.clean) / (1 - signal).sqrt()
         velocity = signal.sqrt() * noise - (1 - signal).sqrt() * self.clean
@@ -90,7 +91,7 @@ class Oracle:
 def test_every_scheduler_ends_at_what_the_model_sees(any_base: BaseModel, name: str) -> None:
     torch.manual_seed(8)
     clean = torch.randn(1, any_base.unet.config["in_channels"], 16, 16)
-    oracle, states = Oracle(clean, any_base.scheduler), torch.zeros(1, 1, 1)
+    oracle, states = Oracle(clean, any_base.scheduler), PromptEmbeds(torch.zeros(1, 1, 1))
     found = denoise(oracle, make_scheduler(name, any_base.scheduler), noise_of(any_base), states, states, 8, 1.0)  # type: ignore[arg-type]
     # Stable Diffusion's DDIM stops at the noise of timestep 0, sqrt(1 - 0.99915) = 0.03 of a unit; five sigmas of it
     assert (found - clean).abs().max() < 0.15, f"off by {(found - clean).abs().max():.3f}"
@@ -120,7 +121,7 @@ def test_picture_k_of_a_batch_equals_its_seed_alone(any_base: BaseModel) -> None
 def test_each_picture_may_have_a_prompt_of_its_own(toybox_random_base: BaseModel) -> None:
     base, (first, negative), (second, _) = toybox_random_base, states_of(toybox_random_base), states_of(toybox_random_base, 2)
     noise = noise_of(base, count=2)
-    both = denoise(base.unet, make_scheduler("ddim", base.scheduler), noise, torch.cat([first, second]), negative, 2, 3.0)
+    both = denoise(base.unet, make_scheduler("ddim", base.scheduler), noise, joined([first, second]), negative, 2, 3.0)
     alone = denoise(base.unet, make_scheduler("ddim", base.scheduler), noise[1:], second, negative, 2, 3.0)
     torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-4)
 

@@ -16,6 +16,7 @@ from mifo.attention.sites import attention_sites, choose_sites
 from mifo.boxes import Box, Layout
 from mifo.config import GuidanceConfig, RefinementConfig
 from mifo.model.base import BaseModel
+from mifo.model.prompt_embeds import PromptEmbeds
 from mifo.model.samplers import make_scheduler
 from mifo.presets import synthesis_preset
 from mifo.prompts import TokenizedPrompt
@@ -73,7 +74,7 @@ def scene_of(base: BaseModel, subjects: int, images: int = 2, **settings: Any) -
 
 def guidance_of(scene: Scene) -> LatentGuidance:
     control = BoundedAttention(scene.prompt, scene.layout, scene.size, "cpu", sampling=ForwardPass(len(scene.latents)))
-    return LatentGuidance(scene.unet, control, scene.config, scene.states)
+    return LatentGuidance(scene.unet, control, scene.config, PromptEmbeds(scene.states))
 
 
 @torch.no_grad()  # as in the denoising loop
@@ -512,7 +513,7 @@ def test_a_guided_and_refined_run_is_finite_and_gives_the_same_twice(any_base: B
             masks.append(c.subject_masks(scene.size))
             return latents
 
-        states = (scene.states, scene.negative_states)
+        states = (PromptEmbeds(scene.states), PromptEmbeds(scene.negative_states))
         with bound_attention(scene.unet, control):
             scheduler = make_scheduler("ddim", any_base.scheduler)
             results.append(denoise(scene.unet, scheduler, scene.latents, *states, 3, 3.0, before, after))
