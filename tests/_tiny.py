@@ -52,6 +52,45 @@ def tiny_base_folder(seed: int = 0) -> Path:
     return folder
 
 
+@functools.cache
+def tiny_xl_folder(seed: int = 0) -> Path:
+    """A Stable Diffusion XL folder of random weights: two text encoders of different widths, sizes, a second padding."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    from mifo.toybox.architecture import build_tokenizer
+
+    torch.manual_seed(seed)
+    folder, words = _scratch() / f"xl{seed}", _scratch() / f"xl_tokenizer{seed}"
+    tokenizer = build_tokenizer(words)
+    second = CLIPTokenizer(str(words / "vocab.json"), str(words / "merges.txt"), model_max_length=40, pad_token="!")
+
+    def text(width: int, layers: int, eos: int) -> CLIPTextConfig:
+        return CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+                              num_attention_heads=4, max_position_embeddings=40, projection_dim=24, eos_token_id=eos)  # fmt: skip
+
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=80,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 1, 2),
+        attention_head_dim=(2, 4, 4), use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24 + 6 * 8,
+    )  # fmt: skip
+    for name, weight in unet.named_parameters():
+        if ".to_q." in name or ".to_k." in name:
+            weight.data.mul_(3)  # uneven maps
+    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+                        block_out_channels=(8, 8, 16, 16), norm_num_groups=4, layers_per_block=1, scaling_factor=0.13025,
+                        sample_size=128)  # fmt: skip
+    StableDiffusionXLPipeline(
+        vae=vae, text_encoder=CLIPTextModel(text(32, 2, tokenizer.eos_token_id)), tokenizer=tokenizer, tokenizer_2=second,
+        text_encoder_2=CLIPTextModelWithProjection(text(48, 3, 2)), unet=unet, add_watermarker=False,
+        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                                set_alpha_to_one=False, steps_offset=1),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
 def write_instance(folder: Path, assets: int = 2, size: tuple[int, int] = (96, 64)) -> Path:
     """`assets` coloured squares in a row on grey, and their masks."""
     folder.mkdir(parents=True)

@@ -61,8 +61,13 @@ class Bundle:
     """`references.instance_digest` of the kept instance; None for a bundle that does not hold its photo."""
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """Numbers of an embedding in each text encoder; what stands one behind another in `token_embeddings`."""
+        return tuple(self.metadata.get("embedding_widths") or (self.token_embeddings.shape[1],))
+
+    @property
     def adapters(self) -> tuple[str, ...]:
-        """Which of `unet_lora`, `text_lora` the bundle has."""
+        """Which of `families.ADAPTERS` the bundle has."""
         return tuple(a for a in ADAPTERS if a in self.lora)
 
 
@@ -172,6 +177,7 @@ def save_bundle(folder: Path, base: BaseModel, tokens: tuple[str, ...], words: t
             "tokens": list(tokens),
             "words": list(words) if words else None,
             "adapters": sorted(adapters),
+            **({"embedding_widths": base.text_widths} if len(base.text_encoders) > 1 else {}),
             "config": to_dict(config),
             **metadata,
         }
@@ -231,6 +237,7 @@ def load_bundle(folder: Path) -> Bundle:
             lora[name] = Adapter(read, parse_tensors(files, folder, f"{name}/{LORA_WEIGHTS}"))
         elif name in listed:
             raise InputError(f"{folder} is missing {name}/; {AGAIN}")
+    _check_widths(record.get("embedding_widths"), vectors, path)
     metadata = {k: v for k, v in record.items() if k not in ("schema", "base", "tokens", "words", "config")}
     return Bundle(folder.resolve().name, folder, base["name"], base["source"], base["fingerprint"], tokens, words, vectors,
                   config, metadata, lora, weights_digest(files), instance)  # fmt: skip
@@ -251,6 +258,14 @@ def _read_words(record: Mapping[str, Any]) -> tuple[str, ...] | None:
     if len(words) > MAX_ASSETS + 1:
         raise InputError(f"it has words for {len(words)} assets, but at most {MAX_ASSETS} are read; {AGAIN}")
     return tuple(str(w) for w in words) or None
+
+
+def _check_widths(widths: Any, vectors: torch.Tensor, path: Path) -> None:
+    """Raises InputError unless the text encoders' widths add up to the embeddings'."""
+    counts = isinstance(widths, list) and all(type(w) is int and w > 0 for w in widths)
+    if widths is not None and not (counts and len(widths) == 2 and sum(widths) == vectors.shape[1]):
+        shown = str(widths)[:50]
+        raise InputError(f"{path} has embedding_widths {shown}, but its embeddings have {vectors.shape[1]} numbers; {AGAIN}")
 
 
 def _read_vectors(files: Files, folder: Path, tokens: tuple[str, ...]) -> torch.Tensor:

@@ -128,9 +128,14 @@ class BaseModel:
         return tuple(self.parts[name] for name in self.layout.encoders)
 
     @property
+    def text_widths(self) -> list[int]:
+        """Numbers of a token's embedding in each text encoder."""
+        return [int(encoder.config.hidden_size) for encoder in self.text_encoders]
+
+    @property
     def text_width(self) -> int:
         """Numbers of a token's embedding, in all text encoders together."""
-        return sum(int(encoder.config.hidden_size) for encoder in self.text_encoders)
+        return sum(self.text_widths)
 
     @property
     def is_small(self) -> bool:
@@ -206,7 +211,7 @@ class BaseModel:
 
     def _padded_for_second(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids as the second tokenizer gives them: what stands behind the first end of text is its padding."""
-        ends = (ids == self.tokenizer.eos_token_id).int()
+        ends = (ids == self.text_encoder_2.config.eos_token_id).int()
         behind = ends.cumsum(1) - ends > 0
         return torch.where(behind, self.padding_2, ids)
 
