@@ -104,9 +104,9 @@ def main_job_table() -> str:
     fair = (
         "One learning run each, on a busy machine: seconds are too long, and other runs differ by ten points and more. The third "
         "and fourth columns have the same number of steps, draws, prior images and rates as ours; the rates were found for ours, "
-        "in a handful of runs. Things look right more often with Break-A-Scene's losses, and one thing alone stays one thing more "
-        "often with mifo's: both come of the locality term, which Break-A-Scene does not have (LOG.md). Which is better in general "
-        "takes more scenes and learning runs."
+        "in a handful of runs. Things look right more often with Break-A-Scene's losses, one thing alone stays one thing more "
+        "often with mifo's: locality does both, which Break-A-Scene has not (LOG.md). Which is better in general takes "
+        "more scenes and learning runs."
     )
     return "\n".join([*lines, "", fair, "", source("main_job", result)])
 
