@@ -62,7 +62,8 @@ def write_random_sd(name: str, folder: Path, width_divisor: int = 1, seed: int =
             for text in family.texts:
                 kind = getattr(transformers, text.kind)
                 _save(kind(CLIPTextConfig(**shape[text.encoder])), temporary / text.encoder)
-                use_hub_names(temporary / text.encoder)
+                if text.kind == "CLIPTextModel":  # one with a projection is saved as it was published
+                    use_hub_names(temporary / text.encoder)
         finally:
             torch.set_default_dtype(before)
         DDIMScheduler(**shape["scheduler"]).save_pretrained(temporary / "scheduler")

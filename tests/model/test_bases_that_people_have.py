@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from mifo.bundle.store import attach, base_of_bundle, load_bundle
 from mifo.errors import InputError
+from mifo.model import base_weights
 from mifo.model.base import load_base_model, resolve
-from mifo.model.base_weights import STEMS
 from mifo.model.shapes import shape_of
 
 SD2_AT_768 = {
@@ -29,6 +29,10 @@ SD2_AT_768 = {
     "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 2, "UpBlock2D"),
     "cross_attention_dim": 48, "attention_head_dim": (2, 2, 2, 2), "norm_num_groups": 4, "use_linear_projection": True,
 }  # fmt: skip
+
+
+#: of Stable Diffusion 1.x and 2.x: one text encoder
+STEMS = {part: stem for part, stem in base_weights.STEMS.items() if part != "text_encoder_2"}
 
 
 @pytest.fixture(scope="session")
@@ -144,7 +148,7 @@ def test_other_kinds_of_unet_are_refused_with_what_to_use(
 def test_an_inpainting_model_is_named(tiny_sd_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_sd_folder, tmp_path / "base"))
     edit_json(folder / "unet" / "config.json", in_channels=9)
-    with pytest.raises(InputError, match=r"an inpainting model.* such as sd1.5 or sd2.1, with --model-path"):
+    with pytest.raises(InputError, match=r"an inpainting model.* such as sd1.5, sd2.1 or sdxl, with --model-path"):
         load_base_model(str(folder))
 
 

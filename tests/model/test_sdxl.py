@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_bases_that_people_have as people
 import torch
 from _tiny import FAST, mifo, tiny_base_folder, tiny_xl_folder, write_instance
 from safetensors.torch import load_file
@@ -17,8 +18,10 @@ from mifo.bundle.store import attach, load_bundle
 from mifo.config import SynthesisConfig
 from mifo.errors import InputError
 from mifo.model.base import BaseModel, family_of, load_base_model
+from mifo.model.base_weights import STEMS
 from mifo.model.prompt_embeds import PictureSize
 from mifo.model.shapes import SHAPES
+from mifo.model.single_file import configs_of_file
 from mifo.planning.planner import read_model
 from mifo.prompts import tokenize_prompt
 from mifo.sampling.denoise import initial_latents
@@ -191,3 +194,85 @@ def test_its_shape_has_the_published_numbers_of_weights() -> None:
     assert sizes["unet"] == 2_567_463_684  # 2.567 billion
     assert sizes["text_encoder"] == 123_060_480 + 694_659_840  # 0.123 and 0.695 billion
     assert set(SHAPES["sdxl"]) == {"unet", "vae", "text_encoder", "text_encoder_2", "scheduler"}
+
+
+# --- a checkpoint in one file -------------------------------------------------------------------
+
+
+def original_unet_name(name: str) -> str:
+    """SDXL's name in the original code: as Stable Diffusion 1.x's, with attention before each upsampling and a size embedding."""
+    if name.startswith("add_embedding."):
+        return name.replace("add_embedding.linear_1", "label_emb.0.0").replace("add_embedding.linear_2", "label_emb.0.2")
+    if ".upsamplers." in name:
+        block, last = int(name.split(".")[1]), name.split(".")[-1]
+        return f"output_blocks.{3 * block + 2}.2.conv.{last}"
+    return people.original_unet_name(name)
+
+
+def open_clip_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The second text encoder as OpenCLIP names it: one matrix for queries, keys and values, the projection transposed."""
+    found = {"text_projection": weights["text_projection.weight"].T.contiguous()}
+    for name, weight in weights.items():
+        inner = name.removeprefix("text_model.")
+        if ".self_attn.q_proj." in name:
+            kind = name.split(".")[-1]
+            joined = torch.cat([weights[name.replace("q_proj", f"{each}_proj")] for each in "qkv"])
+            layer = inner.split(".")[2]
+            found[f"transformer.resblocks.{layer}.attn.in_proj_{kind}"] = joined
+        elif ".self_attn.k_proj." in name or ".self_attn.v_proj." in name or name == "text_projection.weight":
+            continue
+        else:
+            for old, new in (("encoder.layers", "transformer.resblocks"), ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"),
+                             ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"), ("self_attn.out_proj", "attn.out_proj"),
+                             ("final_layer_norm", "ln_final"), ("embeddings.token_embedding", "token_embedding"),
+                             ("embeddings.position_embedding.weight", "positional_embedding")):  # fmt: skip
+                inner = inner.replace(old, new)
+            found[inner] = weight
+    return found
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """SDXL's shape at an eighth of its width: its folder, and the same weights in one file."""
+    from safetensors.torch import save_file
+
+    from scripts.make_random_sd import write_random_sd
+
+    place = tmp_path_factory.mktemp("narrow_xl")
+    folder = place / "folder"
+    write_random_sd("sdxl", folder, 8)
+    parts = {part: load_file(folder / part / f"{stem}.safetensors") for part, stem in STEMS.items()}
+    first = {f"conditioner.embedders.0.transformer.text_model.{name.removeprefix('text_model.')}": weight
+             for name, weight in parts["text_encoder"].items()}  # fmt: skip
+    second = {f"conditioner.embedders.1.model.{n}": w for n, w in open_clip_names(parts["text_encoder_2"]).items()}
+    unet = {f"model.diffusion_model.{original_unet_name(name)}": weight for name, weight in parts["unet"].items()}
+    path = place / "narrow.safetensors"
+    save_file({**first, **second, **unet, **people.original_names("vae", parts["vae"])}, path)
+    shutil.copytree(folder / "tokenizer", place / "tokenizer")
+    return folder, path
+
+
+@pytest.mark.slow
+def test_a_single_file_is_the_same_model_as_its_folder(narrow: tuple[Path, Path]) -> None:
+    folder, path = narrow
+    ours, theirs = load_base_model(str(folder)), load_base_model(str(path))
+    for part, module in ours.parts.items():
+        weights = theirs.parts[part].state_dict()
+        for name, weight in module.state_dict().items():
+            assert torch.equal(weight, weights[name]), (part, name)
+    assert theirs.fingerprint == ours.fingerprint
+    ids = torch.tensor([tokenize_prompt(ours.tokenizer, PROMPT, []).input_ids])
+    for found, expected in zip((theirs.encode_prompt(ids), theirs.encode_negative(ids)),
+                               (ours.encode_prompt(ids), ours.encode_negative(ids)), strict=True):  # fmt: skip
+        assert torch.equal(found.states, expected.states) and torch.equal(found.pooled, expected.pooled)
+
+
+@pytest.mark.slow
+def test_a_file_that_predicts_velocity_says_so(narrow: tuple[Path, Path], tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    assert configs_of_file(narrow[1])["scheduler"]["prediction_type"] == "epsilon"
+    path = tmp_path / "velocity.safetensors"
+    save_file({**load_file(narrow[1]), "v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, path)
+    scheduler = configs_of_file(path)["scheduler"]
+    assert scheduler["prediction_type"] == "v_prediction" and scheduler["rescale_betas_zero_snr"]
