@@ -282,6 +282,23 @@ def goals_table() -> str:
     return "\n".join([*lines, "", source("memory_goals", result)])
 
 
+def xl_goals_table() -> str:
+    result = load("memory_goals_sdxl")
+    if result is None:
+        return "Memory on Stable Diffusion XL's shape: not planned yet."
+    lines = [
+        f"Predicted by `plan` for {result['shape']} in bf16 at {result['resolution']} pixels, batch 1; no weights and no GPU.",
+        "",
+        "| | budget, GiB | peak, GiB | its phase | given up for it: the peak with it and all before |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["goals"]:
+        steps = "; ".join([f"nothing {row['without_knobs_gib']:.2f}",
+                           *(f"{tried['option']} {tried['peak_gib']:.2f}" for tried in row["tried"])])  # fmt: skip
+        lines.append(f"| {row['goal']} | {row['goal_gib']:g} | {row['peak_gib']:.2f} | {row['peak_phase']} | {steps} |")
+    return "\n".join([*lines, "", source("memory_goals_sdxl", result)])
+
+
 def memory_table() -> str:
     """The plan against measurements."""
     lines = ["| | planned, GiB | measured, GiB | plan off by | the process grew by, GiB |", "|---|---|---|---|---|"]
@@ -321,6 +338,7 @@ def _seconds(entry: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[], str]] = {
           "headline": headline_table, "main_job": main_job_table, "base_model": base_model_table, "edit": edit_table,
           "bench": bench_table, "bench_jobs": jobs_table, "bench_growth": growth_table, "memory_goals": goals_table,
+          "memory_goals_sdxl": xl_goals_table,
           "memory": memory_table,
           **{name: partial(toybench_table, name) for name in (
               "toybench", "toybench_holdout", "toybench_large", "toybench_steps", "toybench_baselines",

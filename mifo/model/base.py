@@ -226,9 +226,12 @@ class BaseModel:
         home, dtype = self.vae.device, self.vae.dtype
         upcast = dtype == torch.float16 and bool(self.vae.config.get("force_upcast"))
         try:
-            yield self.vae.to(self.device, torch.float32 if upcast else dtype)
+            self.vae.to(self.device)
+            yield self.vae.to(torch.float32) if upcast else self.vae
         finally:
-            self.vae.to(home, dtype)
+            self.vae.to(home)
+            if upcast:
+                self.vae.to(dtype)
 
     def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, 3, H, W) in [-1, 1] -> mean and standard deviation of the scaled latents, each (B, C, h, w), fp32."""
