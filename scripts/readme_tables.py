@@ -269,11 +269,11 @@ def goals_table() -> str:
         return "Memory on Stable Diffusion's shape: not planned yet."
     lines = [
         f"Predicted by `plan` for {result['shape']} in bf16 at {result['resolution']} pixels, batch 1; no weights and no GPU.",
-        "", "| | goal, GiB | peak, GiB | its phase | knobs needed |", "|---|---|---|---|---|",
+        "", "| | goal, GiB | peak, GiB | its phase | what has to be given up |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for row in result["goals"]:
-        knobs = ", ".join(row["knobs"]) or "none"
-        lines.append(f"| {row['goal']} | {row['goal_gib']:g} | {row['peak_gib']:.2f} | {row['peak_phase']} | {knobs} |")
+        given_up = ", ".join(row["given_up"]) or "nothing"
+        lines.append(f"| {row['goal']} | {row['goal_gib']:g} | {row['peak_gib']:.2f} | {row['peak_phase']} | {given_up} |")
     names = list(result["growth"][0]["peak_gib"])
     lines += ["", "| peak, GiB | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     for row in result["growth"]:
@@ -293,7 +293,7 @@ def xl_goals_table() -> str:
         "|---|---|---|---|---|",
     ]
     for row in result["goals"]:
-        steps = "; ".join([f"nothing {row['without_knobs_gib']:.2f}",
+        steps = "; ".join([f"nothing {row['with_nothing_given_up_gib']:.2f}",
                            *(f"{tried['option']} {tried['peak_gib']:.2f}" for tried in row["tried"])])  # fmt: skip
         lines.append(f"| {row['goal']} | {row['goal_gib']:g} | {row['peak_gib']:.2f} | {row['peak_phase']} | {steps} |")
     return "\n".join([*lines, "", source("memory_goals_sdxl", result)])

@@ -28,8 +28,8 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "reserve_gib": _gib(RESERVE),
         "vram_gib": None if plan.budget is None else _gib(plan.budget),
         "fits": plan.fits,
-        "knobs": list(plan.given_up),
-        "tried": [{"knob": name, "cost": cost, "peak_gib": _gib(peak)} for name, cost, peak in plan.tried],
+        "given_up": list(plan.given_up),
+        "tried": [{"option": name, "cost": cost, "peak_gib": _gib(peak)} for name, cost, peak in plan.tried],
         "memory": asdict(s.memory),
         "gradient_checkpointing": s.learn.gradient_checkpointing,
     }  # fmt: skip

@@ -134,7 +134,7 @@ def settings(**changes: Any) -> Settings:
     return replace(Settings("learn", 64, torch.float32, learn_preset("toybox"), SynthesisConfig()), **changes)
 
 
-def test_knobs_are_turned_only_as_far_as_needed_and_a_hopeless_budget_is_refused_with_its_sum() -> None:
+def test_only_what_is_needed_is_given_up_and_a_hopeless_budget_is_refused_with_its_sum() -> None:
     model = read_model("toybox")
     free = make_plan(model, settings())
     assert free.fits and free.given_up == () and free.settings == settings()
@@ -308,7 +308,7 @@ def test_without_8bit_adam_the_reason_is_said(monkeypatch: pytest.MonkeyPatch, c
 # --- jobs ---------------------------------------------------------------------------------------
 
 
-def test_learning_within_a_budget_turns_the_knobs_and_records_them(tmp_path: Path) -> None:
+def test_learning_within_a_budget_gives_up_what_it_must_and_records_it(tmp_path: Path) -> None:
     instance = write_instance(tmp_path / "two")
     arguments = ["learn", instance, "--model-path", tiny_base_folder(), "--output-dir", tmp_path / "out", "--json",
                  "--phase1-train-steps", 1, "--phase2-train-steps", 1, "--num-class-images", 1, "--lora-rank", 2]  # fmt: skip
