@@ -154,7 +154,7 @@ MaskOrientation = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote there, all of it its own.")]
 OverwriteFile = Annotated[bool, typer.Option("--overwrite", help="Replace a file of that name.")]
 Resolution = Annotated[int | None, typer.Option(min=32, help="Pixels; the model's own by default.")]
-ModelPath = Annotated[str, path("toybox (embedded), sd1.5, sd2.1, sdxl, a hub id, or a folder.")]
+ModelPath = Annotated[str, path("toybox (embedded), sd1.5, sd2.1, sd2.1-768, sdxl, a hub id, a folder or a file.")]
 Precisions = Annotated[Precision, typer.Option(help="auto: what the device is best at.")]
 Boxes = Annotated[str | None, path("JSON file or text: one [x0, y0, x1, y1] per asset, 0 to 1.")]
 FolderPath = Annotated[Path, path("Holds the instance folders.")]

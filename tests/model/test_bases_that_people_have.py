@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from mifo.bundle.store import attach, base_of_bundle, load_bundle
 from mifo.errors import InputError
 from mifo.model import base_weights
-from mifo.model.base import load_base_model, resolve
-from mifo.model.shapes import shape_of
+from mifo.model.base import HUB_MODELS, load_base_model, resolve
+from mifo.model.shapes import SHAPES, shape_of
 
 SD2_AT_768 = {
     "sample_size": 96, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16, 16, 16), "layers_per_block": 2,
@@ -79,8 +79,7 @@ def test_stable_diffusion_2_1_was_published_twice() -> None:
              for name, s in shapes.items()}  # fmt: skip
     assert found == {"sd2.1": (512, 64, "epsilon"), "sd2.1-768": (768, 96, "v_prediction")}
     assert json.loads(mifo("plan", "--model-path", "sd2.1-768", "--vram-gib", 64, "--json").stdout)["resolution"] == 768
-    with pytest.raises(InputError, match="can be planned for, but not fetched by its name; give a folder"):
-        load_base_model("sd2.1-768")
+    assert set(HUB_MODELS) == set(SHAPES), "what can be planned for by its name can be fetched by it"
 
 
 def test_a_folder_with_dpm_solver_as_diffusers_saves_it_learns_draws_and_is_planned_for(tmp_path: Path) -> None:
