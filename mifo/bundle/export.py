@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from diffusers.utils import convert_state_dict_to_diffusers
+from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from safetensors.torch import save_file
 
 from ..io.files import write_folder
@@ -14,6 +15,7 @@ from ..model.lora import published_name
 from .store import Bundle
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "lora.safetensors"
 ROW_FILE = "{}.safetensors"
 EXPORT = "export"  # of its manifest
 
@@ -24,15 +26,40 @@ def export_for_diffusers(bundle: Bundle, output: Path, overwrite: bool = False) 
 
     Raises InputError when `output` cannot be written or has other things in it; with `overwrite` an earlier export is replaced.
     """
-    prefixes = SDXL.adapters  # the names of parts are the same in every family
     weights = {}
+    for part, saved in _by_part(bundle):
+        weights.update({f"{part}.{k}": v for k, v in convert_state_dict_to_diffusers(saved).items()})
+    _write(bundle, output, overwrite, LORA_FILE, weights)
+
+
+def export_for_kohya(bundle: Bundle, output: Path, overwrite: bool = False) -> None:
+    """`lora.safetensors` under the names of kohya's sd-scripts, which ComfyUI and AUTOMATIC1111 read, each layer with its alpha;
+    and the assets' embeddings as `export_for_diffusers` writes them. Raises InputError as that does."""
+    weights: dict[str, torch.Tensor] = {}
+    for part, saved in _by_part(bundle):
+        named: dict[str, torch.Tensor] = convert_state_dict_to_kohya({f"{part}.{k}": v for k, v in saved.items()})
+        weights.update(named)
+    if len(bundle.widths) < 2:  # with one text encoder its layers have no number
+        weights = {name.replace("lora_te1_", "lora_te_"): weight for name, weight in weights.items()}
+    alphas = {adapter.config.lora_alpha for adapter in bundle.lora.values()}
+    assert len(alphas) <= 1, "a bundle's adapters have one alpha"
+    for alpha in alphas:
+        weights |= {name: torch.tensor(float(alpha)) for name in weights if name.endswith(".alpha")}
+    _write(bundle, output, overwrite, KOHYA_FILE, weights)
+
+
+def _by_part(bundle: Bundle) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Part of the base model -> its adapter's weights as they were published, without PEFT's own prefix."""
     for adapter in bundle.adapters:
         saved = bundle.lora[adapter].weights
-        own = {published_name(k).removeprefix("base_model.model."): v for k, v in saved.items()}
-        weights.update({f"{prefixes[adapter]}.{k}": v for k, v in convert_state_dict_to_diffusers(own).items()})
+        own = {published_name(name).removeprefix("base_model.model."): weight for name, weight in saved.items()}
+        yield SDXL.adapters[adapter], own  # the names of parts are the same in every family
+
+
+def _write(bundle: Bundle, output: Path, overwrite: bool, name: str, weights: dict[str, torch.Tensor]) -> None:
     with write_folder(output, EXPORT, overwrite) as temporary:
         if weights:
-            save_file(weights, temporary / LORA_FILE, metadata={"format": "pt"})
+            save_file({key: weight.contiguous() for key, weight in weights.items()}, temporary / name, metadata={"format": "pt"})
         for token, row in zip(bundle.tokens, bundle.token_embeddings, strict=True):
             save_file(_named_parts(token, row, bundle.widths), temporary / ROW_FILE.format(token.strip("<>")))
 

@@ -11,7 +11,7 @@ from ..io.console import Bar, Job, waiting
 from ..io.outputs import PLACE, check_apart, check_file, check_output, numbered_file, numbered_folder
 from .app import app
 from .job import job_command
-from .options import BundleName, Device, OutputDir, Overwrite, OverwriteFile, Seed, path, path_argument
+from .options import BundleName, Device, ExportFormat, OutputDir, Overwrite, OverwriteFile, Seed, path, path_argument
 from .parts import choose_device, import_libraries, not_to_write_into
 
 
@@ -53,19 +53,24 @@ def export(
     model_id: BundleName,
     output_path: Annotated[Path, path("Folder to write.")],
     output_dir: OutputDir = Path("Model_ours"),
+    layout: Annotated[
+        ExportFormat,
+        typer.Option("--format", help="diffusers: for load_lora_weights, load_textual_inversion; kohya: for ComfyUI and others."),
+    ] = ExportFormat.diffusers,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a bundle so that diffusers' load_lora_weights and load_textual_inversion read it."""
+    """Write a bundle so that other programs read it: the LoRA in one file, and a file for each asset's embedding."""
     check_output(output_path, output_path, "export", overwrite)
 
     import_libraries()
-    from ..bundle.export import export_for_diffusers
+    from ..bundle.export import export_for_diffusers, export_for_kohya
     from ..bundle.store import find_bundle, load_bundle
 
     bundle = load_bundle(find_bundle(model_id, output_dir))
     check_apart(output_path, output_path, {}, not_to_write_into(bundle, None))
     with waiting("writing the files"):
-        export_for_diffusers(bundle, output_path, overwrite)
+        write = export_for_kohya if layout is ExportFormat.kohya else export_for_diffusers
+        write(bundle, output_path, overwrite)
     files = sorted(p.name for p in output_path.iterdir() if p.name != "manifest.json")
     job.text(f"{output_path}: {', '.join(files)}")
     job.json({"folder": str(output_path), "files": files})

@@ -70,6 +70,11 @@ class Metadata(str, Enum):
     safe = "safe"
 
 
+class ExportFormat(str, Enum):
+    diffusers = "diffusers"
+    kohya = "kohya"
+
+
 class Background(str, Enum):
     pixel = "pixel"
     poisson = "poisson"

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from _tiny import ROOT, copy_bundle, edit_json, load_base, snapshot, tiny_base_folder, tiny_bundle_folder
+from _tiny import ROOT, copy_bundle, edit_json, load_base, mifo, snapshot, tiny_base_folder, tiny_bundle_folder
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
@@ -303,6 +303,26 @@ def test_diffusers_reads_the_export_and_predicts_the_same(base: BaseModel, bundl
     assert torch.allclose(states, their_states, atol=1e-3)
     assert torch.allclose(prediction, theirs, atol=1e-3)
     assert (prediction - bare).abs().max() > 1e-2  # so the LoRA does matter
+
+
+def test_kohyas_names_are_read_by_diffusers_as_the_same_adapter(base: BaseModel, bundle: Bundle, tmp_path: Path):
+    from diffusers import StableDiffusionPipeline
+
+    mifo("export", bundle.folder, "--format", "kohya", "--output-path", tmp_path / "kohya")
+    names = list(load_file(tmp_path / "kohya" / "lora.safetensors"))
+    assert any(name.startswith("lora_te_text_model_encoder_layers_0_") for name in names)  # no number with one text encoder
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_base_folder())
+    pipe.load_lora_weights(tmp_path / "kohya" / "lora.safetensors")
+    ids = torch.tensor([tokenize_prompt(pipe.tokenizer, "a photo of a red car", []).input_ids])
+    size = int(base.unet.config["sample_size"])
+    latents = torch.randn((1, 12, size, size), generator=torch.Generator().manual_seed(5))
+    with attach(base, bundle):
+        states, prediction = outputs(base, "a photo of a red car")
+    with torch.no_grad():
+        assert torch.allclose(states, pipe.text_encoder(ids)[0], atol=1e-3)
+        assert torch.allclose(prediction, pipe.unet(latents, torch.tensor(300), states).sample, atol=1e-3)
+        pipe.unload_lora_weights()
+        assert (prediction - pipe.unet(latents, torch.tensor(300), states).sample).abs().max() > 1e-2
 
 
 def test_an_export_replaces_an_export_and_nothing_else(base: BaseModel, bundle: Bundle, tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from _tiny import FAST, mifo, tiny_base_folder, tiny_xl_folder, write_instance
 from safetensors.torch import load_file
 
-from mifo.bundle.export import export_for_diffusers
+from mifo.bundle.export import LORA_FILE, export_for_diffusers, export_for_kohya
 from mifo.bundle.store import attach, load_bundle
 from mifo.config import SynthesisConfig
 from mifo.errors import InputError
@@ -121,9 +122,16 @@ def test_what_is_learned_in_each_text_encoder_matters(learned: Path) -> None:
     assert isinstance(base.text_encoder_2.get_input_embeddings(), torch.nn.Embedding)
 
 
-def test_diffusers_draws_the_same_from_the_export(learned: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("export", [export_for_diffusers, export_for_kohya])
+def test_diffusers_draws_the_same_from_the_export(learned: Path, tmp_path: Path, export: Any) -> None:
     bundle = load_bundle(learned)
-    export_for_diffusers(bundle, tmp_path / "export")
+    export(bundle, tmp_path / "export")
+    if export is export_for_kohya:
+        names = list(load_file(tmp_path / "export" / "lora.safetensors"))
+        for start in ("lora_unet_down_blocks_1_attentions_0_", "lora_te1_text_model_encoder_layers_0_self_attn_q_proj.",
+                      "lora_te2_text_model_encoder_layers_2_self_attn_out_proj."):  # fmt: skip
+            assert any(name.startswith(start) for name in names), start
+        assert {name.rsplit(".", 1)[-1] for name in names} == {"alpha", "weight"}
     row = load_file(tmp_path / "export" / "asset0.safetensors")
     assert {name: tuple(value.shape) for name, value in row.items()} == {"clip_l": (32,), "clip_g": (48,)}
     pipe = pipeline()
@@ -133,7 +141,7 @@ def test_diffusers_draws_the_same_from_the_export(learned: Path, tmp_path: Path)
         encoders = (("clip_l", pipe.text_encoder, pipe.tokenizer), ("clip_g", pipe.text_encoder_2, pipe.tokenizer_2))
         for key, encoder, tokenizer in encoders:
             pipe.load_textual_inversion(row[key][None], token=f"<asset{index}>", text_encoder=encoder, tokenizer=tokenizer)
-    pipe.load_lora_weights(tmp_path / "export")
+    pipe.load_lora_weights(tmp_path / "export" / ("lora.safetensors" if export is export_for_kohya else LORA_FILE))
     prompt, latents = "a photo of <asset0> and <asset1>", initial_latents((4, 16, 16), 3, 1, "cpu")
     theirs = pipe(prompt, num_inference_steps=3, guidance_scale=3.0, latents=latents, height=128, width=128).images[0]
     base = load_base_model(str(tiny_xl_folder()))
