@@ -507,7 +507,10 @@ def family_of(name: str) -> str:
         return "toybox"
     if name in SHAPES:
         return layout_of(SHAPES[name]["unet"]).name
-    return layout_of(model_configs(resolve(name)[0])["unet"]).name
+    path = resolve(name)[0]
+    if path.is_dir():
+        _check_layout(path, name)
+    return layout_of(model_configs(path)["unet"]).name
 
 
 def identify(path: Path) -> Callable[[str], bool]:

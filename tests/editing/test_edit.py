@@ -19,6 +19,7 @@ from mifo.editing.frame import latent_mask, make_frame, shrinking_masks, thickne
 from mifo.editing.hooks import EditHooks
 from mifo.editing.ranking import asset_similarity, best_first, prompt_similarity
 from mifo.errors import InputError
+from mifo.model.prompt_embeds import PromptEmbeds
 
 if TYPE_CHECKING:
     from mifo.model.base import BaseModel
@@ -212,7 +213,7 @@ def test_a_prompt_that_explains_the_candidate_scores_high(kind: str):
     class Oracle:
         dtype = torch.float32
 
-        def __call__(self, noisy: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor) -> Output:
+        def __call__(self, noisy: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, **conditions: Any) -> Output:
             clean = known * float(context[0, 0, 0])
             signal = scheduler.alphas_cumprod[timestep].view(-1, 1, 1, 1)
             noise = (noisy - signal.sqrt() * clean) / (1 - signal).sqrt()
@@ -220,7 +221,7 @@ def test_a_prompt_that_explains_the_candidate_scores_high(kind: str):
             return Output({"epsilon": noise, "v_prediction": velocity, "sample": clean}[kind])
 
     mask = torch.ones((8, 8), dtype=torch.bool)
-    scores = prompt_similarity(Oracle(), scheduler, latents, mask, torch.ones((1, 1, 1)), torch.full((1, 1, 1), 0.5))
+    scores = prompt_similarity(Oracle(), scheduler, latents, mask, *(PromptEmbeds(torch.full((1, 1, 1), v)) for v in (1.0, 0.5)))
     assert scores[0] == pytest.approx(1, abs=1e-3) and scores[1] < 0.2
 
 
