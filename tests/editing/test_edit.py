@@ -213,7 +213,7 @@ def test_a_prompt_that_explains_the_candidate_scores_high(kind: str):
     class Oracle:
         dtype = torch.float32
 
-        def __call__(self, noisy: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, **conditions: Any) -> Output:
+        def __call__(self, noisy: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, **conditions: object) -> Output:
             clean = known * float(context[0, 0, 0])
             signal = scheduler.alphas_cumprod[timestep].view(-1, 1, 1, 1)
             noise = (noisy - signal.sqrt() * clean) / (1 - signal).sqrt()
