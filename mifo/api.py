@@ -49,7 +49,7 @@ from .learning.callbacks import CheckpointJudge
 from .learning.checkpoints import Checkpointing
 from .learning.learn import learn as run_learn
 from .learning.trainer import Progress
-from .model.base import BaseModel, family_of
+from .model.base import BaseModel
 from .model.base import load_base_model as read_base_model
 from .model.device import choose_device, choose_dtype, precision_name
 from .planning.planner import Plan, Settings, make_plan, read_model
@@ -280,7 +280,8 @@ def plan(model: str = "sd2.1", job: str = "learn", vram_gib: float | None = None
     'materialized', whose attention maps are held whole. `Plan.check()` raises InputError with the sum where nothing fits."""
     if job not in ("learn", "synthesize", "edit"):
         raise InputError(f"the job is {job[:50]!r}; choose learn, synthesize or edit")
-    shape, family = read_model(str(model)), family_of(str(model))
+    shape = read_model(str(model))
+    family = shape.family
     dtype = choose_dtype(precision, "cuda")
     settings = Settings(job, shape.check_side(resolution), dtype, config or learn_preset(family), synthesis_preset(family),
                         assets, num_images, backend=attention_backend, edit=edit or edit_preset(family))  # fmt: skip

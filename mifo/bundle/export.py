@@ -36,15 +36,12 @@ def export_for_kohya(bundle: Bundle, output: Path, overwrite: bool = False) -> N
     """`lora.safetensors` under the names of kohya's sd-scripts, which ComfyUI and AUTOMATIC1111 read, each layer with its alpha;
     and the assets' embeddings as `export_for_diffusers` writes them. Raises InputError as that does."""
     weights: dict[str, torch.Tensor] = {}
-    for part, saved in _by_part(bundle):
+    for (part, saved), adapter in zip(_by_part(bundle), bundle.adapters, strict=True):
+        alpha = torch.tensor(float(bundle.lora[adapter].config.lora_alpha))
         named: dict[str, torch.Tensor] = convert_state_dict_to_kohya({f"{part}.{k}": v for k, v in saved.items()})
-        weights.update(named)
+        weights |= {name: alpha.clone() if name.endswith(".alpha") else weight for name, weight in named.items()}
     if len(bundle.widths) < 2:  # with one text encoder its layers have no number
         weights = {name.replace("lora_te1_", "lora_te_"): weight for name, weight in weights.items()}
-    alphas = {adapter.config.lora_alpha for adapter in bundle.lora.values()}
-    assert len(alphas) <= 1, "a bundle's adapters have one alpha"
-    for alpha in alphas:
-        weights |= {name: torch.tensor(float(alpha)) for name in weights if name.endswith(".alpha")}
     _write(bundle, output, overwrite, KOHYA_FILE, weights)
 
 

@@ -164,7 +164,7 @@ def plan(job: Job, work: PlannedWork, memory: PlannedMemory, model_path: ModelPa
             f"--resolution is {work.resolution}, but edit draws at the model's own {model.native_resolution} pixels, whatever "
             "the picture's size; leave it out"
         )
-    config = learn_preset(family_of(model_path))
+    config = learn_preset(model.family)
     config = replace(config, lora=replace(config.lora, rank=work.lora_rank),
                      gradient_checkpointing=work.gradient_checkpointing,
                      prior=replace(config.prior, enabled=work.prior_preservation))  # fmt: skip
@@ -174,7 +174,7 @@ def plan(job: Job, work: PlannedWork, memory: PlannedMemory, model_path: ModelPa
         found = make_plan(model_path, work.job.value, memory.vram_gib, resolution=work.resolution, assets=work.assets,
                           num_images=work.batch_size, precision="bf16" if precision == "auto" else precision, config=config,
                           attention_backend=backend,
-                          edit=replace(edit_preset(family_of(model_path)), background=work.background.value))  # fmt: skip
+                          edit=replace(edit_preset(model.family), background=work.background.value))  # fmt: skip
     job.text(*plan_text(found).split("\n"))
     job.json(plan_facts(found))
     found.check()

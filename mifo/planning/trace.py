@@ -55,6 +55,11 @@ class Model:
         return json.loads(self.shape)  # type: ignore[no-any-return]
 
     @property
+    def family(self) -> str:
+        """By which presets are chosen."""
+        return "toybox" if self.name == "toybox" else family_of(self.configs["unet"]).name
+
+    @property
     def vae_factor(self) -> int:
         return 1 << (len(self.configs["vae"]["block_out_channels"]) - 1)
 
