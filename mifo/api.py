@@ -35,10 +35,10 @@ from .editing.edit import Edit, EditRequest
 from .editing.edit import edit as run_edit
 from .editing.frame import BoolArray
 from .editing.output import save_edit
-from .editing.picture_file import Picture, load_edit_mask, load_picture
+from .editing.source_image import SourceImage, load_edit_mask, load_source_image
 from .errors import InputError
 from .evaluation.backend import Backend
-from .evaluation.cases import mask_aspects, read_cases
+from .evaluation.cases import Case, CaseImage, mask_aspects, read_cases
 from .evaluation.choose import make_backend
 from .evaluation.report import save_evaluation, table
 from .evaluation.run import Evaluation
@@ -55,6 +55,7 @@ from .model.device import choose_device, choose_dtype, precision_name
 from .planning.planner import Plan, Settings, make_plan, read_model
 from .presets import edit_preset, learn_preset, synthesis_preset
 from .prompts import assets_in
+from .synthesis.resumable import Keep, draw_now
 from .synthesis.synthesize import Synthesis, save_synthesis
 from .synthesis.synthesize import synthesize as run_synthesize
 
@@ -176,7 +177,7 @@ class EditResult:
     """Candidates, best first."""
 
     edit: Edit
-    picture: Picture
+    source: SourceImage
     facts: dict[str, Any]
     inputs: Closed = field(default_factory=dict, repr=False)
     closed: Closed = field(default_factory=dict, repr=False)
@@ -184,7 +185,7 @@ class EditResult:
     @property
     def images(self) -> list[Image.Image]:
         """The whole picture, once for each candidate, RGB in sRGB."""
-        return [self.edit.picture(k) for k in range(len(self.edit.candidates))]
+        return [self.edit.edited_image(k) for k in range(len(self.edit.candidates))]
 
     @property
     def scores(self) -> list[dict[str, float]]:
@@ -194,23 +195,23 @@ class EditResult:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the picture and its mask could not keep, or how they were read."""
-        return (*self.picture.notes, *self.edit.notes)
+        return (*self.source.notes, *self.edit.notes)
 
     def save(self, folder: PathLike, overwrite: bool = False) -> list[Path]:
         """`edit00.png` (the best) and so on in the picture's own colour profile, a contact sheet and `edit.json`; whole, or not
         at all. Raises InputError as `SynthesisResult.save` does."""
         check_apart(Path(folder), Path(folder), self.inputs, self.closed, "folder")
-        return save_edit(self.edit, self.picture, Path(folder), self.facts, overwrite)
+        return save_edit(self.edit, self.source, Path(folder), self.facts, overwrite)
 
 
-def edit(base: BaseModel, bundle: Bundle | None, image: PathLike | Picture, mask: PathLike | BoolArray, prompt: str,
+def edit(base: BaseModel, bundle: Bundle | None, image: PathLike | SourceImage, mask: PathLike | BoolArray, prompt: str,
          boxes: Boxes | None = None, *,
          num_images: int = 1, seed: int = 0, config: EditConfig | None = None, metadata: str = "safe",
          mask_orientation: str = "auto", on_progress: OnProgress | None = None) -> EditResult:  # fmt: skip
     """Draws `prompt` into the white part of `mask`, a file of the size of the file `image`; every other byte of the picture
     stays (Blended Latent Diffusion, arXiv 2206.02779). Candidates come best first.
 
-    `image` may be a picture that `mifo.editing.picture_file.load_picture` read, and `mask` an array (H, W), True where the
+    `image` may be a picture that `mifo.editing.source_image.load_source_image` read, and `mask` an array (H, W), True where the
     picture may change.
 
     `boxes`: where each asset stands, in fractions of the whole picture, if the prompt has several. `metadata`: what of the
@@ -219,15 +220,15 @@ def edit(base: BaseModel, bundle: Bundle | None, image: PathLike | Picture, mask
     """
     _check_count(num_images)
     chosen = config or edit_preset(base.family)
-    picture = image if isinstance(image, Picture) else load_picture(Path(image), metadata)
-    white, notes = _edit_mask(mask, picture, image, mask_orientation)
+    source = image if isinstance(image, SourceImage) else load_source_image(Path(image), metadata)
+    white, notes = _edit_mask(mask, source, image, mask_orientation)
     files = {name: path for name, path in (("image", image), ("mask", mask)) if isinstance(path, Path | str)}
     tokens = bundle.tokens if bundle else ()
     crops = kept_crops(bundle.folder, bundle.tokens, bundle.instance) if bundle else {}
-    request = EditRequest(picture.image, white, prompt, tokens, _layout(boxes, prompt), crops)
+    request = EditRequest(source.image, white, prompt, tokens, _layout(boxes, prompt), crops)
     with attach(base, bundle, chosen.lora_scale) if bundle else nullcontext():
         drawn = run_edit(base, request, chosen, seed, num_images, on_progress)
-    return EditResult(drawn, replace(picture, notes=(*picture.notes, *notes)), _facts(base, bundle), files, _closed(base, bundle))
+    return EditResult(drawn, replace(source, notes=(*source.notes, *notes)), _facts(base, bundle), files, _closed(base, bundle))
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,8 @@ class EvaluationResult:
     """What was measured; `record` is what `evaluation.json` holds, with each number's definition and interval."""
 
     evaluation: Evaluation
+    drawn: bool = True
+    """The pictures were drawn for it, so `save` writes them too."""
     closed: Closed = field(default_factory=dict, repr=False)
 
     @property
@@ -242,34 +245,43 @@ class EvaluationResult:
         return self.evaluation.record
 
     def save(self, folder: PathLike, overwrite: bool = False) -> dict[str, str]:
-        """`evaluation.json`, a contact sheet, the pictures, and charts where matplotlib is installed (the extra `plots`); returns
-        the paths by kind. Raises InputError as `SynthesisResult.save` does."""
+        """`evaluation.json`, a contact sheet, the pictures that were drawn for it, and charts where matplotlib is installed (the
+        extra `plots`); returns the paths by kind. Raises InputError as `SynthesisResult.save` does."""
         check_apart(Path(folder), Path(folder), {}, self.closed, "folder")
-        return save_evaluation(self.evaluation, Path(folder), True, overwrite)
+        return save_evaluation(self.evaluation, Path(folder), self.drawn, overwrite)
 
     def __str__(self) -> str:
         """The table that the command prints."""
         return table(self.record)
 
 
-def evaluate(base: BaseModel, bundle: Bundle, *, instance: Instance | None = None, prompts: PathLike | None = None,
+class NothingDrawnError(InputError):
+    """Not one picture could be drawn, so there is nothing to measure."""
+
+
+def evaluate(base: BaseModel, bundle: Bundle, *, instance: Instance | None = None,
+             prompts: PathLike | Sequence[Case] | None = None, images: Sequence[CaseImage] | None = None,
              samples: int = 4, seed: int = 0, config: SynthesisConfig | None = None, backend: Backend | str = "auto",
-             on_progress: OnProgress | None = None) -> EvaluationResult:  # fmt: skip
+             on_progress: OnProgress | None = None, keep: Keep = draw_now) -> EvaluationResult:  # fmt: skip
     """Measures identity, leakage, layout, prompt fit and drift on `samples` pictures of each prompt.
 
-    `prompts`: a text file, one a line; by default each asset alone and all of them in boxes. `instance`: what the bundle was
-    learned from, by default its own copy. `backend`: 'toybox' (knows what was drawn), 'photo' (DINOv2, CLIP and a detector) or
-    'auto'. Raises InputError also where no picture could be drawn.
+    `prompts`: a text file, one a line, or cases (a prompt and its boxes) such as `mifo.evaluation.cases.read_cases` gives; by
+    default each asset alone and all of them in boxes. `images`: measure these instead of drawing, as
+    `mifo.evaluation.cases.read_images` gives them. `instance`: what the bundle was learned from, by default its own copy.
+    `backend`: 'toybox' (knows what was drawn), 'photo' (DINOv2, CLIP and a detector) or 'auto'. `keep`: keeps finished pictures
+    for a run that is interrupted, as `mifo.synthesis.resumable.open_job` does. Raises InputError; of them NothingDrawnError
+    where no picture could be drawn.
     """
     _check_count(samples, "samples")
     source = without_background(instance or kept_instance(bundle.folder, bundle.tokens, bundle.instance))
     measured_by = make_backend(backend, base.family, source, str(base.device)) if isinstance(backend, str) else backend
-    cases = read_cases(Path(prompts) if prompts else None, None, source.tokens, mask_aspects(source))
-    found = run_evaluate(base, bundle, source, measured_by, config or synthesis_preset(base.family), cases, None, seed, samples,
-                         on_progress or (lambda done, total: None))  # fmt: skip
+    if prompts is None or isinstance(prompts, str | Path):
+        prompts = read_cases(Path(prompts) if prompts else None, None, source.tokens, mask_aspects(source))
+    found = run_evaluate(base, bundle, source, measured_by, config or synthesis_preset(base.family), prompts, images, seed,
+                         samples, on_progress or (lambda done, total: None), keep)  # fmt: skip
     if found is None:
-        raise InputError("no picture could be drawn, so nothing was measured")
-    return EvaluationResult(found, _closed(base, bundle))
+        raise NothingDrawnError("no picture could be drawn, so nothing was measured")
+    return EvaluationResult(found, images is None, _closed(base, bundle))
 
 
 def plan(model: str = "sd2.1", job: str = "learn", vram_gib: float | None = None, *, resolution: int | None = None,
@@ -301,13 +313,13 @@ def _closed(base: BaseModel, bundle: Bundle | None) -> Closed:
     return {"the bundle": bundle.folder if bundle else None, "the base model": base.location}
 
 
-def _edit_mask(mask: PathLike | BoolArray, picture: Picture, image: PathLike | Picture,
+def _edit_mask(mask: PathLike | BoolArray, source: SourceImage, image: PathLike | SourceImage,
                drawn: str) -> tuple[BoolArray, tuple[str, ...]]:  # fmt: skip
     """(H, W), True where the picture may change, and notes on how a file was read."""
     if isinstance(mask, Path | str):
-        name = "the picture" if isinstance(image, Picture) else Path(image).name
-        return load_edit_mask(Path(mask), picture.image, name, orientation=picture.orientation, drawn=drawn)
-    white, (width, height) = np.asarray(mask), picture.image.size
+        name = "the picture" if isinstance(image, SourceImage) else Path(image).name
+        return load_edit_mask(Path(mask), source.image, name, orientation=source.orientation, drawn=drawn)
+    white, (width, height) = np.asarray(mask), source.image.size
     if white.dtype != np.bool_ or white.shape != (height, width) or not white.any():
         given = f"an array of {white.dtype}, shape {white.shape}" + ("" if white.any() else ", empty")
         raise InputError(f"mask is {given}; expected bool, shape ({height}, {width}), True where the picture may change")

@@ -14,7 +14,7 @@ from PIL import Image
 from mifo.bundle.store import load_bundle
 from mifo.errors import InputError
 from mifo.model.base import public_name
-from mifo.synthesis.resumable import PictureJob
+from mifo.synthesis.resumable import ImageJob
 
 SECRET = "homes-of-anna"
 PROMPT = "a photo of <asset0>"
@@ -106,11 +106,11 @@ def test_public_names():
 
 
 def test_reasons_of_failures_are_recorded_without_folders(tmp_path: Path):
-    job = PictureJob(tmp_path / "job", {})
+    job = ImageJob(tmp_path / "job", {})
 
     def fail() -> list[Image.Image]:
         raise InputError("/home/anna/masks/mask0.png and C:\\Users\\anna\\x.png are 1/2 empty; see https://a.org/b")
 
-    assert job.pictures("one", {}, 1, fail) is None
+    assert job.images("one", {}, 1, fail) is None
     assert job.failed() == {"one": "mask0.png and x.png are 1/2 empty; see https://a.org/b"}
     assert "/home/anna" in job.failures["one"]

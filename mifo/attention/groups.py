@@ -74,12 +74,12 @@ def attention_in_groups(query: torch.Tensor, key: torch.Tensor, value: torch.Ten
     """
     images = len(groups)
     if images == 1:
-        return _one_picture(query, key, value, groups[0], scale, kernel)
-    pictures = [_one_picture(query[k::images], key[k::images], value[k::images], g, scale, kernel) for k, g in enumerate(groups)]
-    return torch.stack(pictures, 1).flatten(0, 1)
+        return _one_image(query, key, value, groups[0], scale, kernel)
+    outputs = [_one_image(query[k::images], key[k::images], value[k::images], g, scale, kernel) for k, g in enumerate(groups)]
+    return torch.stack(outputs, 1).flatten(0, 1)
 
 
-def _one_picture(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: Groups, scale: float,
+def _one_image(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: Groups, scale: float,
                  kernel: Kernel) -> torch.Tensor:  # fmt: skip
     """Rows that all have the same groups: shapes as in `attention_in_groups`."""
     parts = []

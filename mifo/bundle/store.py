@@ -152,7 +152,7 @@ def check_base(base: BaseModel, bundle: Bundle) -> None:
 
 def save_bundle(folder: Path, base: BaseModel, tokens: tuple[str, ...], words: tuple[str, ...] | None, vectors: torch.Tensor,
                 adapters: dict[str, PeftModel], config: LearnConfig, metadata: dict[str, Any],
-                write_pictures: Callable[[Path], None] | None = None, overwrite: bool = False,
+                write_images: Callable[[Path], None] | None = None, overwrite: bool = False,
                 keep_base_path: bool = False) -> Bundle:  # fmt: skip
     """Writes everything into a temporary folder beside `folder` and renames it; with `overwrite` a bundle of that name, in which
     all is as it was written, is replaced whole.
@@ -168,8 +168,8 @@ def save_bundle(folder: Path, base: BaseModel, tokens: tuple[str, ...], words: t
                   temporary / "assets.safetensors")  # fmt: skip
         for name, adapter in adapters.items():
             save_adapter(adapter, temporary / name, source or base.public_name)
-        if write_pictures:
-            write_pictures(temporary)
+        if write_images:
+            write_images(temporary)
         record = {
             "schema": SCHEMA,
             "name": folder.name,

@@ -34,7 +34,7 @@ from .parts import (
     choose_attention,
     choose_device,
     choose_dtype,
-    count_pictures,
+    count_images,
     end_job,
     family_of,
     import_libraries,
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from ..config import SynthesisConfig
     from ..evaluation.backend import Backend as MeasuredBy
     from ..model.base import BaseModel
-    from ..synthesis.resumable import PictureJob
+    from ..synthesis.resumable import ImageJob
     from ..synthesis.synthesize import Synthesis
     from ..synthesis.variations import Shot
 
@@ -136,7 +136,7 @@ def synthesize(
         ranking = result.facts["best_of"]
         best, worst = ranking[0], ranking[-1]["score"]
         job.text(f"the best of {len(ranking)} is seed {best['seed']}, score {best['score']} (the worst has {worst})")
-    job.text(f"{count_pictures(paths)} in {folder} ({seconds} s, peak {peak} GiB)", sheet_line(folder))
+    job.text(f"{count_images(paths)} in {folder} ({seconds} s, peak {peak} GiB)", sheet_line(folder))
     job.json({"images": [str(p) for p in paths], **sheet_facts(folder), "json": str(folder / "synthesis.json"),
               "seconds": seconds, "peak_gib": peak,
               **{name: result.facts[name] for name in ("best_of", "failed") if name in result.facts}})  # fmt: skip
@@ -209,12 +209,12 @@ def _synthesis_config(config: SynthesisConfig, sampling: SynthesisOptions, layou
 
 
 def _draw_best(base: BaseModel, prompt: str, layout: Layout | None, tokens: Sequence[str], config: SynthesisConfig, seed: int,
-               count: int, judge: MeasuredBy, kept: PictureJob) -> tuple[Synthesis, dict[str, Any]]:  # fmt: skip
+               count: int, judge: MeasuredBy, kept: ImageJob) -> tuple[Synthesis, dict[str, Any]]:  # fmt: skip
     """The best of `count` seeds, and what its record says of the others. Ends the command where none could be drawn."""
     from ..evaluation.best_of import draw_best
 
     with Bar() as bar:
-        best = draw_best(base, prompt, layout, tokens, config, seed, count, judge, bar.drawing, kept.pictures)
+        best = draw_best(base, prompt, layout, tokens, config, seed, count, judge, bar.drawing, kept.images)
     if best is None:
         end_job(kept)
         raise typer.Exit(1)
@@ -245,21 +245,21 @@ def _run_shots(job: Job, model_id: str, command: str, source: BundleOptions, sam
     shots = make_shots(bundle, base, config)
     facts = {"bundle": bundle.name, **base.record(), "steps": config.steps, "guidance_scale": config.guidance_scale}
     recipe = [to_dict(config), [shot.recipe() for shot in shots]]
-    with open_job(explicit, place, command, recipe, base, bundle) as pictures:
-        job.hint = pictures.hint
+    with open_job(explicit, place, command, recipe, base, bundle) as drawing:
+        job.hint = drawing.hint
         with attach(base, bundle), Bar() as bar:
-            drawn = draw_shots(base, shots, bundle.tokens, config, bar.denoising, pictures.pictures)
+            drawn = draw_shots(base, shots, bundle.tokens, config, bar.denoising, drawing.images)
         if not drawn:
-            end_job(pictures)
+            end_job(drawing)
         with numbered_folder(explicit, place) as folder, waiting("writing the pictures"):
-            failed = {"failed": pictures.failed()} if pictures.failures else {}
+            failed = {"failed": drawing.failed()} if drawing.failures else {}
             paths = save_shots(drawn, folder, command, {**facts, **failed}, output.overwrite)
-        pictures.clear()
-    earlier = f", {pictures.reused} of them drawn before the interruption" if pictures.reused else ""
-    job.text(f"{count_pictures(paths)} in {folder}{earlier}", sheet_line(folder))
-    job.json({"images": [str(p) for p in paths], "prompts": [s.prompt for s in drawn], "failed": pictures.failures,
+        drawing.clear()
+    earlier = f", {drawing.reused} of them drawn before the interruption" if drawing.reused else ""
+    job.text(f"{count_images(paths)} in {folder}{earlier}", sheet_line(folder))
+    job.json({"images": [str(p) for p in paths], "prompts": [s.prompt for s in drawn], "failed": drawing.failures,
               **sheet_facts(folder), "json": str(folder / f"{command}.json")})  # fmt: skip
-    end_job(pictures)
+    end_job(drawing)
 
 
 def _places(bundle: Bundle, base: BaseModel, config: SynthesisConfig) -> Layout | None:

@@ -17,7 +17,7 @@ from .parts import (
     choose_attention,
     choose_device,
     choose_dtype,
-    count_pictures,
+    count_images,
     family_of,
     import_libraries,
     load_base,
@@ -49,14 +49,14 @@ def edit(
     name = _model_name(model, source.model_id)
     check_writable(output.output_path or PLACE)
     from ..boxes import parse_layout
-    from ..editing.picture_file import load_edit_mask, load_picture
+    from ..editing.source_image import load_edit_mask, load_source_image
     from ..prompts import NEGATIVE, assets_in, check_prompt
 
     with waiting("reading the picture"):
-        picture = load_picture(source.init_image, output.metadata.value)
-        mask, reading = load_edit_mask(source.mask, picture.image, source.init_image.name, source.resize_mask,
-                                       source.invert_mask, picture.orientation, source.mask_orientation.value)  # fmt: skip
-    for note in (*picture.notes, *reading):
+        photo = load_source_image(source.init_image, output.metadata.value)
+        mask, reading = load_edit_mask(source.mask, photo.image, source.init_image.name, source.resize_mask,
+                                       source.invert_mask, photo.orientation, source.mask_orientation.value)  # fmt: skip
+    for note in (*photo.notes, *reading):
         say(f"note: {note}")
 
     import_libraries()
@@ -95,14 +95,14 @@ def edit(
     else:
         base = load_base(wanted, chosen, dtype, memory)
     with use_backend(base.unet, attention), Bar() as bar:
-        result = run_edit(base, bundle, picture, mask, source.prompt, layout, num_images=sampling.batch_size, seed=compute.seed,
+        result = run_edit(base, bundle, photo, mask, source.prompt, layout, num_images=sampling.batch_size, seed=compute.seed,
                           config=config, on_progress=bar.denoising)  # fmt: skip
     for note in result.edit.notes:
         say(f"note: {note}")
     with numbered_folder(output.output_path, place) as folder, waiting("writing the pictures"):
         paths = result.save(folder, output.overwrite)
     seconds, peak = round(result.edit.seconds, 2), round(result.edit.peak_gib, 3)
-    job.text(f"{count_pictures(paths)} in {folder}, the best first ({seconds} s, peak {peak} GiB)", sheet_line(folder))
+    job.text(f"{count_images(paths)} in {folder}, the best first ({seconds} s, peak {peak} GiB)", sheet_line(folder))
     job.json({"images": [str(p) for p in paths], **sheet_facts(folder), "json": str(folder / "edit.json"),
               "scores": result.scores, "seconds": seconds, "peak_gib": peak})  # fmt: skip
 

@@ -64,10 +64,11 @@ def evaluate(
 ) -> None:
     """Measure a bundle: identity, leakage, layout, prompt fit and drift, with intervals. The same seed, the same JSON."""
     import_libraries()
+    from ..api import NothingDrawnError
+    from ..api import evaluate as run_evaluate
     from ..bundle.store import find_bundle, load_bundle
-    from ..evaluation.cases import mask_aspects, read_cases, read_pictures
-    from ..evaluation.report import KIND, save_evaluation, table
-    from ..evaluation.run import evaluate as run_evaluate
+    from ..evaluation.cases import mask_aspects, read_cases, read_images
+    from ..evaluation.report import KIND
     from ..evaluation.run import measure_edit
     from ..synthesis.resumable import open_job
 
@@ -84,7 +85,7 @@ def evaluate(
     learned_from = instance_of(bundle, source.instance, source.mask_orientation.value)
     cases = read_cases(source.prompts, source.boxes, learned_from.tokens, mask_aspects(learned_from))
     say_weights([case.prompt for case in cases])
-    pictures = read_pictures(source.images, source.prompts, source.boxes, bundle.tokens) if source.images else None
+    images = read_images(source.images, source.prompts, source.boxes, bundle.tokens) if source.images else None
     chosen = choose_device(compute.device)
     from ..config import to_dict
     from ..presets import synthesis_preset
@@ -97,22 +98,24 @@ def evaluate(
     recipe = [to_dict(config), [case.to_json() for case in cases], compute.seed, source.samples]
     with open_job(output.output_path, place, "evaluate", recipe, base, bundle) as drawing:
         job.hint = drawing.hint
-        with Bar() as bar:
-            result = run_evaluate(base, bundle, learned_from, judge, config, cases, pictures, compute.seed, source.samples,
-                                  bar.drawing, drawing.pictures)  # fmt: skip
-        if result is None:
+        try:
+            with Bar() as bar:
+                result = run_evaluate(base, bundle, instance=learned_from, prompts=cases, images=images, config=config,
+                                      samples=source.samples, seed=compute.seed, backend=judge, on_progress=bar.drawing,
+                                      keep=drawing.images)  # fmt: skip
+        except NothingDrawnError:
             end_job(drawing)
-            return
+            raise
         if preservation:
             result.record["edit_preservation"] = preservation
         if drawing.failures:
             result.record["failed"] = drawing.failed()
         with numbered_folder(output.output_path, place) as folder, waiting("writing the pictures"):
-            paths = save_evaluation(result, folder, pictures is None, output.overwrite)
+            paths = result.save(folder, output.overwrite)
         drawing.clear()
     if "plots" not in paths:
         say("note: there are no charts, because matplotlib is not installed; pip install 'mifo[plots]' adds it")
-    job.text(*table(result.record).split("\n"), *(f"{kind.replace('_', ' ')}: {path}" for kind, path in paths.items()))
+    job.text(*str(result).split("\n"), *(f"{kind.replace('_', ' ')}: {path}" for kind, path in paths.items()))
     shown = {k: v for k, v in result.record.items() if k not in ("pictures", "definitions", "synthesis")}
     job.json({**paths, **sheet_facts(Path(paths["json"]).parent), **shown})
     end_job(drawing)

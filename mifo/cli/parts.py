@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..evaluation.backend import Backend as MeasuredBy
     from ..model.base import BaseModel
     from ..planning.planner import Plan
-    from ..synthesis.resumable import PictureJob
+    from ..synthesis.resumable import ImageJob
 
 
 def import_libraries() -> None:
@@ -208,15 +208,15 @@ def sheet_line(folder: Path) -> str:
     return f"contact sheet: {first}" + (f", and on to {Path(others[-1]).name}" if others else "")
 
 
-def count_pictures(paths: Sequence[Path]) -> str:
+def count_images(paths: Sequence[Path]) -> str:
     return f"{len(paths)} picture{'s' if len(paths) > 1 else ''}"
 
 
-def end_job(pictures: PictureJob) -> None:
+def end_job(drawing: ImageJob) -> None:
     """Says what is missing and why, and ends the command with that status; returns when nothing is missing."""
-    if pictures.failures:
-        say(*pictures.summary())
-        raise typer.Exit(pictures.status)
+    if drawing.failures:
+        say(*drawing.summary())
+        raise typer.Exit(drawing.status)
 
 
 def override(config: Any, **values: Any) -> Any:

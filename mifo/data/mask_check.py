@@ -88,8 +88,8 @@ def _areas(mask: Image.Image, valid: Image.Image, sizes: MaskSizes) -> dict[str,
         cells = resized(mask, size, sizes)
         shares = filled_shares(_as_tensor(mask)[None, None], (size, size)) if size == sizes.latent else cells
         at_sizes[str(size)] = {"cells": int((cells >= 0.5).sum()), "largest": round(float(shares.max()), 3)}
-    inside, picture = np.asarray(mask) > 0, np.asarray(valid) > 0
-    return {"share_of_picture": round(float(inside.sum() / picture.sum()), 4), "pixels": int(inside.sum()), "at": at_sizes}
+    inside, whole = np.asarray(mask) > 0, np.asarray(valid) > 0
+    return {"share_of_picture": round(float(inside.sum() / whole.sum()), 4), "pixels": int(inside.sum()), "at": at_sizes}
 
 
 def _area_warnings(entry: dict[str, Any], sizes: MaskSizes) -> list[str]:

@@ -72,7 +72,7 @@ class Edit:
     peak_gib: float
     notes: tuple[str, ...]
 
-    def picture(self, index: int) -> Image.Image:
+    def edited_image(self, index: int) -> Image.Image:
         """Candidate `index` in the whole picture, at the picture's own size. Made when asked for: photos are large."""
         left, top, right, bottom = self.frame.crop
         whole = np.array(self.image)

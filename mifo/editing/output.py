@@ -12,13 +12,13 @@ from ..io.files import write_folder
 from ..io.json_text import record_text
 from ..io.sheets import ASSET_COLORS, caption_below, outline, save_sheets
 from .edit import Candidate, Edit
-from .picture_file import Picture
+from .source_image import SourceImage
 
 KIND = "edit"  # of its manifest
 CELL = 256  # pixels of each picture on the contact sheet
 
 
-def save_edit(result: Edit, picture: Picture, output: Path, facts: dict[str, Any] | None = None,
+def save_edit(result: Edit, source: SourceImage, output: Path, facts: dict[str, Any] | None = None,
               overwrite: bool = False) -> list[Path]:  # fmt: skip
     """`edit00.png` (the best) and so on, each the whole picture with the recipe in its metadata; contact sheets; `edit.json`.
 
@@ -37,10 +37,10 @@ def save_edit(result: Edit, picture: Picture, output: Path, facts: dict[str, Any
     cells = [caption_below(_outlined_crop(result), "the mask")]
     with write_folder(output, KIND, overwrite) as temporary:
         for k, (name, candidate) in enumerate(zip(names, result.candidates, strict=True)):
-            whole = result.picture(k)
+            whole = result.edited_image(k)
             info = PngInfo()
             info.add_text("mifo", record_text({**recipe, "seed": candidate.seed, "batch_size": 1}))
-            picture.save(temporary / name, whole, result.mask, pnginfo=info)
+            source.save(temporary / name, whole, result.mask, pnginfo=info)
             scores = ", ".join(f"{n} {v:.2f}" for n, v in _rounded(candidate).items())
             cells.append(caption_below(_cell(result, whole), f"{k + 1}. seed {candidate.seed}, {scores}"))
         save_sheets(temporary, cells, columns=4)

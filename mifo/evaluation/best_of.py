@@ -21,8 +21,8 @@ from ..model.base import BaseModel
 from ..synthesis.resumable import Keep, draw_now
 from ..synthesis.synthesize import Synthesis, synthesize
 from .backend import Backend
-from .cases import Case, Picture
-from .measure import Record, measure_pictures
+from .cases import Case, CaseImage
+from .measure import Record, measure_images
 
 MARGIN_WEIGHT = 0.5
 COUNT_BONUS = 0.5
@@ -50,8 +50,8 @@ def draw_best(base: BaseModel, prompt: str, layout: Layout | None, tokens: Seque
 
         images = keep(f"seed {each}", {**recipe, "seed": each}, 1, draw)
         if images:
-            picture = Picture(Case(prompt, layout), each, images[0], f"{each:06d}.png")
-            ranking += map(score, measure_pictures([picture], backend, tokens))
+            taken = CaseImage(Case(prompt, layout), each, images[0], f"{each:06d}.png")
+            ranking += map(score, measure_images([taken], backend, tokens))
             if ranking[-1]["score"] > max((e["score"] for e in ranking[:-1]), default=-math.inf):
                 drawn = new
         seconds, peak_gib = seconds + sum(r.seconds for r in new), max([peak_gib, *(r.peak_gib for r in new)])

@@ -24,7 +24,7 @@ from ..prompts import assets_in, check_characters, check_prompt, join_assets
 
 PLACES = ("at the beach", "in the snow", "on the grass")
 MAX_PROMPTS_BYTES = 1 << 18
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Picture:
+class CaseImage:
     """One picture of one case."""
 
     case: Case
@@ -123,7 +123,7 @@ def _read_prompts(path: Path) -> list[str]:
 # --- pictures that exist ------------------------------------------------------------------------
 
 
-def read_pictures(folder: Path, prompts: Path | None, boxes: str | None, tokens: Sequence[str]) -> list[Picture]:
+def read_images(folder: Path, prompts: Path | None, boxes: str | None, tokens: Sequence[str]) -> list[CaseImage]:
     """The pictures of a folder. What `synthesize` wrote says itself what was asked for; for pictures of another origin the one
     prompt in `prompts`, and `boxes`, say it.
 
@@ -135,17 +135,17 @@ def read_pictures(folder: Path, prompts: Path | None, boxes: str | None, tokens:
     stated = read_cases(prompts, boxes, tokens, []) if prompts else None
     if stated and len(stated) > 1:
         raise InputError(f"{prompts} has {len(stated)} prompts; for pictures that exist give one, which holds for all of them")
-    names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in PICTURES and not SHEET_NAME.fullmatch(p.name))
-    pictures = [_read_picture(folder / name, number, stated[0] if stated else None, tokens) for number, name in enumerate(names)]
-    if not pictures:
+    names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not SHEET_NAME.fullmatch(p.name))
+    images = [_read_image(folder / name, number, stated[0] if stated else None, tokens) for number, name in enumerate(names)]
+    if not images:
         raise InputError(f"{folder} has no pictures (PNG, JPEG or WebP); give the folder that synthesize wrote")
-    return pictures
+    return images
 
 
-def _read_picture(path: Path, number: int, stated: Case | None, tokens: Sequence[str]) -> Picture:
+def _read_image(path: Path, number: int, stated: Case | None, tokens: Sequence[str]) -> CaseImage:
     image = load_image(path)
     if stated:
-        return Picture(stated, number, image, path.name)
+        return CaseImage(stated, number, image, path.name)
     recipe = _recipe_of(path)
     if recipe is None:
         raise InputError(f"{path} does not say what was asked for, because synthesize did not write it; give its prompt in a "
@@ -158,7 +158,7 @@ def _read_picture(path: Path, number: int, stated: Case | None, tokens: Sequence
         if isinstance(error, InputError):
             raise InputError(f"{path}: {error}") from None
         raise InputError(f"the recipe in {path} is garbled ({error}); draw the picture again") from None
-    return Picture(Case(prompt, layout), seed, image, path.name)
+    return CaseImage(Case(prompt, layout), seed, image, path.name)
 
 
 def _recipe_of(path: Path) -> dict[str, Any] | None:

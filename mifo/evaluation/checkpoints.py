@@ -21,8 +21,8 @@ from ..prompts import join_assets, things_among
 from ..sampling.sample import sample_prompts
 from .attention import attention_leakage
 from .backend import Backend
-from .cases import Case, Picture
-from .measure import measure_pictures
+from .cases import Case, CaseImage
+from .measure import measure_images
 
 SAMPLE_STEPS = 15
 CHECK_SEED = 700_000  # fixed, so that checkpoints are compared on the same noise, and apart from what users draw
@@ -34,13 +34,13 @@ def checkpoint_judge(backend: Backend, samples: int) -> Callable[[BaseModel, Ins
 
     def judge(base: BaseModel, data: InstanceData, tokens: Sequence[str], terms: AttentionTerms) -> dict[str, float]:
         outside, in_others = attention_leakage(base, data, tokens, terms)
-        things, pictures = things_among(tokens), []
+        things, taken = things_among(tokens), []
         resolution = data.moments[False][0].shape[-1] * base.vae_factor  # that of the learning
         for k in range(samples):
             prompts = [join_assets([token]) for token in things]
             images = sample_prompts(base, prompts, tokens, CHECK_SEED + 100 * k, SAMPLE_STEPS, resolution)
-            pictures += [Picture(Case(p, None), k, image, f"{k}") for p, image in zip(prompts, images, strict=True)]
-        records: list[dict[str, Any]] = measure_pictures(pictures, backend, things)
+            taken += [CaseImage(Case(p, None), k, image, f"{k}") for p, image in zip(prompts, images, strict=True)]
+        records: list[dict[str, Any]] = measure_images(taken, backend, things)
         margins = [m for r in records for m in r["identity_margin"] if m is not None]
         margin = float(np.mean(margins)) if margins else 0.0
         identity = float(np.mean([v for r in records for v in r["identity"]]))

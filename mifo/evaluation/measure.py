@@ -11,25 +11,25 @@ from scipy.optimize import linear_sum_assignment
 
 from . import metrics
 from .backend import Backend, Seen
-from .cases import Picture
+from .cases import CaseImage
 from .metrics import Array, BoxTuple
 
 Record = dict[str, Any]
 MIN_IOU = 0.1  # a detection that overlaps its box less is not what stands in it
 
 
-def measure_pictures(pictures: Sequence[Picture], backend: Backend, tokens: Sequence[str]) -> list[Record]:
+def measure_images(images: Sequence[CaseImage], backend: Backend, tokens: Sequence[str]) -> list[Record]:
     """One record per picture. `tokens[i]` is the token of the back end's instance i."""
     among = backend.among_sources()
-    seen = backend.see([p.image for p in pictures])
-    return [measure_picture(p, s, backend, tokens, among) for p, s in zip(pictures, seen, strict=True)]
+    seen = backend.see([p.image for p in images])
+    return [measure_image(p, s, backend, tokens, among) for p, s in zip(images, seen, strict=True)]
 
 
-def measure_picture(picture: Picture, seen: Seen, backend: Backend, tokens: Sequence[str], among: Array) -> Record:
+def measure_image(taken: CaseImage, seen: Seen, backend: Backend, tokens: Sequence[str], among: Array) -> Record:
     """Identity, layout and prompt fit of one picture."""
-    case = picture.case
+    case = taken.case
     asked = [tokens.index(t) for t in case.tokens]
-    record: Record = {"name": picture.name, "prompt": case.prompt, "seed": picture.seed, "in_boxes": case.layout is not None,
+    record: Record = {"name": taken.name, "prompt": case.prompt, "seed": taken.seed, "in_boxes": case.layout is not None,
                       "assets": asked, "detections": len(seen.detections)}  # fmt: skip
     boxes: list[BoxTuple | None]
     if case.layout:

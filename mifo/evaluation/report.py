@@ -21,16 +21,16 @@ SHOWN = ("identity", "identity_margin", "right_instance", "confused", "detect_an
 KINDS = {"alone": "one asset alone", "in_boxes": "in boxes", "free": "without boxes"}
 
 
-def save_evaluation(result: Evaluation, folder: Path, keep_pictures: bool, overwrite: bool = False) -> dict[str, str]:
+def save_evaluation(result: Evaluation, folder: Path, keep_images: bool, overwrite: bool = False) -> dict[str, str]:
     """Writes everything or nothing; with `overwrite` an earlier evaluation is replaced. Returns the paths by kind.
 
     Raises InputError when the folder holds something else, or cannot be written.
     """
     with write_folder(folder, KIND, overwrite) as temporary:
-        if keep_pictures:
+        if keep_images:
             (temporary / "pictures").mkdir()
-            for picture in result.pictures:
-                picture.image.save(temporary / "pictures" / picture.name, "PNG")
+            for taken in result.images:
+                taken.image.save(temporary / "pictures" / taken.name, "PNG")
         save_sheets(temporary, _cells(result), columns=8)
         if with_plots := can_plot():
             save_charts(charts(result.record), temporary / "plots.png")
@@ -41,15 +41,15 @@ def save_evaluation(result: Evaluation, folder: Path, keep_pictures: bool, overw
 
 def _cells(result: Evaluation) -> Iterator[Image.Image]:
     """The pictures with their boxes; under each, its seed and what was measured."""
-    for picture, record in zip(result.pictures, result.record["pictures"], strict=True):
-        image = picture.image
+    for taken, record in zip(result.images, result.record["pictures"], strict=True):
+        image = taken.image
         height = max(1, round(192 * image.height / image.width))
         large = enlarge(image, 192) if image.width < 192 else image.resize((192, height))
-        large = draw_boxes(large, picture.case.layout) if picture.case.layout else large
+        large = draw_boxes(large, taken.case.layout) if taken.case.layout else large
         margins = [m for m in record["identity_margin"] if m is not None]
-        shown = [f"seed {picture.seed}", *([f"margin {sum(margins) / len(margins):.2f}"] if margins else [])]
+        shown = [f"seed {taken.seed}", *([f"margin {sum(margins) / len(margins):.2f}"] if margins else [])]
         shown += [f"IoU {sum(record['ious']) / len(record['ious']):.2f}"] if record.get("ious") else []
-        yield caption_below(caption_below(large, ", ".join(shown), 12), picture.case.prompt, 11)
+        yield caption_below(caption_below(large, ", ".join(shown), 12), taken.case.prompt, 11)
 
 
 def charts(record: dict[str, Any]) -> list[BarChart | MatrixChart]:

@@ -14,7 +14,7 @@ from ..config import SynthesisConfig, to_dict
 from ..data.instance import Instance, fit_instance
 from ..data.mask_file import open_mask
 from ..data.mask_orientation import upright_masks
-from ..editing.picture_file import load_picture
+from ..editing.source_image import load_source_image
 from ..errors import InputError
 from ..io.image_file import load_image
 from ..learning.dataset import InstanceData
@@ -26,8 +26,8 @@ from ..synthesis.synthesize import synthesize
 from . import metrics
 from .attention import attention_leakage
 from .backend import Backend
-from .cases import Case, Picture
-from .measure import Record, leakage_matrix, measure_pictures, summarize
+from .cases import Case, CaseImage
+from .measure import Record, leakage_matrix, measure_images, summarize
 
 BATCH = 4  # pictures drawn together
 Report = Callable[[int, int], None]
@@ -38,22 +38,22 @@ class Evaluation:
     """`record` is evaluation.json; `pictures[k]` belongs to `record["pictures"][k]`."""
 
     record: dict[str, Any]
-    pictures: list[Picture]
+    images: list[CaseImage]
 
 
 def draw_cases(base: BaseModel, cases: Sequence[Case], tokens: Sequence[str], config: SynthesisConfig, seed: int, samples: int,
-               report: Report = lambda done, total: None, keep: Keep = draw_now) -> list[Picture]:  # fmt: skip
+               report: Report = lambda done, total: None, keep: Keep = draw_now) -> list[CaseImage]:  # fmt: skip
     """`samples` pictures of each case, of the seeds from `seed` on; those that fail are left out. The assets must be attached."""
-    pictures: list[Picture] = []
+    images: list[CaseImage] = []
     done = 0
     for index, case in enumerate(cases):
         for first in range(0, samples, BATCH):
             count = min(BATCH, samples - first)
             for k, image in enumerate(_draw(base, case, tokens, config, seed + first, count, keep), seed + first):
-                pictures.append(Picture(case, k, image, f"{index:02d}-{k:06d}.png"))
+                images.append(CaseImage(case, k, image, f"{index:02d}-{k:06d}.png"))
             done += count
             report(done, len(cases) * samples)
-    return pictures
+    return images
 
 
 def draw_prompts(base: BaseModel, prompts: Sequence[str], tokens: Sequence[str], config: SynthesisConfig, seed: int,
@@ -88,9 +88,9 @@ def _check_cases(base: BaseModel, cases: Sequence[Case], config: SynthesisConfig
 
 
 def evaluate(base: BaseModel, bundle: Bundle, instance: Instance, backend: Backend, config: SynthesisConfig,
-             cases: Sequence[Case], pictures: Sequence[Picture] | None = None, seed: int = 0, samples: int = 4,
+             cases: Sequence[Case], images: Sequence[CaseImage] | None = None, seed: int = 0, samples: int = 4,
              report: Report = lambda done, total: None, keep: Keep = draw_now) -> Evaluation | None:  # fmt: skip
-    """Draws `samples` pictures of each case, or takes `pictures`, and measures everything that DEFINITIONS names.
+    """Draws `samples` pictures of each case, or takes `images`, and measures everything that DEFINITIONS names.
 
     The same seed gives the same record. Pictures that `keep` has are not drawn again; what cannot be drawn is left out. None when
     nothing is left. Raises InputError, before anything is drawn, when the bundle does not fit the base model, or a prompt is too
@@ -100,19 +100,19 @@ def evaluate(base: BaseModel, bundle: Bundle, instance: Instance, backend: Backe
     data = InstanceData(fit_instance(instance, bundle.config.resolution or base.resolution), base)
     unrelated, few = backend.unrelated_prompts, min(samples, BATCH)
     with attach(base, bundle, config.lora_scale):
-        if pictures is None:
+        if images is None:
             _check_cases(base, cases, config)
         after = {p: draw_prompts(base, [p], bundle.tokens, config, seed, few, keep) for p in unrelated}
         attention = attention_leakage(base, data, tokens, bundle.config.lora.attention)
-        if pictures is None:
+        if images is None:
             taken = draw_cases(base, cases, bundle.tokens, config, seed, samples, report, keep)
         else:
-            taken = list(pictures)
+            taken = list(images)
     before = {p: draw_prompts(base, [p], (), config, seed, few, keep) for p in unrelated}
     if not taken:
         return None
     both = [p for p in unrelated if before[p] and after[p]]
-    records = measure_pictures(taken, backend, tokens)
+    records = measure_images(taken, backend, tokens)
     among = backend.among_sources()
     record = {
         "bundle": bundle.name,
@@ -144,7 +144,7 @@ def measure_edit(original: Path | None, edited: Path | None, mask: Path | None, 
     if original is None or edited is None or mask is None:
         missing = [name for name, path in paths.items() if path is None]
         raise InputError(f"{', '.join(missing)} is missing; to measure an edit give --original, --edited and --edit-mask")
-    before = load_picture(original)
+    before = load_source_image(original)
     (grey,), _ = upright_masks(before.image, original.name, before.orientation, [open_mask(mask)], drawn)
     images = [before.image, load_image(edited), Image.fromarray(grey)]
     if len({image.size for image in images}) > 1:

@@ -11,7 +11,7 @@ from ..data.instance import FittedInstance
 from ..data.mask_sizes import union_at_latents
 from ..io.sheets import pixels_to_tensor
 from ..model.base import BaseModel
-from ..model.prompt_embeds import PictureSize
+from ..model.prompt_embeds import ImageSize
 from ..prompts import BACKGROUND_TOKEN, join_assets
 from .clean_plate import clean_plate
 
@@ -62,8 +62,8 @@ class InstanceData:
                  photo_size: tuple[int, int] | None = None):  # fmt: skip
         """`photo_size`: (width, height) before fitting; by default it was fitted from its own size."""
         learned_at = fitted.image.size[::-1]
-        self.size = PictureSize(photo_size[::-1] if photo_size else learned_at, learned_at)
-        self.drawn_size = PictureSize(learned_at, learned_at)  # of pictures that the model drew at that size
+        self.size = ImageSize(photo_size[::-1] if photo_size else learned_at, learned_at)
+        self.drawn_size = ImageSize(learned_at, learned_at)  # of pictures that the model drew at that size
         self.count = len(fitted.masks)
         self.tokens = fitted.tokens
         image = pixels_to_tensor(fitted.image)

@@ -16,7 +16,7 @@ from ..io.json_text import json_text, named_infinities
 from ..io.tensor_file import Damaged, read_header, read_state, write_state
 from ..model.base import BaseModel
 from ..model.finite import check_latents
-from ..model.prompt_embeds import PictureSize
+from ..model.prompt_embeds import ImageSize
 from ..prompts import check_class_prompt, tokenize_prompt
 from ..sampling.denoise import denoise, initial_latents
 
@@ -50,7 +50,7 @@ def make_prior(base: BaseModel, config: PriorConfig, resolution: int, seed: int,
     key = json_text([base.fingerprint, asdict(config), resolution, seed, weights, base.device.type,
                      named_infinities(sampler)], sort_keys=True, default=str)  # fmt: skip
     cached = cache_folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors" if cache_folder else None
-    size, picture_size = resolution // base.vae_factor, PictureSize((resolution, resolution), (resolution, resolution))
+    size, image_size = resolution // base.vae_factor, ImageSize((resolution, resolution), (resolution, resolution))
     shape = (int(base.unet.config["in_channels"]), size, size)
     known = _read_cache(cached, key, (config.num_class_images, *shape))
     if known is not None:
@@ -61,8 +61,8 @@ def make_prior(base: BaseModel, config: PriorConfig, resolution: int, seed: int,
         count = min(base.memory.max_batch, config.num_class_images - first)
         with torch.no_grad():
             chosen = [ids[k % len(ids)] for k in range(first, first + count)]
-            prompt_embeds = base.encode_prompt(torch.tensor(chosen), picture_size)
-            empty = base.encode_negative(torch.tensor([tokenize_prompt(base.tokenizer, "", []).input_ids]), picture_size)
+            prompt_embeds = base.encode_prompt(torch.tensor(chosen), image_size)
+            empty = base.encode_negative(torch.tensor([tokenize_prompt(base.tokenizer, "", []).input_ids]), image_size)
         noise = initial_latents(shape, seed + first, count, base.device)
         rows.append(denoise(base.unet, scheduler, noise, prompt_embeds, empty, config.sampling_steps, config.guidance_scale))
         if on_progress:

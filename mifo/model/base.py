@@ -27,7 +27,7 @@ from .families import FAMILIES, SD, SDXL, Family
 from .families import family_of as layout_of
 from .fingerprint import KIND, file_fingerprint, fingerprint, fingerprint_of_parts, tokenizer_meaning
 from .finite import check_latents, check_pixels
-from .prompt_embeds import PictureSize, PromptEmbeds
+from .prompt_embeds import ImageSize, PromptEmbeds
 from .quantize import quantize_linears
 from .samplers import as_in_pipelines, check_steps, make_scheduler, read_scheduler, training_schedule
 from .shapes import SHAPES, native_latents
@@ -185,7 +185,7 @@ class BaseModel:
                 f"{name} is {pixels}; {self.name} was trained at {self.resolution} pixels, give at most {8 * self.resolution}"
             )
 
-    def encode_prompt(self, input_ids: torch.Tensor, *sizes: PictureSize | None) -> PromptEmbeds:
+    def encode_prompt(self, input_ids: torch.Tensor, *sizes: ImageSize | None) -> PromptEmbeds:
         """(B, L) token ids -> a row for each, on the UNet's device in its dtype. Runs where the text encoders live.
 
         `sizes`: of the pictures that the texts are about, one for all or one each, where the family is told it; by default that
@@ -201,7 +201,7 @@ class BaseModel:
         states, pooled = (tensor.to(self.device, self.dtype) for tensor in (states, second[0]))
         return PromptEmbeds(states, pooled, self._time_ids(sizes, len(ids)))
 
-    def encode_negative(self, input_ids: torch.Tensor, size: PictureSize | None = None) -> PromptEmbeds:
+    def encode_negative(self, input_ids: torch.Tensor, size: ImageSize | None = None) -> PromptEmbeds:
         """The same of negative prompts, of which empty ones may stand for zeros."""
         found = self.encode_prompt(input_ids, size)
         if not self.zero_negative or found.pooled is None:
@@ -216,8 +216,8 @@ class BaseModel:
         behind = ends.cumsum(1) - ends > 0
         return torch.where(behind, self.padding_2, ids)
 
-    def _time_ids(self, sizes: Sequence[PictureSize | None], rows: int) -> torch.Tensor:
-        native = PictureSize((self.resolution, self.resolution), (self.resolution, self.resolution))
+    def _time_ids(self, sizes: Sequence[ImageSize | None], rows: int) -> torch.Tensor:
+        native = ImageSize((self.resolution, self.resolution), (self.resolution, self.resolution))
         numbers = [(size or native).numbers for size in sizes or (None,)]
         return torch.tensor(numbers * (rows if len(numbers) == 1 else 1), device=self.device, dtype=self.dtype)
 

@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 
 
 @dataclass(frozen=True)
-class PictureSize:
+class ImageSize:
     """SDXL's size and crop conditioning (Podell et al., arXiv 2307.01952, section 2.2), in pixels, each (height, width) or
     (top, left)."""
 
@@ -34,7 +34,7 @@ class PromptEmbeds:
     pooled: torch.Tensor | None = None
     """(B, P), where the family has it"""
     time_ids: torch.Tensor | None = None
-    """(B, 6), `PictureSize.numbers`, where the family has it"""
+    """(B, 6), `ImageSize.numbers`, where the family has it"""
 
     def __len__(self) -> int:
         return len(self.states)

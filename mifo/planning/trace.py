@@ -308,9 +308,9 @@ def trace_tuning(model: Model, resolution: int, dtype: torch.dtype, tiled: bool,
     if tiled:
         tile_vae(base.vae)
     side = resolution // model.vae_factor
-    latents, picture, mask = (torch.empty(shape, device="meta") for shape in (
+    latents, image, mask = (torch.empty(shape, device="meta") for shape in (
         (1, int(model.configs["vae"]["latent_channels"]), side, side), (1, 3, resolution, resolution),
         (1, 1, resolution, resolution)))  # fmt: skip
     with counting(base, "sdpa") as live:
-        tune_to_source(base.vae, latents, picture, mask, 2, tuned)
+        tune_to_source(base.vae, latents, image, mask, 2, tuned)
     return live.peak

@@ -11,7 +11,7 @@ from ..attention.sites import smallest_map
 from ..boxes import Layout
 from ..config import SynthesisConfig
 from ..model.base import BaseModel
-from ..model.prompt_embeds import PictureSize, PromptEmbeds
+from ..model.prompt_embeds import ImageSize, PromptEmbeds
 from ..prompts import TokenizedPrompt
 from .guidance import LatentGuidance, MaskRefinement
 
@@ -34,7 +34,7 @@ def check_boxes(base: BaseModel, layout: Layout, latent_size: tuple[int, int]) -
 
 
 def encode_texts(base: BaseModel, texts: Sequence[Sequence[int]], negative: Sequence[int],
-                 size: PictureSize | None = None) -> tuple[PromptEmbeds, PromptEmbeds]:  # fmt: skip
+                 size: ImageSize | None = None) -> tuple[PromptEmbeds, PromptEmbeds]:  # fmt: skip
     """Token ids (T, L), (L,) -> embeds (1, T * L, D) of the texts, one behind another, and as many of the negative prompt's:
     repeated, so that its half of the attention is what it is for one. `size`: of the picture."""
     with torch.no_grad():

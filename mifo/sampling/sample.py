@@ -10,7 +10,7 @@ from PIL import Image
 from ..io.sheets import to_images
 from ..io.threads import one_thread_an_operation
 from ..model.base import BaseModel
-from ..model.prompt_embeds import PictureSize
+from ..model.prompt_embeds import ImageSize
 from ..presets import synthesis_preset
 from ..prompts import tokenize_prompt
 from .denoise import denoise, initial_latents
@@ -43,7 +43,7 @@ def _sample_together(base: BaseModel, prompts: Sequence[str], tokens: Sequence[s
     latents = initial_latents((int(base.unet.config["in_channels"]), side, side), seed, len(prompts), base.device)
     with torch.no_grad(), one_thread_an_operation(base.is_small):
         ids = [tokenize_prompt(base.tokenizer, p, [t for t in tokens if t in p]).input_ids for p in prompts]
-        size = PictureSize((side * base.vae_factor,) * 2, (side * base.vae_factor,) * 2)
+        size = ImageSize((side * base.vae_factor,) * 2, (side * base.vae_factor,) * 2)
         prompt_embeds = base.encode_prompt(torch.tensor(ids), size)
         empty = base.encode_negative(torch.tensor([tokenize_prompt(base.tokenizer, "", []).input_ids]), size)
         scale = synthesis_preset(base.family).guidance_scale

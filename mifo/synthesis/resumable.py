@@ -68,7 +68,7 @@ class Kept(Sequence[Image.Image]):
         return images
 
 
-class PictureJob:
+class ImageJob:
     """The items of one job; make it with `open_job`. An item is some pictures that are drawn together."""
 
     def __init__(self, folder: Path, facts: Mapping[str, Any], again: str = "the same command"):
@@ -81,7 +81,7 @@ class PictureJob:
         """Name of an item -> why it is missing."""
         self._only_input = True
 
-    def pictures(self, name: str, recipe: Mapping[str, Any], count: int, draw: Draw) -> Sequence[Image.Image] | None:
+    def images(self, name: str, recipe: Mapping[str, Any], count: int, draw: Draw) -> Sequence[Image.Image] | None:
         """The `count` pictures (RGB) of `recipe`, plain JSON that holds all that decides them beside the job's own facts: those
         that are kept, or else what `draw` returns, which are then kept. None when `draw` fails; the reason is noted.
 
@@ -134,7 +134,7 @@ class PictureJob:
 
 
 @contextmanager
-def open_job(given: Path | None, place: Path, command: str, recipe: Any, base: BaseModel, bundle: Bundle) -> Iterator[PictureJob]:
+def open_job(given: Path | None, place: Path, command: str, recipe: Any, base: BaseModel, bundle: Bundle) -> Iterator[ImageJob]:
     """The job that draws with `bundle` on `base` and writes to the folder `given`, or to the next number in `place`; locked
     against a second one while the block lasts. `recipe`, plain JSON, tells one job of `command` from another.
 
@@ -151,7 +151,7 @@ def open_job(given: Path | None, place: Path, command: str, recipe: Any, base: B
         digest = hashlib.sha256(json_text([facts, recipe], sort_keys=True).encode()).hexdigest()[:16]
         folder, what = checkpoint_folder(Path(os.path.realpath(place)) / f"{command}-{digest}"), "drawing just the same"
     with open_folder(folder, what, "give another --output-path"):
-        yield PictureJob(folder, facts, again)
+        yield ImageJob(folder, facts, again)
 
 
 def _read(path: Path) -> list[Image.Image] | None:

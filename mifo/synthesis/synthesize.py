@@ -22,7 +22,7 @@ from ..io.sheets import caption_below, draw_boxes, save_sheets, thumbnail, to_im
 from ..io.threads import one_thread_an_operation
 from ..model.base import BaseModel
 from ..model.peak_memory import PeakMemory
-from ..model.prompt_embeds import PictureSize
+from ..model.prompt_embeds import ImageSize
 from ..prompts import NEGATIVE, check_prompt, tokenize_prompt
 from ..sampling.denoise import denoise, seeded_noise
 from ..sampling.layout_control import LayoutHooks, check_boxes, encode_texts, latent_shape, layout_control
@@ -73,7 +73,7 @@ def synthesize(base: BaseModel, prompt: str, layout: Layout | None, tokens: Sequ
     control = layout_control(base, config, tokenized, layout, latent_size, count)
     texts = control.texts if control else [tokenized.input_ids]
     pixels = (latent_size[0] * base.vae_factor, latent_size[1] * base.vae_factor)
-    size = PictureSize(pixels, pixels)
+    size = ImageSize(pixels, pixels)
     prompt_embeds, negative_prompt_embeds = encode_texts(base, texts, negative.input_ids, size)
     channels = int(base.unet.config["in_channels"])
     latents, generators = seeded_noise((channels, *latent_size), seed, count, base.device)

@@ -104,7 +104,7 @@ def measure_insert(base: BaseModel, bundle: Bundle, things: list[Thing], judge: 
                 request = EditRequest(drawing.image, mask, prompt, bundle.tokens, crops=crops_of(bundle))
                 result = edit(base, request, config, seed, candidates)
                 seconds.append(result.seconds)
-                images = [result.picture(c) for c in range(candidates)]
+                images = [result.edited_image(c) for c in range(candidates)]
                 before, *after = judge_images(judge, [drawing.image, *images])
                 hits = [_is_instance(v, box, things, index) for v in after]
                 unranked = min(range(candidates), key=lambda c: result.candidates[c].seed)
@@ -162,7 +162,7 @@ def measure_reconstruction(base: BaseModel, config: EditConfig, scenes: int) -> 
         mask = box.rasterize(base.resolution, base.resolution)
         for name, changes in settings.items():
             result = edit(base, EditRequest(drawing.image, mask, "a photo of a red car"), replace(config, **changes), k)
-            numbers[name].append(_psnr_outside(drawing.image, result.picture(0), mask))
+            numbers[name].append(_psnr_outside(drawing.image, result.edited_image(0), mask))
     means = {name: round(float(np.mean(values)), 2) for name, values in numbers.items()}
     gains = {f"{name}_gain_db": round(means[name] - means["none"], 2) for name in settings if name != "none"}
     return {"psnr_outside_db": means, **gains, "scenes": scenes, "steps": config.reconstruction_steps}
@@ -192,10 +192,10 @@ def measure_thin(base: BaseModel, config: EditConfig, scenes: int, dilation: int
         for (grown, candidates), found in hits.items():
             settings = replace(config, mask_dilation=grown)
             result = edit(base, EditRequest(image, mask, f"a photo of a {color} balloon"), settings, k, candidates)
-            after = np.asarray(result.picture(0))
+            after = np.asarray(result.edited_image(0))
             found.append(named_color(after[mask]) == color)
             if k < first + 6:
-                cells.append(caption_below(enlarge(result.picture(0), 192), f"{color}, dilation {grown}"))
+                cells.append(caption_below(enlarge(result.edited_image(0), 192), f"{color}, dilation {grown}"))
     dilated, without, best = hits.values()
     return {"right_color_dilated": share(dilated), "right_color_without": share(without), "right_color_best_of_4": share(best),
             "dilation": dilation}, cells  # fmt: skip

@@ -33,11 +33,11 @@ import numpy as np
 import torch
 import typer
 
-from mifo.config import SynthesisConfig, to_dict
+from mifo.config import to_dict
 from mifo.data.instance import Instance, fit_instance, load_instance
 from mifo.evaluation.attention import attention_leakage
 from mifo.evaluation.cases import Case, default_cases, mask_aspects
-from mifo.evaluation.measure import measure_pictures
+from mifo.evaluation.measure import measure_images
 from mifo.evaluation.run import draw_cases, draw_prompts
 from mifo.evaluation.toybox_backend import ToyboxBackend
 from mifo.io.json_text import json_text
@@ -75,9 +75,9 @@ def item_path(work: Path, cell: Cell, method: str) -> Path:
 def item_key(fingerprint: str, cell: Cell, method: str, samples: int, share: float) -> str:
     """Changes whenever the item would be measured differently."""
     plan = training(METHODS[method].training, cell.seed % 1000, share, cell.count)
-    drawing = METHODS[method].drawing(synthesis_preset("toybox"))
+    drawing = METHODS[method].synthesis(synthesis_preset("toybox"))
     facts = [VERSION, fingerprint, cell.seed, samples, plan.kind, to_dict(plan.config), to_dict(drawing),
-             METHODS[method].with_boxes]  # fmt: skip
+             METHODS[method].boxes]  # fmt: skip
     return hashlib.sha256(json_text(facts, sort_keys=True).encode()).hexdigest()[:20]
 
 
@@ -145,19 +145,19 @@ def measure(base: BaseModel, instance: Instance, backend: ToyboxBackend, data: I
             before: Sequence[tuple[int, Any]], samples: int) -> dict[str, Any]:  # fmt: skip
     """Pictures of each asset alone and of all in boxes, attention leakage, and drift on unrelated prompts."""
     method = METHODS[name]
-    config: SynthesisConfig = method.drawing(synthesis_preset("toybox"))
+    config = method.synthesis(synthesis_preset("toybox"))
     tokens = instance.tokens
     cases = default_cases(tokens, mask_aspects(instance))
     together = [c for c in cases if c.layout]
     drawn_cases = together if method.only_boxes else cases
     started = time.monotonic()
-    if method.with_boxes:
+    if method.boxes:
         pictures = draw_cases(base, drawn_cases, tokens, config, SEED, samples)
     else:  # drawn without boxes, yet measured against them
         free = draw_cases(base, [Case(c.prompt, None) for c in drawn_cases], tokens, config, SEED, samples)
         pictures = [replace(p, case=drawn_cases[k // samples]) for k, p in enumerate(free)]
     seconds = time.monotonic() - started
-    records = measure_pictures(pictures, backend, tokens)
+    records = measure_images(pictures, backend, tokens)
     found: dict[str, Any] = {"pictures": len(pictures), "draw_seconds": round(seconds, 1)}
     for kind in ("alone", "in_boxes"):
         values: dict[str, list[float]] = defaultdict(list)

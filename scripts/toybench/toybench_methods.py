@@ -1,4 +1,4 @@
-"""The methods that toybench compares, as changes of this project's own configuration, and how each is trained.
+"""The methods that toybench compares (methods.json, changes of this project's own configuration), and how each is trained.
 
 Baselines follow Break-A-Scene (arXiv 2305.16311, section 4.1): textual inversion and DreamBooth, each with the masked loss and
 with pairs, a small collection made from the one picture: random subsets of the assets cut out, on random plain backgrounds,
@@ -13,9 +13,9 @@ import copy
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from mifo.bundle.store import Bundle, attach, load_bundle
-from mifo.config import AttentionTerms, LearnConfig, PriorConfig, SynthesisConfig
+from mifo.config import LearnConfig, SynthesisConfig
 from mifo.data.instance import FittedInstance, Instance, fit_instance
 from mifo.evaluation.backend import Backend
 from mifo.evaluation.checkpoints import checkpoint_judge
@@ -50,53 +50,51 @@ class Training:
     config: LearnConfig
 
 
-def _as_it_is(config: SynthesisConfig) -> SynthesisConfig:
-    return config
-
-
-def _no_boxes(config: SynthesisConfig) -> SynthesisConfig:
-    return replace(config, bounded=False, guidance=replace(config.guidance, enabled=False))
-
-
-def _shared_text(config: SynthesisConfig) -> SynthesisConfig:
-    """Bounded attention as published: all assets read the one prompt."""
-    return replace(config, own_text=False)
-
-
 @dataclass(frozen=True)
 class Method:
-    """How assets are learned (a name in `trainings`), how pictures are drawn, and what else stands in the table for it."""
+    """A row of the table, as `methods.json` describes it.
+
+    `change` and `drawing`: settings by dotted name, of `LearnConfig` and of `SynthesisConfig`; `*.` stands for both phases.
+    `steps`: 'as they are', 'all in embedding' and 'all in lora' (the same total in one phase), or 'by count' (more for more than
+    three things). `training`: the method whose learned assets are drawn. `boxes`: false where nothing keeps assets to boxes.
+    """
 
     training: str
-    drawing: Callable[[SynthesisConfig], SynthesisConfig] = _as_it_is
-    with_boxes: bool = True
-    only_boxes: bool = False
-    """An ablation of drawing in boxes: assets alone are the same as its training's own method draws."""
+    group: str
+    recipe: str = "mifo"
+    kind: str = "product"
+    steps: str = "as they are"
+    change: Mapping[str, Any] = field(default_factory=dict)
+    drawing: Mapping[str, Any] = field(default_factory=dict)
+    boxes: bool = True
+
+    @property
+    def only_boxes(self) -> bool:
+        """An ablation of drawing in boxes: assets alone are the same as its training's own method draws."""
+        return self.group == "drawing"
+
+    def synthesis(self, config: SynthesisConfig) -> SynthesisConfig:
+        changed: SynthesisConfig = _changed(config, self.drawing)
+        return changed
 
 
-#: the table's rows; the first six are the comparison, the others ablations
-MAIN = ("mifo", "break-a-scene", "textual-inversion-masked", "textual-inversion-pairs", "dreambooth-lora-masked",
-        "dreambooth-lora-pairs")  # fmt: skip
-ABLATIONS = ("no-penalty", "penalty-x5", "penalty-x25", "no-locality", "no-placements", "separation-instead", "separation-beside",
-             "no-reward", "no-union-sampling", "no-prior", "full-3e-5", "full-1e-4", "full-3e-4", "rank-1", "rank-4", "rank-64",
-             "lora-5e-4", "lora-2e-3", "keep-best", "loss-by-picture", "steps-by-count")  # fmt: skip
-METHODS: dict[str, Method] = {name: Method(name, _shared_text if name in MAIN[1:] else _as_it_is) for name in (*MAIN, *ABLATIONS)}
-METHODS |= {
-    "shared-text": Method("mifo", _shared_text, only_boxes=True),
-    "shared-text-no-penalty": Method("no-penalty", _shared_text, only_boxes=True),
-    "break-a-scene-own-text": Method("break-a-scene", only_boxes=True),
-    "no-box-control": Method("mifo", _no_boxes, with_boxes=False, only_boxes=True),
-    "masks-only": Method("mifo", lambda c: replace(c, guidance=replace(c.guidance, enabled=False)), only_boxes=True),
-    "guidance-only": Method("mifo", lambda c: replace(c, bounded=False), only_boxes=True),
-    "guidance-scale-2": Method("mifo", lambda c: replace(c, guidance_scale=2.0), only_boxes=True),
-    "no-refinement": Method("mifo", lambda c: replace(c, refinement=replace(c.refinement, enabled=False)), only_boxes=True),
-}
-DRAWING_ABLATIONS = tuple(name for name, method in METHODS.items() if method.only_boxes)
+def _read_methods(path: Path) -> dict[str, Method]:
+    """`like` takes over another entry's settings; raises TypeError for a field that does not exist."""
+    entries = json.loads(path.read_text())
+    methods = {}
+    for name, entry in entries.items():
+        whole = {**entries[entry["like"]], **entry} if "like" in entry else entry
+        methods[name] = Method(**{"training": name, **{k: v for k, v in whole.items() if k != "like"}})
+    return methods
+
+
+METHODS = _read_methods(Path(__file__).with_name("methods.json"))
 
 
 def choose_methods(text: str) -> list[str]:
     """'main', 'ablations', 'all', or names with commas; raises KeyError for a name that does not exist."""
-    groups = {"main": MAIN, "ablations": ("mifo", *ABLATIONS, *DRAWING_ABLATIONS), "all": tuple(METHODS)}
+    main = [name for name, method in METHODS.items() if method.group == "main"]
+    groups = {"main": main, "ablations": ["mifo", *(n for n in METHODS if n not in main)], "all": list(METHODS)}
     names = [name for part in text.split(",") for name in groups.get(part.strip(), (part.strip(),))]
     for name in names:
         METHODS[name]
@@ -108,89 +106,34 @@ def choose_methods(text: str) -> list[str]:
 
 def training(name: str, seed: int, share: float = 1.0, count: int = 3) -> Training:
     """What a method trains with, for `count` things; `share` of the steps, for quick runs."""
-    if name == "steps-by-count":
+    method = METHODS[name]
+    config = _changed(learn_preset("toybox", method.recipe), method.change)
+    both = config.embedding.train_steps + config.lora.train_steps
+    first, second = {"all in embedding": (both, 0), "all in lora": (0, both)}.get(
+        method.steps, (config.embedding.train_steps, config.lora.train_steps)
+    )
+    if method.steps == "by count":
         share *= max(1, count / 3)
-    base = learn_preset("toybox", "break-a-scene" if name == "break-a-scene" else "mifo")
-    kind, config = _CHANGES[name](base) if name in _CHANGES else ("product", base)
-    embedding = replace(config.embedding, train_steps=_scaled(config.embedding.train_steps, share))
-    embedding = replace(embedding, attention=_terms(embedding.attention, reward_steps=_scaled(
-        embedding.attention.reward_steps, share)))  # fmt: skip
-    lora = replace(config.lora, train_steps=_scaled(config.lora.train_steps, share))
-    return Training(kind, replace(config, embedding=embedding, lora=lora, seed=seed))
+    rewarded = config.embedding.attention.reward_steps
+    steps = {"embedding.train_steps": first, "embedding.attention.reward_steps": rewarded, "lora.train_steps": second}
+    return Training(method.kind, _changed(config, {**{k: _scaled(v, share) for k, v in steps.items()}, "seed": seed}))
 
 
 def _scaled(steps: int, share: float) -> int:
     return max(1, round(steps * share)) if steps else 0
 
 
-def _terms(terms: AttentionTerms, **changes: Any) -> AttentionTerms:
-    return replace(terms, **changes)
+def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
+    """The configuration with other values at these dotted names; raises AttributeError or TypeError for a name it has not."""
+    for name, value in changes.items():
+        for phase in ("embedding.", "lora.") if name.startswith("*.") else ("",):
+            config = _set(config, (phase + name.removeprefix("*.")).split("."), value)
+    return config
 
 
-def _both(config: LearnConfig, **changes: Any) -> LearnConfig:
-    """The same change of the attention terms in both phases."""
-    return replace(config, embedding=replace(config.embedding, attention=_terms(config.embedding.attention, **changes)),
-                   lora=replace(config.lora, attention=_terms(config.lora.attention, **changes)))  # fmt: skip
-
-
-def _penalty_times(config: LearnConfig, factor: float) -> LearnConfig:
-    return _both(config, penalty_weight=factor * config.lora.attention.penalty_weight)
-
-
-def _baseline(config: LearnConfig) -> LearnConfig:
-    """Without what is this project's own: no attention loss, no shifted copies, no locality; a plain prior prompt."""
-    return replace(_both(config, loss="none"), placements=0, locality_weight=0.0,
-                   prior=replace(config.prior, class_prompt=PriorConfig.class_prompt))  # fmt: skip
-
-
-def _textual_inversion(config: LearnConfig) -> LearnConfig:
-    config = _baseline(config)
-    steps = config.embedding.train_steps + config.lora.train_steps
-    return replace(config, embedding=replace(config.embedding, train_steps=steps), lora=replace(config.lora, train_steps=0),
-                   prior=replace(config.prior, enabled=False))  # fmt: skip
-
-
-def _dreambooth(config: LearnConfig) -> LearnConfig:
-    """Tokens stay as they start; only the weights learn, for all the steps."""
-    config = _baseline(config)
-    steps = config.embedding.train_steps + config.lora.train_steps
-    return replace(config, embedding=replace(config.embedding, train_steps=0),
-                   lora=replace(config.lora, train_steps=steps, row_learning_rate=0.0))  # fmt: skip
-
-
-def _full(rate: float) -> Callable[[LearnConfig], tuple[str, LearnConfig]]:
-    return lambda c: ("full", replace(c, lora=replace(c.lora, learning_rate=rate)))
-
-
-def _rank(rank: int) -> Callable[[LearnConfig], tuple[str, LearnConfig]]:
-    return lambda c: ("product", replace(c, lora=replace(c.lora, rank=rank)))
-
-
-def _rate(rate: float) -> Callable[[LearnConfig], tuple[str, LearnConfig]]:
-    return lambda c: ("product", replace(c, lora=replace(c.lora, learning_rate=rate)))
-
-
-_CHANGES: dict[str, Callable[[LearnConfig], tuple[str, LearnConfig]]] = {
-    "textual-inversion-masked": lambda c: ("product", _textual_inversion(c)),
-    "textual-inversion-pairs": lambda c: ("pairs", _textual_inversion(c)),
-    "dreambooth-lora-masked": lambda c: ("product", _dreambooth(c)),
-    "dreambooth-lora-pairs": lambda c: ("pairs", _dreambooth(c)),
-    "penalty-x5": lambda c: ("product", _penalty_times(c, 5)),
-    "penalty-x25": lambda c: ("product", _penalty_times(c, 25)),
-    "no-locality": lambda c: ("product", replace(c, locality_weight=0.0)),
-    "no-placements": lambda c: ("product", replace(c, placements=0)),
-    "no-penalty": lambda c: ("product", _both(c, penalty_weight=0.0)),
-    "separation-instead": lambda c: ("product", _both(c, penalty_weight=0.0, separation_weight=0.1)),
-    "separation-beside": lambda c: ("product", _both(c, separation_weight=0.1)),
-    "no-reward": lambda c: ("product", _both(c, reward_steps=0)),
-    "no-union-sampling": lambda c: ("product", replace(c, union_sampling=False)),
-    "no-prior": lambda c: ("product", replace(c, prior=replace(c.prior, enabled=False))),
-    "full-3e-5": _full(3e-5), "full-1e-4": _full(1e-4), "full-3e-4": _full(3e-4),
-    "rank-1": _rank(1), "rank-4": _rank(4), "rank-64": _rank(64),
-    "lora-5e-4": _rate(5e-4), "lora-2e-3": _rate(2e-3),
-    "keep-best": lambda c: ("product", replace(c, keep=replace(c.keep, enabled=True))),
-    "loss-by-picture": lambda c: ("product", replace(c, masked_loss_by_area=False)),
-}  # fmt: skip
+def _set(config: Any, names: list[str], value: Any) -> Any:
+    inner = value if len(names) == 1 else _set(getattr(config, names[0]), names[1:], value)
+    return replace(config, **{names[0]: inner})
 
 
 # --- training -----------------------------------------------------------------------------------

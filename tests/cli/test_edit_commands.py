@@ -18,7 +18,7 @@ from PIL import Image, ImageCms, ImageDraw
 from mifo.bundle.store import load_bundle
 from mifo.config import MemoryConfig, SynthesisConfig
 from mifo.data.instance import load_instance, with_background
-from mifo.editing.picture_file import load_edit_mask, load_picture
+from mifo.editing.source_image import load_edit_mask, load_source_image
 from mifo.errors import InputError
 from mifo.model import base as base_model
 from mifo.planning.planner import GIB, RESERVE, Settings, make_plan, read_model
@@ -146,7 +146,7 @@ def test_pictures_of_every_kind_are_read(tmp_path: Path, mode: str):
         image.convert("L").save(path, icc_profile=b"of a grey scanner")
     else:
         image.convert(mode).save(path)
-    picture = load_picture(path)
+    picture = load_source_image(path)
     assert picture.image.mode == "RGB" and picture.image.size == (240, 160) and picture.transparent is None
     wanted = image.convert("L").convert("RGB") if mode in ("I;16", "grey profile") else image
     difference = np.abs(np.asarray(picture.image).astype(int) - np.asarray(wanted))
@@ -158,7 +158,7 @@ def test_pictures_of_every_kind_are_read(tmp_path: Path, mode: str):
 
 
 def test_a_mask_of_another_size_is_scaled_when_asked(place: Path):
-    picture = load_picture(place / "img.png").image
+    picture = load_source_image(place / "img.png").image
     small = write_mask(place / "small.png", (120, 80), (40, 20, 80, 60))
     mask, _ = load_edit_mask(small, picture, "img.png", resize=True)
     assert mask.shape == (160, 240) and mask[41:119, 81:159].all() and mask.sum() == pytest.approx(80 * 80, rel=0.02)

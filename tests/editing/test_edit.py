@@ -270,7 +270,7 @@ def test_each_candidate_depends_on_its_own_seed(any_base: BaseModel):
     assert any("enlarged" in note for note in both.notes) == (any_base.resolution < 150)
     alone = edit(any_base, EditRequest(picture, mask, "a photo of a red car"), QUICK, seed=4, count=1)
     index = next(k for k, c in enumerate(both.candidates) if c.seed == 4)
-    together, single = np.asarray(both.picture(index)).astype(int), np.asarray(alone.picture(0)).astype(int)
+    together, single = np.asarray(both.edited_image(index)).astype(int), np.asarray(alone.edited_image(0)).astype(int)
     assert np.abs(together - single).max() <= 1
     assert both.candidates[index].scores["prompt"] == pytest.approx(alone.candidates[0].scores["prompt"], abs=1e-3)
     before = np.asarray(picture)
@@ -284,7 +284,7 @@ def test_other_backgrounds_touch_the_crop_alone(toybox_random_base: BaseModel, b
     mask = block(picture.size, 80, 60, 110, 100)
     config = replace(QUICK, background=background, reconstruction_steps=2)
     result = edit(toybox_random_base, EditRequest(picture, mask, "a photo of a red car"), config)
-    after, before = np.asarray(result.picture(0)), np.asarray(picture)
+    after, before = np.asarray(result.edited_image(0)), np.asarray(picture)
     left, top, right, bottom = result.frame.crop
     untouched = np.ones(mask.shape, bool)
     untouched[top:bottom, left:right] = False
@@ -350,7 +350,7 @@ def test_a_thin_mask_is_filled_with_what_the_prompt_says():
     picture = draw_scene(Scene((), BACKGROUNDS[507 % len(BACKGROUNDS)], 507), 128).image
     bar = block(picture.size, 16, 72, 112, 88)
     config = replace(edit_preset("toybox"), mask_dilation=4)
-    drawn = np.asarray(edit(base, EditRequest(picture, bar, "a photo of a green balloon"), config, 507).picture(0))[bar]
+    drawn = np.asarray(edit(base, EditRequest(picture, bar, "a photo of a green balloon"), config, 507).edited_image(0))[bar]
     distances = {name: ((drawn - np.array(color, float)) ** 2).sum(1) for name, color in COLORS.items()}
     green = (distances["green"] == np.min(list(distances.values()), axis=0)).mean()
     assert green > 0.6, green

@@ -19,7 +19,7 @@ from mifo.config import EditConfig, GuidanceConfig
 from mifo.editing.blending import clone
 from mifo.editing.edit import EditRequest, edit
 from mifo.editing.frame import make_frame
-from mifo.editing.picture_file import load_edit_mask, load_picture
+from mifo.editing.source_image import load_edit_mask, load_source_image
 from mifo.errors import InputError
 from mifo.evaluation.run import measure_edit
 
@@ -56,7 +56,7 @@ INSIDE = np.asarray(shape()) > 0
 def test_an_edit_is_saved_in_the_photos_own_profile_and_the_rest_keeps_its_numbers(tmp_path: Path, name: str):
     profile = icc_profile(name)
     photo().save(tmp_path / "img.png", icc_profile=profile)
-    picture = load_picture(tmp_path / "img.png")
+    picture = load_source_image(tmp_path / "img.png")
     before = np.asarray(Image.open(tmp_path / "img.png"))
     assert np.abs(np.asarray(picture.image)[INSIDE] - to_srgb(before, name)[INSIDE]).max() <= 1.5
     drawn = np.array(picture.image)
@@ -72,7 +72,7 @@ def test_a_wide_photo_with_transparency_keeps_both(tmp_path: Path):
     image = photo().convert("RGBA")
     image.putalpha(Image.linear_gradient("L").resize(SIZE))
     image.save(tmp_path / "img.png", icc_profile=icc_profile("p3"))
-    picture = load_picture(tmp_path / "img.png")
+    picture = load_source_image(tmp_path / "img.png")
     drawn = np.array(picture.image)
     drawn[INSIDE] = (146, 96, 100)
     picture.save(tmp_path / "out.png", Image.fromarray(drawn), INSIDE)
@@ -87,7 +87,7 @@ def test_profiles_that_the_result_cannot_keep_are_converted_and_named(tmp_path: 
     photo().save(tmp_path / "broken.png", icc_profile=b"nonsense" * 40)
     for name, said, colour in (("grey", "is grey; the result is RGB, in sRGB", (77, 77, 77)),
                                ("broken", "colour profile that cannot be read", photo().getpixel((99, 99)))):  # fmt: skip
-        picture = load_picture(tmp_path / f"{name}.png")
+        picture = load_source_image(tmp_path / f"{name}.png")
         assert len(picture.notes) == 1 and said in picture.notes[0]
         picture.save(tmp_path / "out.png", picture.image, INSIDE)
         stored = Image.open(tmp_path / "out.png")
@@ -102,7 +102,7 @@ def test_profiles_that_the_result_cannot_keep_are_converted_and_named(tmp_path: 
 def test_a_turned_square_photo_is_edited_where_its_mask_was_drawn(tmp_path: Path, orientation: int, drawn: str):
     as_stored(photo(), orientation).save(tmp_path / "img.png", exif=turned(orientation))
     (as_stored(shape(), orientation) if drawn == "stored" else shape()).save(tmp_path / "mask.png")
-    picture = load_picture(tmp_path / "img.png")
+    picture = load_source_image(tmp_path / "img.png")
     mask, notes = load_edit_mask(tmp_path / "mask.png", picture.image, "img.png", orientation=picture.orientation)
     assert np.array_equal(mask, INSIDE) and any("by the edges in img.png" in note for note in notes)
     assert any(f"EXIF orientation {orientation}" in note for note in picture.notes)
@@ -125,7 +125,7 @@ def test_evaluate_measures_an_edit_of_a_turned_photo_where_it_was_made(tmp_path:
     cut = photo()
     cut.putalpha(as_stored(shape(), 3) if drawn == "stored" else shape())  # its shape is in the transparency
     cut.save(tmp_path / "mask.png")
-    picture = load_picture(tmp_path / "img.png")
+    picture = load_source_image(tmp_path / "img.png")
     after = np.array(picture.image)
     after[INSIDE] = 9
     picture.save(tmp_path / "out.png", Image.fromarray(after), INSIDE)
@@ -152,7 +152,7 @@ def test_one_stray_pixel_does_not_make_the_crop_the_whole_photo(toybox_random_ba
     result = edit(toybox_random_base, EditRequest(picture, mask, "a photo of a red car"), config)
     assert result.frame == clean and not result.mask[790, 990]
     assert "the mask has a tiny island far from its body (1 pixel at (990, 790)); what is there is not edited" in result.notes
-    assert np.array_equal(np.asarray(result.picture(0))[790, 990], np.asarray(picture)[790, 990])
+    assert np.array_equal(np.asarray(result.edited_image(0))[790, 990], np.asarray(picture)[790, 990])
 
 
 # --- metadata -----------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def write_camera_photo(path: Path) -> Path:
 
 
 def saved(path: Path, metadata: str) -> tuple[bytes, Image.Image]:
-    picture = load_picture(path, metadata)
+    picture = load_source_image(path, metadata)
     out = path.parent / f"{metadata}.png"
     picture.save(out, picture.image, INSIDE)
     return out.read_bytes(), Image.open(out)
@@ -186,7 +186,7 @@ def test_an_edit_says_when_and_with_what_but_not_who_and_where(tmp_path: Path):
     assert exif[MAKE] == "Maker" and details[DATE] == "2026:01:02 03:04:05" and float(details[EXPOSURE]) == 0.01
     assert exif.get(ORIENTATION, 1) == 1 and stored.info["icc_profile"] == icc_profile("p3")
     assert not exif.get_ifd(GPS_IFD) and not [s for s in SECRETS if s in content]
-    (note,) = [n for n in load_picture(path).notes if "stay out" in n]
+    (note,) = [n for n in load_source_image(path).notes if "stay out" in n]
     assert all(w in note for w in ("artist", "serial number", "owner", "maker note", "position (GPS)", "XMP", "--metadata keep"))
 
 
@@ -223,7 +223,7 @@ def test_damaged_exif_data_is_left_out_and_noted(tmp_path: Path):
     for metadata in ("safe", "keep", "strip"):
         saved(tmp_path / "img.png", metadata)
     with pytest.raises(InputError, match="no picture"):
-        load_picture(tmp_path / "gone.png", "keep")
+        load_source_image(tmp_path / "gone.png", "keep")
 
 
 # --- many megapixels ----------------------------------------------------------------------------

@@ -24,8 +24,8 @@ from mifo.config import KeepConfig
 from mifo.data.instance import load_instance
 from mifo.errors import InputError
 from mifo.evaluation.backend import Seen
-from mifo.evaluation.cases import Case, Picture
-from mifo.evaluation.measure import measure_pictures, summarize
+from mifo.evaluation.cases import Case, CaseImage
+from mifo.evaluation.measure import measure_images, summarize
 from mifo.evaluation.toybox_backend import ToyboxBackend, agreement
 from mifo.learning.learn import learn
 from mifo.presets import learn_preset
@@ -77,17 +77,17 @@ CENTERS = ((0.27, 0.24), (0.72, 0.47), (0.31, 0.76))
 TOKENS = ("<asset0>", "<asset1>", "<asset2>")
 
 
-def drawn(order: list[int | None]) -> Picture:
+def drawn(order: list[int | None]) -> CaseImage:
     """The three cars' places, with car `order[k]` standing in the box of asset k; None leaves it empty."""
     things = EXAMPLES["toy_car"].things
     here = tuple(placed(things[who], CENTERS[k], 0.42) for k, who in enumerate(order) if who is not None)
     boxes = tuple(Box(*placed(thing, center, 0.42).box) for thing, center in zip(things, CENTERS, strict=True))
     prompt = "a photo of <asset0> and <asset1> and <asset2> at the beach"
-    return Picture(Case(prompt, Layout(TOKENS, boxes)), 0, draw_scene(Scene(here, "beach", 5)).image, "drawn.png")
+    return CaseImage(Case(prompt, Layout(TOKENS, boxes)), 0, draw_scene(Scene(here, "beach", 5)).image, "drawn.png")
 
 
 def test_a_perfect_picture_a_swapped_one_and_one_with_a_hole(cars: ToyboxBackend):
-    perfect, swapped, hole = measure_pictures([drawn([0, 1, 2]), drawn([1, 0, 2]), drawn([0, None, 2])], cars, TOKENS)
+    perfect, swapped, hole = measure_images([drawn([0, 1, 2]), drawn([1, 0, 2]), drawn([0, None, 2])], cars, TOKENS)
     assert perfect["identity"] == perfect["identity_margin"] == perfect["right_instance"] == [1, 1, 1]
     assert perfect["detect_and_compare"] == 1 and perfect["count_right"] and not any(perfect["confused"])
     assert min(perfect["ious"]) > 0.7 and perfect["prompt_fit"] == 1
@@ -167,8 +167,8 @@ def test_photo_back_end_wiring(photo_models: dict[str, str], tmp_path: Path):
     assert abs(backend.distance(seen, seen)) < 1e-5 < backend.distance(seen, blank)
     with_words = backend.prompt_fit(seen, "a photo of red mug", [])
     assert backend.prompt_fit(seen, "a photo of <asset0>", [0]) == pytest.approx(with_words)
-    picture = Picture(Case(PROMPT, Layout(TOKENS[:2], (Box(0, 0, 0.5, 1), Box(0.5, 0, 1, 1)))), 0, instance.image, "cups.png")
-    (record,) = measure_pictures([picture], backend, TOKENS[:2])
+    picture = CaseImage(Case(PROMPT, Layout(TOKENS[:2], (Box(0, 0, 0.5, 1), Box(0.5, 0, 1, 1)))), 0, instance.image, "cups.png")
+    (record,) = measure_images([picture], backend, TOKENS[:2])
     assert all(record["crops"])  # a detector that misses is no proof that nothing is there
     assert backend.facts()["revisions"] == {"dino": None, "clip": None, "detector": None}  # local folders
     assert backend.facts()["models"] == {"dino": "dino", "clip": "clip", "detector": "owl"}  # not where they lie

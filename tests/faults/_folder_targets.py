@@ -19,7 +19,7 @@ from mifo.bundle.instance_copy import kept_crops, kept_instance
 from mifo.bundle.store import base_of_bundle, load_bundle
 from mifo.config import LearnConfig, from_dict, to_dict
 from mifo.data.instance import load_instance
-from mifo.editing.picture_file import load_edit_mask
+from mifo.editing.source_image import load_edit_mask
 from mifo.errors import InputError
 from mifo.evaluation.cases import read_cases
 from mifo.io.manifest import MANIFEST, Manifest, is_ours, read_manifest, remove_ours

@@ -21,9 +21,9 @@ from PIL import Image, ImageCms, PngImagePlugin
 from mifo.boxes import parse_boxes_alone, parse_layout
 from mifo.bundle.store import base_of_bundle, load_bundle
 from mifo.data.instance import fit_instance, load_instance
-from mifo.editing.picture_file import load_picture
+from mifo.editing.source_image import load_source_image
 from mifo.errors import InputError
-from mifo.evaluation.cases import read_pictures
+from mifo.evaluation.cases import read_images
 from mifo.evaluation.toybox_backend import ToyboxBackend
 from mifo.io.image_file import load_image
 from mifo.io.terminal import shown
@@ -136,13 +136,13 @@ def recipe(data: bytes) -> None:
         info.add_text("mifo", data.decode("latin-1").replace("\0", " "))
         data = _png(Image.new("RGB", (16, 16)), pnginfo=info)
     (folder / "000001.png").write_bytes(data)
-    assert len(read_pictures(folder, None, None, TOKENS)) == 1
+    assert len(read_images(folder, None, None, TOKENS)) == 1
 
 
 def edit_picture(data: bytes) -> None:
     path = scratch() / "photo"
     path.write_bytes(data)
-    picture = load_picture(path)
+    picture = load_source_image(path)
     picture.save(scratch() / "edited.png", picture.image, np.ones(picture.image.size[::-1], bool))
 
 

@@ -20,7 +20,7 @@ from mifo.errors import InputError
 from mifo.evaluation import best_of
 from mifo.evaluation import run as evaluation
 from mifo.synthesis import variations as scenes
-from mifo.synthesis.resumable import PictureJob
+from mifo.synthesis.resumable import ImageJob
 from mifo.toybox.examples import write_example
 
 Draw = Callable[[], list[Image.Image]]
@@ -35,15 +35,15 @@ def draw(color: int, calls: list[int]) -> Draw:
     return drawn
 
 
-def do(folder: Path, colors: range, calls: list[int], facts: dict[str, Any] | None = None, **broken: Exception) -> PictureJob:
-    job = PictureJob(folder, facts or {})
+def do(folder: Path, colors: range, calls: list[int], facts: dict[str, Any] | None = None, **broken: Exception) -> ImageJob:
+    job = ImageJob(folder, facts or {})
     for color in colors:
         error = broken.get(f"item{color}")
 
         def fail(error: Any = error) -> list[Image.Image]:
             raise error
 
-        images = job.pictures(f"item{color}", {"color": color}, 2, fail if error else draw(color, calls))
+        images = job.images(f"item{color}", {"color": color}, 2, fail if error else draw(color, calls))
         assert (images is None) == bool(error)
         if images:
             assert [image.getpixel((0, 0)) for image in images] == [(color, k, 0) for k in range(2)]

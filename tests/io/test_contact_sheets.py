@@ -15,10 +15,10 @@ from PIL import Image
 
 from mifo.config import SynthesisConfig
 from mifo.errors import InputError
-from mifo.evaluation.cases import read_pictures
+from mifo.evaluation.cases import read_images
 from mifo.io.sheets import grid, save_sheets, sheets_in, thumbnail
 from mifo.synthesis import variations as scenes
-from mifo.synthesis.resumable import PictureJob
+from mifo.synthesis.resumable import ImageJob
 
 
 def test_a_page_is_written_before_the_next_ones_cells_are_made(tmp_path: Path):
@@ -63,7 +63,7 @@ def test_many_variations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert {"contact.png", "contact-2.png"} < set(json.loads((out / "manifest.json").read_text())["files"])
     assert Image.open(out / "variation69.png").getpixel((0, 0)) == (69, 0, 0)
     (tmp_path / "prompts.txt").write_text("a photo of <asset0>\n")
-    assert len(read_pictures(out, tmp_path / "prompts.txt", None, ["<asset0>"])) == 70
+    assert len(read_images(out, tmp_path / "prompts.txt", None, ["<asset0>"])) == 70
     said = mifo("variations", tiny_bundle_folder(), "--count", 70, "--output-path", tmp_path / "again").stdout
     assert f"contact sheet: {tmp_path / 'again' / 'contact.png'}, and on to contact-2.png" in said
 
@@ -79,8 +79,8 @@ def test_pictures_that_are_on_the_disk_are_not_held(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(scenes, "synthesize", drawn)
     shots = [scenes.Shot(f"v{k}", "a photo", k) for k in range(6)]
-    job = PictureJob(tmp_path, {})
-    found = scenes.draw_shots(load_base(), shots, (), SynthesisConfig(), keep=job.pictures)
+    job = ImageJob(tmp_path, {})
+    found = scenes.draw_shots(load_base(), shots, (), SynthesisConfig(), keep=job.images)
     assert [image.getpixel((0, 0)) for image in found.values()] == [(k, 0, 0) for k in range(6)]
     next(tmp_path.glob("item-*")).unlink()
     with pytest.raises(InputError, match="was removed or changed while the job ran"):

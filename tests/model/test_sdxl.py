@@ -20,7 +20,7 @@ from mifo.config import SynthesisConfig
 from mifo.errors import InputError
 from mifo.model.base import BaseModel, family_of, load_base_model
 from mifo.model.base_weights import STEMS
-from mifo.model.prompt_embeds import PictureSize
+from mifo.model.prompt_embeds import ImageSize
 from mifo.model.shapes import SHAPES
 from mifo.model.single_file import configs_of_file
 from mifo.planning.planner import read_model
@@ -78,7 +78,7 @@ def test_the_text_is_pooled_at_its_end_and_not_at_an_asset(learned: Path) -> Non
 
 def test_the_picture_size_reaches_the_unet(xl: BaseModel) -> None:
     ids = torch.tensor([tokenize_prompt(xl.tokenizer, PROMPT, []).input_ids] * 2)
-    native, photo = PictureSize((128, 128), (128, 128)), PictureSize((64, 96), (128, 128))
+    native, photo = ImageSize((128, 128), (128, 128)), ImageSize((64, 96), (128, 128))
     assert xl.encode_prompt(ids).time_ids.tolist() == [[128, 128, 0, 0, 128, 128]] * 2
     assert xl.encode_prompt(ids, native, photo).time_ids.tolist() == [[128, 128, 0, 0, 128, 128], [64, 96, 0, 0, 128, 128]]
     prompt, latents = xl.encode_prompt(ids[:1], native), torch.ones(1, 4, 16, 16)

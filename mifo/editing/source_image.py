@@ -25,7 +25,7 @@ MODE_NAMES = {"L": "grey", "LA": "grey", "I;16": "grey", "1": "black and white"}
 
 
 @dataclass(frozen=True)
-class Picture:
+class SourceImage:
     """An upright RGB picture, and what is saved with it."""
 
     image: Image.Image
@@ -68,7 +68,7 @@ class Picture:
         return result
 
 
-def load_picture(path: Path, metadata: str = "safe") -> Picture:
+def load_source_image(path: Path, metadata: str = "safe") -> SourceImage:
     """Any picture that can be read: the first frame, 8 bits, RGB, upright, in sRGB.
 
     `metadata` says what of the file's is written into its edits: 'safe' (date, camera, exposure), 'keep' (all EXIF and XMP
@@ -86,7 +86,7 @@ def load_picture(path: Path, metadata: str = "safe") -> Picture:
     keeps = profile is not None and profile.can_be_written
     named = file.icc_profile if keeps or (profile is None and file.colour_mode == "RGB" and not _broken(file)) else None
     exif, left_out = _exif(file, metadata)
-    return Picture(
+    return SourceImage(
         image=image,
         transparent=_transparent(file, profile if not keeps else None),
         exif=exif,
@@ -151,7 +151,7 @@ def _losses(file: StoredImage, profile: ColourProfile | None) -> tuple[str, ...]
     return tuple(notes)
 
 
-def load_edit_mask(path: Path, picture: Image.Image, name: str, resize: bool = False, invert: bool = False,
+def load_edit_mask(path: Path, image: Image.Image, name: str, resize: bool = False, invert: bool = False,
                    orientation: int = 1, drawn: str = "auto") -> tuple[BoolArray, tuple[str, ...]]:  # fmt: skip
     """True where the picture may change, (H, W), greys above half counting as white; and notes on how the file was read.
 
@@ -163,13 +163,13 @@ def load_edit_mask(path: Path, picture: Image.Image, name: str, resize: bool = F
         raise InputError(f"There is no mask {str(path)[:300]}; give the path of a PNG that is white where it counts.")
     file = open_mask(path)
     if resize:
-        file = file.resized(picture.size, orientation)
-    (grey,), turns = upright_masks(picture, name, orientation, [file], drawn)
+        file = file.resized(image.size, orientation)
+    (grey,), turns = upright_masks(image, name, orientation, [file], drawn)
     height, width = grey.shape
-    if (width, height) != picture.size:
-        turned = " It fits when turned: draw it on the upright picture." if (height, width) == picture.size else ""
+    if (width, height) != image.size:
+        turned = " It fits when turned: draw it on the upright picture." if (height, width) == image.size else ""
         raise InputError(
-            f"{path} is {width}x{height} but {name} is {picture.width}x{picture.height}; save the mask at the picture's "
+            f"{path} is {width}x{height} but {name} is {image.width}x{image.height}; save the mask at the picture's "
             f"size, or add --resize-mask.{turned}"
         )
     inside = grey >= 128
