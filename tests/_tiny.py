@@ -116,19 +116,31 @@ def load_base() -> Any:
 @functools.cache
 def tiny_bundle_folder() -> Path:
     """A bundle of two assets learned on the tiny model. Never write into it: `copy_bundle` gives one to spoil."""
+    return _learn_two_cups(load_base(), "two_cups")
+
+
+@functools.cache
+def tiny_xl_bundle_folder() -> Path:
+    """The same on the tiny XL model."""
+    from mifo.model.base import load_base_model
+
+    return _learn_two_cups(load_base_model(str(tiny_xl_folder())), "two_xl_cups")
+
+
+def _learn_two_cups(base: Any, name: str) -> Path:
     from mifo.data.instance import load_instance
     from mifo.learning.learn import learn
     from mifo.presets import learn_preset
 
-    config = learn_preset("stable-diffusion")
+    config = learn_preset(base.family)
     config = replace(
         config,
         embedding=replace(config.embedding, train_steps=2),
         lora=replace(config.lora, train_steps=2, learning_rate=1e-2),  # so large that the adapters do something
         prior=replace(config.prior, num_class_images=1, sampling_steps=2),
     )
-    instance = load_instance(write_instance(_scratch() / "two_cups"))
-    return learn(instance, load_base(), config, _scratch() / "bundles" / "two_cups", keep_base_path=True).folder
+    instance = load_instance(write_instance(_scratch() / name))
+    return learn(instance, base, config, _scratch() / "bundles" / name, keep_base_path=True).folder
 
 
 def copy_bundle(parent: Path, name: str = "two_cups") -> Path:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from safetensors.torch import save_file
 
 from ..io.files import write_folder
-from ..model.families import SDXL
-from ..model.lora import published_name
+from ..model.base import BaseModel
+from .pipeline import merge_lora
+from .published import diffusers_metadata, diffusers_weights, kohya_weights
 from .store import Bundle
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -26,39 +25,44 @@ def export_for_diffusers(bundle: Bundle, output: Path, overwrite: bool = False) 
 
     Raises InputError when `output` cannot be written or has other things in it; with `overwrite` an earlier export is replaced.
     """
-    weights = {}
-    for part, saved in _by_part(bundle):
-        weights.update({f"{part}.{k}": v for k, v in convert_state_dict_to_diffusers(saved).items()})
-    _write(bundle, output, overwrite, LORA_FILE, weights)
+    _write(bundle, output, overwrite, LORA_FILE, diffusers_weights(bundle.lora), diffusers_metadata(bundle.lora))
 
 
 def export_for_kohya(bundle: Bundle, output: Path, overwrite: bool = False) -> None:
     """`lora.safetensors` under the names of kohya's sd-scripts, which ComfyUI and AUTOMATIC1111 read, each layer with its alpha;
     and the assets' embeddings as `export_for_diffusers` writes them. Raises InputError as that does."""
-    weights: dict[str, torch.Tensor] = {}
-    for (part, saved), adapter in zip(_by_part(bundle), bundle.adapters, strict=True):
-        alpha = torch.tensor(float(bundle.lora[adapter].config.lora_alpha))
-        named: dict[str, torch.Tensor] = convert_state_dict_to_kohya({f"{part}.{k}": v for k, v in saved.items()})
-        weights |= {name: alpha.clone() if name.endswith(".alpha") else weight for name, weight in named.items()}
-    if len(bundle.widths) < 2:  # with one text encoder its layers have no number
-        weights = {name.replace("lora_te1_", "lora_te_"): weight for name, weight in weights.items()}
-    _write(bundle, output, overwrite, KOHYA_FILE, weights)
+    _write(bundle, output, overwrite, KOHYA_FILE, kohya_weights(bundle.lora, len(bundle.widths)), {"format": "pt"})
 
 
-def _by_part(bundle: Bundle) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """Part of the base model -> its adapter's weights as they were published, without PEFT's own prefix."""
-    for adapter in bundle.adapters:
-        saved = bundle.lora[adapter].weights
-        own = {published_name(name).removeprefix("base_model.model."): weight for name, weight in saved.items()}
-        yield SDXL.adapters[adapter], own  # the names of parts are the same in every family
+def export_for_comfyui(bundle: Bundle, output: Path, overwrite: bool = False) -> None:
+    """What ComfyUI looks for, in folders as it has them below `models`: `loras/NAME.safetensors` as kohya names it, and
+    `embeddings/NAME-asset0.safetensors`, which a prompt calls `embedding:NAME-asset0`. Raises InputError as the others do."""
+    name = bundle.folder.resolve().name
+    _write(bundle, output, overwrite, f"loras/{name}.safetensors", kohya_weights(bundle.lora, len(bundle.widths)),
+           {"format": "pt"}, f"embeddings/{name}-{{}}.safetensors")  # fmt: skip
 
 
-def _write(bundle: Bundle, output: Path, overwrite: bool, name: str, weights: dict[str, torch.Tensor]) -> None:
+def export_pipeline(bundle: Bundle, base: BaseModel, output: Path, overwrite: bool = False) -> None:
+    """A whole model for `from_pretrained`: the base with the tokens in its vocabulary and the LoRA added to its weights.
+
+    Raises InputError as `export_for_diffusers` does, and when the bundle was learned on another base model.
+    """
+    pipe = bundle.to_pipeline(base)
+    if bundle.adapters:
+        merge_lora(pipe)
     with write_folder(output, EXPORT, overwrite) as temporary:
+        pipe.save_pretrained(temporary)
+
+
+def _write(bundle: Bundle, output: Path, overwrite: bool, name: str, weights: dict[str, torch.Tensor], metadata: dict[str, str],
+           row_file: str = ROW_FILE) -> None:  # fmt: skip
+    with write_folder(output, EXPORT, overwrite) as temporary:
+        for path in (temporary / name, temporary / row_file):
+            path.parent.mkdir(exist_ok=True)
         if weights:
-            save_file({key: weight.contiguous() for key, weight in weights.items()}, temporary / name, metadata={"format": "pt"})
+            save_file({key: weight.contiguous() for key, weight in weights.items()}, temporary / name, metadata=metadata)
         for token, row in zip(bundle.tokens, bundle.token_embeddings, strict=True):
-            save_file(_named_parts(token, row, bundle.widths), temporary / ROW_FILE.format(token.strip("<>")))
+            save_file(_named_parts(token, row, bundle.widths), temporary / row_file.format(token.strip("<>")))
 
 
 def _named_parts(token: str, row: torch.Tensor, widths: tuple[int, ...]) -> dict[str, torch.Tensor]:

@@ -29,6 +29,7 @@ from ..model.families import ADAPTERS
 from ..model.lora import AGAIN, LORA_CONFIG, LORA_WEIGHTS, Adapter, lend_adapter, lora_config, save_adapter
 from ..prompts import BACKGROUND_TOKEN, add_asset_tokens, asset_token
 from .files import RECORD, ROWS, Files, parse_json, parse_tensors, read_bundle_files, weights_digest
+from .pipeline import make_pipeline
 
 SCHEMA = 1
 KIND = "bundle"  # of its manifest
@@ -69,6 +70,14 @@ class Bundle:
     def adapters(self) -> tuple[str, ...]:
         """Which of `families.ADAPTERS` the bundle has."""
         return tuple(a for a in ADAPTERS if a in self.lora)
+
+    def to_pipeline(self, base: BaseModel) -> Any:
+        """diffusers' own `StableDiffusionPipeline` or `StableDiffusionXLPipeline` with the assets, for prompts that name them.
+
+        The base model stays as it is; boxes are not part of it. Raises InputError when the bundle was learned on another base.
+        """
+        check_base(base, self)
+        return make_pipeline(base, self.tokens, self.token_embeddings, self.lora)
 
 
 # --- on a base model ----------------------------------------------------------------------------
@@ -159,7 +168,7 @@ def save_bundle(folder: Path, base: BaseModel, tokens: tuple[str, ...], words: t
 
     Where a local base model lies is not written unless `keep_base_path`: its last name and its fingerprint find it again.
 
-    `write_pictures` gets the temporary folder. Raises InputError when the disk is full, the folder
+    `write_images` gets the temporary folder. Raises InputError when the disk is full, the folder
     cannot be written or holds anything else, or a learned value is not finite; what was there before is then untouched.
     """
     source = "" if is_local(base.source) and not keep_base_path else base.source

@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
+from ..errors import InputError
 from ..io.console import Bar, Job, waiting
 from ..io.outputs import PLACE, check_apart, check_file, check_output, numbered_file, numbered_folder
 from .app import app
 from .job import job_command
-from .options import BundleName, Device, ExportFormat, OutputDir, Overwrite, OverwriteFile, Seed, path, path_argument
-from .parts import choose_device, import_libraries, not_to_write_into
+from .options import BundleName, Device, ExportFormat, OutputDir, Overwrite, OverwriteFile, Precision, Seed, path, path_argument
+from .parts import choose_device, choose_dtype, import_libraries, load_base_of, not_to_write_into
 
 
 @job_command(app, 'mifo boxes "[[0.05, 0.3, 0.45, 0.7], [0.55, 0.3, 0.95, 0.7]]"')
@@ -55,23 +56,36 @@ def export(
     output_dir: OutputDir = Path("Model_ours"),
     layout: Annotated[
         ExportFormat,
-        typer.Option("--format", help="diffusers: for load_lora_weights, load_textual_inversion; kohya: for ComfyUI and others."),
+        typer.Option("--format", help="diffusers: for load_lora_weights and load_textual_inversion; kohya: for AUTOMATIC1111 and "
+                     "others; comfyui: the same in ComfyUI's folders; pipeline: a whole model for from_pretrained."),
     ] = ExportFormat.diffusers,
+    model_path: Annotated[str | None, path("For a pipeline: the base model; the bundle's own by default.")] = None,
+    mixed_precision: Annotated[Precision, typer.Option(help="Of a pipeline's weights; fp16 is half of fp32.")] = Precision.auto,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a bundle so that other programs read it: the LoRA in one file, and a file for each asset's embedding."""
+    """Write a bundle so that other programs read it: the LoRA in one file and a file for each asset's embedding, or a whole
+    model that has them."""
     check_output(output_path, output_path, "export", overwrite)
 
     import_libraries()
-    from ..bundle.export import export_for_diffusers, export_for_kohya
+    from ..bundle.export import export_for_comfyui, export_for_diffusers, export_for_kohya, export_pipeline
     from ..bundle.store import find_bundle, load_bundle
 
+    whole = layout is ExportFormat.pipeline
+    if model_path and not whole:
+        raise InputError(f"--model-path is for --format pipeline alone; {layout.value} needs no base model, leave it out")
     bundle = load_bundle(find_bundle(model_id, output_dir))
-    check_apart(output_path, output_path, {}, not_to_write_into(bundle, None))
+    check_apart(output_path, output_path, {}, not_to_write_into(bundle, model_path))
+    if whole:
+        base = load_base_of(bundle, model_path, "cpu", choose_dtype(mixed_precision, "cpu"))
     with waiting("writing the files"):
-        write = export_for_kohya if layout is ExportFormat.kohya else export_for_diffusers
-        write(bundle, output_path, overwrite)
-    files = sorted(p.name for p in output_path.iterdir() if p.name != "manifest.json")
+        if whole:
+            export_pipeline(bundle, base, output_path, overwrite)
+        else:
+            write = {ExportFormat.kohya: export_for_kohya, ExportFormat.comfyui: export_for_comfyui}
+            write.get(layout, export_for_diffusers)(bundle, output_path, overwrite)
+    found = (p.relative_to(output_path) for p in output_path.rglob("*") if p.is_file() and p.name != "manifest.json")
+    files = sorted(p.as_posix() for p in found)
     job.text(f"{output_path}: {', '.join(files)}")
     job.json({"folder": str(output_path), "files": files})
 

@@ -73,6 +73,8 @@ class Metadata(str, Enum):
 class ExportFormat(str, Enum):
     diffusers = "diffusers"
     kohya = "kohya"
+    comfyui = "comfyui"
+    pipeline = "pipeline"
 
 
 class Background(str, Enum):
