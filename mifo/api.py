@@ -204,15 +204,15 @@ class EditResult:
         return save_edit(self.edit, self.source, Path(folder), self.facts, overwrite)
 
 
-def edit(base: BaseModel, bundle: Bundle | None, image: PathLike | SourceImage, mask: PathLike | BoolArray, prompt: str,
-         boxes: Boxes | None = None, *,
+def edit(base: BaseModel, bundle: Bundle | None, image: PathLike | Image.Image | SourceImage, mask: PathLike | BoolArray,
+         prompt: str, boxes: Boxes | None = None, *,
          num_images: int = 1, seed: int = 0, config: EditConfig | None = None, metadata: str = "safe",
          mask_orientation: str = "auto", on_progress: OnProgress | None = None) -> EditResult:  # fmt: skip
     """Draws `prompt` into the white part of `mask`, a file of the size of the file `image`; every other byte of the picture
     stays (Blended Latent Diffusion, arXiv 2206.02779). Candidates come best first.
 
-    `image` may be a picture that `mifo.editing.source_image.load_source_image` read, and `mask` an array (H, W), True where the
-    picture may change.
+    `image` may be an image of Pillow, or what `mifo.editing.source_image.load_source_image` read, and `mask` an array (H, W),
+    True where the picture may change.
 
     `boxes`: where each asset stands, in fractions of the whole picture, if the prompt has several. `metadata`: what of the
     photo's is kept, 'safe' (no places, serial numbers, owners, thumbnails), 'keep' or 'strip'. `config`: by default that of the
@@ -220,7 +220,7 @@ def edit(base: BaseModel, bundle: Bundle | None, image: PathLike | SourceImage, 
     """
     _check_count(num_images)
     chosen = config or edit_preset(base.family)
-    source = image if isinstance(image, SourceImage) else load_source_image(Path(image), metadata)
+    source = _source_image(image, metadata)
     white, notes = _edit_mask(mask, source, image, mask_orientation)
     files = {name: path for name, path in (("image", image), ("mask", mask)) if isinstance(path, Path | str)}
     tokens = bundle.tokens if bundle else ()
@@ -313,11 +313,17 @@ def _closed(base: BaseModel, bundle: Bundle | None) -> Closed:
     return {"the bundle": bundle.folder if bundle else None, "the base model": base.location}
 
 
-def _edit_mask(mask: PathLike | BoolArray, source: SourceImage, image: PathLike | SourceImage,
+def _source_image(image: PathLike | Image.Image | SourceImage, metadata: str) -> SourceImage:
+    if isinstance(image, Image.Image):
+        return SourceImage(image.convert("RGB"), None, b"", None, ())
+    return image if isinstance(image, SourceImage) else load_source_image(Path(image), metadata)
+
+
+def _edit_mask(mask: PathLike | BoolArray, source: SourceImage, image: PathLike | Image.Image | SourceImage,
                drawn: str) -> tuple[BoolArray, tuple[str, ...]]:  # fmt: skip
     """(H, W), True where the picture may change, and notes on how a file was read."""
     if isinstance(mask, Path | str):
-        name = "the picture" if isinstance(image, SourceImage) else Path(image).name
+        name = Path(image).name if isinstance(image, str | Path) else "the picture"
         return load_edit_mask(Path(mask), source.image, name, orientation=source.orientation, drawn=drawn)
     white, (width, height) = np.asarray(mask), source.image.size
     if white.dtype != np.bool_ or white.shape != (height, width) or not white.any():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from .checked import Checked, Within, field_types
@@ -182,7 +183,7 @@ class SynthesisConfig(Checked):
 
     steps: Steps = 50
     guidance_scale: NotNegative = 7.5
-    scheduler: Literal["ddim", "dpm", "unipc", "own"] = "ddim"
+    scheduler: Literal["ddim", "dpm", "unipc", "euler", "own"] = "ddim"
     """'own': the one that the base model's folder names."""
     negative_prompt: str = ""
     width: AtLeastOne | None = None
@@ -222,6 +223,17 @@ class EditConfig(Checked):
     own_text: bool = True
     """As in `SynthesisConfig`."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+
+
+Drawing = TypeVar("Drawing", SynthesisConfig, EditConfig)
+
+
+def with_steps(config: Drawing, steps: int | None) -> Drawing:
+    """The same with another number of denoising steps, of which as large a part is guided; None leaves it as it is."""
+    if steps is None or steps == config.steps:
+        return config
+    guided = config.guidance.steps * steps / config.steps
+    return replace(config, steps=steps, guidance=replace(config.guidance, steps=math.ceil(guided)))
 
 
 #: Settings that earlier versions wrote into bundles and that nothing reads.

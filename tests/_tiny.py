@@ -37,19 +37,26 @@ _holders: list[tempfile.TemporaryDirectory] = []
 @functools.cache
 def tiny_base_folder(seed: int = 0) -> Path:
     """A Stable Diffusion folder of random weights, as diffusers itself writes it."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
     from mifo.toybox.architecture import build_text_encoder, build_tokenizer, build_unet, build_vae, scheduler_config
 
+    # the toybox's layers, a fraction as wide: commands run on it hundreds of times
+    unet = UNet2DConditionModel(**{**_settings(build_unet()), "block_out_channels": (16, 32), "norm_num_groups": 8})
+    vae = AutoencoderKL(**{**_settings(build_vae()), "block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4})
     torch.manual_seed(seed)
     folder = _scratch() / f"base{seed}"
     tokenizer = build_tokenizer(_scratch() / f"tokenizer{seed}")
     StableDiffusionPipeline(
-        vae=build_vae(), text_encoder=build_text_encoder(tokenizer), tokenizer=tokenizer, unet=build_unet(),
+        vae=vae, text_encoder=build_text_encoder(tokenizer), tokenizer=tokenizer, unet=unet,
         scheduler=DDIMScheduler.from_config(scheduler_config()), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def _settings(part: Any) -> dict[str, Any]:
+    return {name: value for name, value in part.config.items() if not name.startswith("_")}
 
 
 @functools.cache

@@ -149,7 +149,7 @@ def test_a_plan_counts_and_refuses() -> None:
     assert plan("toybox", vram_gib=8).fits
     assert plan("sd2.1", "synthesize", assets=2).largest.peak > 1 << 30
     with pytest.raises(InputError, match="does not fit"):
-        plan("sd2.1", vram_gib=0.7).check()
+        plan("toybox", "synthesize", vram_gib=0.5).check()
     with pytest.raises(InputError, match="choose learn, synthesize or edit"):
         plan("sd2.1", "draw")
 

@@ -118,17 +118,22 @@ def parse_tensors(files: Files, folder: Path, name: str) -> dict[str, torch.Tens
     path = folder / name
     if name not in files:
         raise InputError(f"{path} is missing; {AGAIN}")
+    return check_tensors(files[name], path, AGAIN)
+
+
+def check_tensors(content: bytes, path: Path, advice: str) -> dict[str, torch.Tensor]:
+    """As `parse_tensors`, of a file's content; `advice` ends the message."""
     try:
-        tensors: dict[str, torch.Tensor] = load(files[name])
+        tensors: dict[str, torch.Tensor] = load(content)
     except Exception as error:  # whatever a hostile header makes safetensors raise
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise InputError(f"{path} is corrupt ({reason}); {AGAIN}") from None
+        raise InputError(f"{path} is corrupt ({reason}); {advice}") from None
     if wrong := {str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.dtype not in WEIGHT_TYPES}:
-        raise InputError(f"{path} holds {', '.join(sorted(wrong))}, expected fp32, fp16 or bf16; {AGAIN}")
+        raise InputError(f"{path} holds {', '.join(sorted(wrong))}, expected fp32, fp16 or bf16; {advice}")
     if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
-        raise InputError(f"{path} holds values that are not finite; {AGAIN}")
+        raise InputError(f"{path} holds values that are not finite; {advice}")
     largest = max((float(t.abs().max()) for t in tensors.values() if t.numel()), default=0.0)
     if largest > MAX_WEIGHT:
         raise InputError(f"{path} holds values up to {largest:.1e}, but learned ones are below 10: no picture comes of them; "
-                         f"{AGAIN}, with a lower learning rate")  # fmt: skip
+                         f"{advice}, with a lower learning rate")  # fmt: skip
     return tensors

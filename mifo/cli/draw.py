@@ -201,7 +201,9 @@ def variations(
 
 def _synthesis_config(config: SynthesisConfig, sampling: SynthesisOptions, layout: LayoutOptions) -> SynthesisConfig:
     """The preset with the options that were given."""
-    config = override(config, steps=sampling.steps, guidance_scale=sampling.guidance_scale, scheduler=sampling.scheduler,
+    from ..config import with_steps
+
+    config = override(with_steps(config, sampling.steps), guidance_scale=sampling.guidance_scale, scheduler=sampling.scheduler,
                       negative_prompt=sampling.negative_prompt, width=sampling.width, height=sampling.height,
                       lora_scale=sampling.lora_scale, bounded=layout.bounded, own_text=layout.own_text)  # fmt: skip
     return replace(config, guidance=replace(config.guidance, enabled=layout.guidance),
@@ -228,7 +230,7 @@ def _run_shots(job: Job, model_id: str, command: str, source: BundleOptions, sam
     """What `decompose` and `variations` share: load, draw a list of prompts, save."""
     import_libraries()
     from ..bundle.store import attach, find_bundle, load_bundle
-    from ..config import to_dict
+    from ..config import to_dict, with_steps
     from ..presets import synthesis_preset
     from ..synthesis.resumable import open_job
     from ..synthesis.variations import draw_shots, save_shots
@@ -239,7 +241,7 @@ def _run_shots(job: Job, model_id: str, command: str, source: BundleOptions, sam
     check_output(explicit, place, command, output.overwrite)
     chosen = choose_device(compute.device)
     wanted = source.model_path or own_base(bundle)
-    config = override(synthesis_preset(family_of(wanted)), steps=sampling.steps, guidance_scale=sampling.guidance_scale)
+    config = override(with_steps(synthesis_preset(family_of(wanted)), sampling.steps), guidance_scale=sampling.guidance_scale)
     check_sampling(wanted, config.scheduler, config.steps)
     base = load_base_of(bundle, source.model_path, chosen, choose_dtype(compute.mixed_precision, chosen))
     shots = make_shots(bundle, base, config)

@@ -118,7 +118,9 @@ def _model_name(argument: str | None, option: str | None) -> str:
 
 def _edit_config(config: EditConfig, blending: BlendingOptions, sampling: EditSampling) -> EditConfig:
     """The preset with the options that were given."""
-    config = override(config, steps=sampling.steps, guidance_scale=sampling.guidance_scale, lora_scale=sampling.lora_scale,
+    from ..config import with_steps
+
+    config = override(with_steps(config, sampling.steps), guidance_scale=sampling.guidance_scale, lora_scale=sampling.lora_scale,
                       negative_prompt=sampling.negative_prompt, bounded=sampling.bounded, own_text=sampling.own_text,
                       background=blending.background, optimize=blending.optimize, start=blending.start,
                       reconstruction_steps=blending.reconstruction_steps, mask_dilation=blending.mask_dilation,

@@ -8,12 +8,26 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
-from ..io.console import Bar, Job, waiting
+from ..io.console import Bar, Job, say, waiting
+from ..io.files import check_writable
 from ..io.outputs import PLACE, check_apart, check_file, check_output, numbered_file, numbered_folder
 from .app import app
 from .job import job_command
-from .options import BundleName, Device, ExportFormat, OutputDir, Overwrite, OverwriteFile, Precision, Seed, path, path_argument
-from .parts import choose_device, choose_dtype, import_libraries, load_base_of, not_to_write_into
+from .options import (
+    BundleName,
+    Device,
+    ExportFormat,
+    KeepBasePath,
+    ModelPath,
+    OutputDir,
+    Overwrite,
+    OverwriteFile,
+    Precision,
+    Seed,
+    path,
+    path_argument,
+)
+from .parts import bundle_name, choose_device, choose_dtype, import_libraries, load_base, load_base_of, not_to_write_into
 
 
 @job_command(app, 'mifo boxes "[[0.05, 0.3, 0.45, 0.7], [0.55, 0.3, 0.95, 0.7]]"')
@@ -88,6 +102,37 @@ def export(
     files = sorted(p.as_posix() for p in found)
     job.text(f"{output_path}: {', '.join(files)}")
     job.json({"folder": str(output_path), "files": files})
+
+
+@job_command(app, 'mifo import my_car_lora.safetensors --model-path sd1.5 --words "red toy car" --name my_car', name="import")
+def import_files(
+    job: Job,
+    files: Annotated[list[Path], path_argument("A LoRA of diffusers or kohya, textual inversions, or both: .safetensors.")],
+    model_path: ModelPath,
+    name: Annotated[str | None, typer.Option(help="Of the bundle; by default the first file's.")] = None,
+    words: Annotated[str | None, typer.Option(help='What they were trained with, an entry per asset: "a car,a bus".')] = None,
+    output_dir: OutputDir = Path("Model_ours"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle of that name.")] = False,
+    keep_base_path: KeepBasePath = False,
+) -> None:
+    """Make a bundle of files that other programs trained, for prompts with <asset0> and for boxes."""
+    target = output_dir / bundle_name(name or files[0].stem)
+    check_writable(output_dir)
+    read: dict[str, str | Path | None] = {f"FILES[{k}]": file for k, file in enumerate(files)}
+    check_apart(target, target, read, not_to_write_into(None, model_path), "the bundle's folder")
+
+    import_libraries()
+    from ..bundle.import_ import import_files as run_import
+    from ..config import MemoryConfig
+
+    base = load_base(model_path, "cpu", choose_dtype(Precision.auto, "cpu"), MemoryConfig())
+    given = [word.strip() for word in words.split(",")] if words else []
+    with waiting("reading the files"):
+        bundle, notes = run_import(files, base, target, given, overwrite, keep_base_path)
+    for note in notes:
+        say(f"note: {note}")
+    job.text(f"bundle: {bundle.folder}, {', '.join(bundle.tokens)}, {', '.join(bundle.adapters) or 'no LoRA'}")
+    job.json({"bundle": str(bundle.folder), "tokens": list(bundle.tokens), "adapters": list(bundle.adapters), "notes": notes})
 
 
 @job_command(app, "mifo demo")

@@ -56,8 +56,8 @@ class GroupedHelp(TyperCommand):
                     formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
 
 
-def job_command(app: typer.Typer, example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Registers a function whose first parameter is the `Job` that runs."""
+def job_command(app: typer.Typer, example: str, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a function whose first parameter is the `Job` that runs; `name`: of the command, else the function's."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         parameters, groups = _parameters(function)
@@ -71,7 +71,7 @@ def job_command(app: typer.Typer, example: str) -> Callable[[Callable[..., None]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         del run.__wrapped__
-        app.command(cls=GroupedHelp, epilog=example)(run)
+        app.command(name, cls=GroupedHelp, epilog=example)(run)
         return run
 
     return register

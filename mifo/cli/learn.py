@@ -16,6 +16,7 @@ from .app import app
 from .job import job_command
 from .options import ComputeOptions, EvaluatorOptions, InstanceName, Keep, LearnInput, LearnOutput, TrainingOptions
 from .parts import (
+    bundle_name,
     choose_attention,
     choose_device,
     choose_dtype,
@@ -62,7 +63,7 @@ def learn(
     if source.background_asset:
         words = [[*(initial or [None] * each.count), "background"] for initial, each in zip(words, instances, strict=True)]
         instances = [with_background(each) for each in instances]
-    targets = [output.output_dir / _bundle_name(output.name or each.name) for each in instances]
+    targets = [output.output_dir / bundle_name(output.name or each.name) for each in instances]
     for target in targets:
         _check_target(target, folders, source.model_path)
 
@@ -143,12 +144,6 @@ def _checkpoint_judge(config: LearnConfig, instance: Instance, base: BaseModel, 
     with waiting("loading the models that measure"):
         backend = make_backend(evaluators.backend.value, base.family, without_background(instance), str(base.device), *models)
     return checkpoint_judge(backend, config.keep.samples)
-
-
-def _bundle_name(name: str) -> str:
-    if not name or name.startswith(".") or any(c in "/\\" or not c.isprintable() for c in name) or len(name.encode()) > 100:
-        raise InputError(f"{name[:100]!r} cannot name a bundle; give a --name of letters, digits, '-' and '_'")
-    return name
 
 
 def _check_target(target: Path, folders: list[Path], model_path: str) -> None:

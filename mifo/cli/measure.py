@@ -45,7 +45,6 @@ from .parts import (
     load_base_of,
     measured_by,
     not_to_write_into,
-    override,
     own_base,
     say_weights,
     sheet_facts,
@@ -87,11 +86,11 @@ def evaluate(
     say_weights([case.prompt for case in cases])
     images = read_images(source.images, source.prompts, source.boxes, bundle.tokens) if source.images else None
     chosen = choose_device(compute.device)
-    from ..config import to_dict
+    from ..config import to_dict, with_steps
     from ..presets import synthesis_preset
 
     wanted = source.model_path or own_base(bundle)
-    config = override(synthesis_preset(family_of(wanted)), steps=source.steps)
+    config = with_steps(synthesis_preset(family_of(wanted)), source.steps)
     check_sampling(wanted, config.scheduler, config.steps)
     base = load_base_of(bundle, source.model_path, chosen, choose_dtype(compute.mixed_precision, chosen))
     judge = measured_by(bundle, base, source.instance, evaluators, source.mask_orientation.value)

@@ -31,6 +31,7 @@ class Sampler(str, Enum):
     ddim = "ddim"
     dpm = "dpm"
     unipc = "unipc"
+    euler = "euler"
     own = "own"
 
 
@@ -163,10 +164,11 @@ OverwriteFile = Annotated[bool, typer.Option("--overwrite", help="Replace a file
 Resolution = Annotated[int | None, typer.Option(min=32, help="Pixels; the model's own by default.")]
 ModelPath = Annotated[str, path("toybox (embedded), sd1.5, sd2.1, sd2.1-768, sdxl, a hub id, a folder or a file.")]
 Precisions = Annotated[Precision, typer.Option(help="auto: what the device is best at.")]
+KeepBasePath = Annotated[bool, typer.Option("--keep-base-path", help="Write into the bundle where the base lies.")]
 Boxes = Annotated[str | None, path("JSON file or text: one [x0, y0, x1, y1] per asset, 0 to 1.")]
 FolderPath = Annotated[Path, path("Holds the instance folders.")]
 OutputDir = Annotated[Path, path("Where learned bundles are kept.")]
-AttentionBackend = Annotated[Attention, typer.Option(help="auto: xformers where it works, else PyTorch's own.")]
+AttentionBackend = Annotated[Attention, typer.Option(help="auto: PyTorch's own, or xformers where it is a tenth faster.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="The same seed gives the same result.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; empty picks what is there.")]
 VramGib = Annotated[float | None, number(0.5, 1024, "GPU memory to stay within; see 'plan'.")]
@@ -279,7 +281,7 @@ class LearnOutput(OptionGroup):
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a bundle learned from another photo, other masks or on another base.")
     ] = False
-    keep_base_path: Annotated[bool, typer.Option("--keep-base-path", help="Write into the bundle where the base lies.")] = False
+    keep_base_path: KeepBasePath = False
 
 
 @dataclass(frozen=True)

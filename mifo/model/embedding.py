@@ -67,16 +67,17 @@ def use_assets(text_encoders: Sequence[Any], token_ids: Sequence[int], vectors: 
             encoder.set_input_embeddings(table)
 
 
-def initial_vectors(text_encoders: Sequence[Any], tokenizer: Any, words: Sequence[str | None]) -> torch.Tensor:
+def initial_vectors(text_encoders: Sequence[Any], tokenizer: Any, words: Sequence[str | None],
+                    noise: float = 0.05) -> torch.Tensor:  # fmt: skip
     """(N, sum of widths) starting vectors: the mean of an asset's words where given, else the mean of the vocabulary.
 
     The vocabulary's mean is the most neutral start: it stands for no thing in particular. Each gets a little noise of
-    its own, 5 % of the table's typical length, so that assets which start from the same words do not stay the same.
+    its own, `noise` times the table's typical length, so that assets which start from the same words do not stay the same.
     """
-    return torch.cat([_starts(encoder.get_input_embeddings(), tokenizer, words) for encoder in text_encoders], dim=1)
+    return torch.cat([_starts(encoder.get_input_embeddings(), tokenizer, words, noise) for encoder in text_encoders], dim=1)
 
 
-def _starts(table: nn.Embedding, tokenizer: Any, words: Sequence[str | None]) -> torch.Tensor:
+def _starts(table: nn.Embedding, tokenizer: Any, words: Sequence[str | None], share: float) -> torch.Tensor:
     weight = table.weight.detach().float()
     mean = weight.mean(0)
     typical_length = weight.norm(dim=1).median()
@@ -86,6 +87,6 @@ def _starts(table: nn.Embedding, tokenizer: Any, words: Sequence[str | None]) ->
         vector = weight[ids].mean(0) if ids else mean
         generator = torch.Generator().manual_seed(index)
         noise = torch.randn(vector.shape, generator=generator).to(vector)
-        vector = vector + 0.05 * typical_length * noise / noise.norm()
+        vector = vector + share * typical_length * noise / noise.norm()
         vectors.append(vector)
     return torch.stack(vectors)

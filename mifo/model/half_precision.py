@@ -22,6 +22,14 @@ class _FollowingLinear(nn.Linear):
         return F.linear(input, self.weight.to(input.dtype))  # LoRA's matrices have no bias
 
 
+class _FollowingConv2d(nn.Conv2d):
+    """(B, in, h, w) -> (B, out, h', w'), likewise."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self._conv_forward(input, self.weight.to(input.dtype), None)
+        return found
+
+
 def follow_input_dtype(model: nn.Module) -> None:
     """Every LoRA layer in `model` computes in its input's dtype. On an fp32 base nothing changes, to the bit."""
     for layer in model.modules():
@@ -29,4 +37,5 @@ def follow_input_dtype(model: nn.Module) -> None:
             layer.cast_input_dtype_enabled = False
             matrices: list[Any] = [*layer.lora_A.values(), *layer.lora_B.values()]
             for matrix in matrices:
-                matrix.__class__ = _FollowingLinear  # the parameters and their names stay as they are
+                # the parameters and their names stay as they are
+                matrix.__class__ = _FollowingConv2d if isinstance(matrix, nn.Conv2d) else _FollowingLinear

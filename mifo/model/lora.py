@@ -24,7 +24,9 @@ from .half_precision import follow_input_dtype
 
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
-TARGETS = (sorted(UNET_TARGETS), sorted(TEXT_TARGETS))
+#: Layers that adapters of other programs may have too: feed-forward, projections around attention, convolutions.
+KNOWN_TARGETS = (*UNET_TARGETS, *TEXT_TARGETS, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "fc1", "fc2", "conv_in",
+                 "conv_out", "conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv")  # fmt: skip
 LORA_CONFIG, LORA_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 AGAIN = "learn the bundle again"
 
@@ -61,9 +63,8 @@ def lend_adapter(part: Any, adapter: Adapter, folder: Path, scale: float) -> Ite
     Only rank, alpha and targets are taken from its configuration; the rest could name code to run. Raises InputError when
     the weights are not those of this model's layers.
     """
-    model = get_peft_model(part, copy(adapter.config))
+    model = filled_adapter(part, adapter, folder)
     try:
-        _fill_adapter(model, adapter.weights, folder)
         follow_input_dtype(model)
         for module in model.modules():
             if isinstance(module, LoraLayer):
@@ -71,6 +72,17 @@ def lend_adapter(part: Any, adapter: Adapter, folder: Path, scale: float) -> Ite
         yield
     finally:
         remove_adapter(model)
+
+
+def filled_adapter(part: Any, adapter: Adapter, folder: Path) -> PeftModel:
+    """`part` with the adapter in it. Raises InputError, and leaves `part` as it was, for weights that are not its layers'."""
+    model = get_peft_model(part, copy(adapter.config))
+    try:
+        _fill_adapter(model, adapter.weights, folder)
+    except BaseException:
+        remove_adapter(model)
+        raise
+    return model
 
 
 def remove_adapter(adapter: PeftModel) -> None:
@@ -89,10 +101,10 @@ def published_name(name: str) -> str:
 
 def lora_config(record: Mapping[str, Any], path: Path) -> LoraConfig:
     rank, alpha, targets = record.get("r"), record.get("lora_alpha"), record.get("target_modules")
-    known = isinstance(targets, list) and sorted(map(str, targets)) in TARGETS
+    known = isinstance(targets, list) and len(targets) > 0 and all(target in KNOWN_TARGETS for target in targets)
     if type(rank) is not int or type(alpha) is not int or not (0 < rank <= 1024 and 0 < alpha <= 1024 and known):
         shown = f"r {rank!r}, lora_alpha {alpha!r}, target_modules {targets!r}"[:200]
-        raise InputError(f"{path} has {shown}, which is no adapter that mifo writes; learn the bundle again")
+        raise InputError(f"{path} has {shown}, which is no adapter that mifo writes; {AGAIN}")
     return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, inference_mode=True)
 
 

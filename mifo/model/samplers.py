@@ -13,7 +13,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
 
 from ..errors import InputError
 from ..io.json_text import json_text, named_infinities
@@ -23,6 +23,7 @@ SCHEDULERS: dict[str, Any] = {
     "ddim": DDIMScheduler,
     "dpm": DPMSolverMultistepScheduler,
     "unipc": UniPCMultistepScheduler,
+    "euler": EulerDiscreteScheduler,
 }
 OWN = "own"
 """The sampler that the base model's folder names."""

@@ -13,7 +13,7 @@ from _tiny import ROOT
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_little_torture(tmp_path: Path):
-    command = [sys.executable, "scripts/robustness/torture.py", "--kills", "3", "--faults", "1", "--steps", "4", "--no-write"]
+    command = [sys.executable, "scripts/robustness/torture.py", "--kills", "2", "--faults", "1", "--steps", "4", "--no-write"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

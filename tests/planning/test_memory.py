@@ -206,13 +206,29 @@ def test_the_whole_unet_is_the_same_on_every_backend_and_itself_afterwards(toybo
         assert torch.equal(unet(*inputs).sample, expected) and unet.attn_processors == before
 
 
+def test_kernels_are_timed_with_their_gradient() -> None:
+    calls: list[tuple[int, ...]] = []
+
+    def kernel(query, key, value, visible, scale):
+        calls.append((*query.shape, int(query.requires_grad)))
+        return backends.sdpa(query, key, value, visible, scale)
+
+    assert 0 < backends.kernel_seconds(kernel, "cpu", torch.float32, repeats=2) < 60
+    assert calls == [(2, 2, 256, 32, 1)] * 3
+
+
 def test_the_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xformers", None)  # as where it is not installed
     assert backends.choose_backend("auto", "cpu", torch.float32) == backends.Backend("sdpa", "xformers is not installed")
     with pytest.raises(InputError, match="not installed; use auto or sdpa"):
         backends.choose_backend("xformers", "cpu", torch.float32)
     monkeypatch.setitem(sys.modules, "xformers", FakeXformers("xformers"))
-    assert backends.choose_backend("auto", "cpu", torch.float32).name == "xformers"
+    assert backends.choose_backend("xformers", "cpu", torch.float32) == backends.Backend("xformers", "asked for")
+    for milliseconds, expected in ((8.0, "xformers"), (9.5, "sdpa"), (12.0, "sdpa")):  # beside SDPA's 10; a tenth counts
+        taken = {backends.xformers: milliseconds, backends.sdpa: 10.0}
+        monkeypatch.setattr(backends, "kernel_seconds", lambda kernel, *_, taken=taken: taken[kernel] / 1000)
+        found = backends.choose_backend("auto", "cpu", torch.float32)
+        assert found.name == expected and f"xformers {milliseconds:.2f} ms" in found.reason
     wrong = SimpleNamespace(ops=SimpleNamespace(memory_efficient_attention=lambda q, k, v, attn_bias, scale: q + k + v))
     monkeypatch.setitem(sys.modules, "xformers", wrong)
     assert backends.choose_backend("auto", "cpu", torch.float32).name == "sdpa", "a kernel with wrong results is not used"
