@@ -133,6 +133,8 @@ class LearnConfig(Checked):
     """Weight of keeping to the prediction without the assets' tokens outside the masks; 0 as published."""
     locality_every: AtLeastOne = 1
     """Every so many steps the locality term is computed, and then weighs as much as all of them: the same on average, cheaper."""
+    locality_max_timestep: Count = 1000
+    """Locality applies to draws whose timestep (of 1000) is below this: above, noise hides where the masks are."""
     masked_loss_by_area: bool = False
     """Divide the masked loss by the mask's area instead of the picture's."""
     weight_decay: NotNegative = 1e-2

@@ -132,6 +132,40 @@ def base_model_table() -> str:
     return "\n".join([*lines, "", source("base_model", result)])
 
 
+def xl_table() -> str:
+    """The embedded model in SDXL's layout."""
+    result = load("toybox_xl")
+    if result is None:
+        return "Not measured yet."
+    alone, boxes = result["alone"], result["in_boxes"]
+    rows = [
+        ("one thing, drawn from words: class and colour right", percent(result["single_things"]["class_and_color"]), "80 %"),
+        ("three cars learned, in boxes: right instance in its box", percent(boxes["right_instance"]), "80 %"),
+        ("in boxes: class, both colours and pattern right", percent(boxes["right"]), ""),
+        ("in boxes: mean IoU with the box", f"{boxes['mean_iou']:.2f}", ""),
+        ("alone: class, both colours and pattern right", percent(alone["right"]), ""),
+        ("alone: never confused with another", percent(alone["not_confused"]), ""),
+    ]
+    lines = ["| | measured | aimed at |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join([*lines, "", source("toybox_xl", result)])
+
+
+def samplers_table() -> str:
+    """Steps against quality, for each sampler."""
+    result = load("samplers")
+    if result is None:
+        return "Not measured yet."
+    lines = ["| sampler | steps | one thing: class and colour | in boxes: right one | in boxes: all right | IoU | seconds |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for row in sorted(result["rows"], key=lambda row: (row["sampler"], row["steps"])):
+        boxes = row["in_boxes"]
+        lines.append(f"| {row['sampler']} | {row['steps']} | {percent(row['single_things']['class_and_color'])} | "
+                     f"{percent(boxes['right_instance'])} | {percent(boxes['right'])} | {boxes['mean_iou']:.2f} | "
+                     f"{boxes['seconds_per_image']['median']:.1f} |")  # fmt: skip
+    about = f"{result['singles']} pictures of single things and {result['images']} with three boxes a row; the same seeds."
+    return "\n".join([about, "", *lines, "", source("samplers", result)])
+
+
 def toybench_table(name: str) -> str:
     result = load(name)
     if result is None:
@@ -336,7 +370,8 @@ def _seconds(entry: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-          "headline": headline_table, "main_job": main_job_table, "base_model": base_model_table, "edit": edit_table,
+          "headline": headline_table, "main_job": main_job_table, "base_model": base_model_table, "toybox_xl": xl_table,
+          "samplers": samplers_table, "edit": edit_table,
           "bench": bench_table, "bench_jobs": jobs_table, "bench_growth": growth_table, "memory_goals": goals_table,
           "memory_goals_sdxl": xl_goals_table,
           "memory": memory_table,

@@ -147,13 +147,20 @@ class Objective:
 
         `prediction` and `noisy` are (draws, C, h, w), `timesteps` (draws,); the reference is the model as it stands, adapters
         included, without gradient. This project's own term; the idea is prior preservation's, applied by place.
-        The masked loss alone says nothing about the outside, so a token may fill it with its asset as well.
+        The masked loss alone says nothing about the outside, so a token may fill it with its asset as well. Draws at or above
+        `locality_max_timestep` count nothing: there nobody can see where the masks are, and a token that may change nothing
+        outside of them could change nothing at all.
         """
+        counting = timesteps < self.config.locality_max_timestep
+        share = float(counting.float().mean())
+        if share == 0:
+            return prediction.new_zeros(())
+        prediction, noisy, timesteps = prediction[counting], noisy[counting], timesteps[counting]
         with torch.no_grad():
             ids = tokenize_prompt(self.base.tokenizer, "a photo", []).input_ids
             prompt_embeds = self.base.encode_prompt(torch.tensor([ids]), self.data.size).expand(len(noisy))
             without = predict(self.base.unet, noisy, timesteps, prompt_embeds)
-        return masked_diffusion_loss(prediction, without, 1 - batch.union_mask, self.config.masked_loss_by_area)
+        return share * masked_diffusion_loss(prediction, without, 1 - batch.union_mask, self.config.masked_loss_by_area)
 
 
 def _assets_of(prompt: str, batch: Batch) -> list[str]:

@@ -156,25 +156,40 @@ def _score_boxes(verdict: Verdict, layout: Layout, things: list[Thing], right: l
         ious.append(iou)
 
 
+def pooled(entries: list[Any]) -> Any:
+    """The same numbers of several runs together: shares of all their pictures, means of all else; `spread` is over the runs."""
+    first = entries[0]
+    if isinstance(first, dict) and "percent" in first:
+        hits = sum(round(entry["percent"] * entry["of"] / 100) for entry in entries)
+        return share([True] * hits + [False] * (sum(entry["of"] for entry in entries) - hits))
+    if isinstance(first, dict) and "median" in first:
+        return spread([entry["median"] for entry in entries])
+    if isinstance(first, dict):
+        return {key: pooled([entry[key] for entry in entries]) for key in first}
+    return round(sum(entries) / len(entries), 3)
+
+
 def main(
     instance: str = "toy_car",
     model_path: str = "toybox",
     seeds: Annotated[int, typer.Option(help="Per asset and background; the bars ask for 8.")] = 8,
     images: Annotated[int, typer.Option(help="Pictures with boxes; the bars ask for 24.")] = 24,
     recipes: str = "mifo,break-a-scene",
+    runs: Annotated[int, typer.Option(help="Learning runs of each recipe, of the seeds from 0 on.")] = 1,
     name: str = "main_job",
     sheet: Path | None = None,
 ) -> None:
-    """Measures and writes scripts/results/<name>.json."""
+    """Measures and writes scripts/results/<name>.json. Numbers are of all runs together; `each_run` has them apart."""
     folder = Path("example") / instance
     things, judge = load_things(folder), load_judge()
     base = load_base_model(model_path)
-    numbers: dict[str, Any] = {"instance": instance, "model": model_path}
+    numbers: dict[str, Any] = {"instance": instance, "model": model_path, "runs": runs}
     cells = []
     work = Path(tempfile.mkdtemp())
-    for recipe in recipes.split(","):
+    for recipe, run in ((recipe, run) for recipe in recipes.split(",") for run in range(runs)):
         started = time.monotonic()
-        bundle = learn(load_instance(folder), base, recipe_config(base.family, recipe), work / recipe)
+        config = replace(recipe_config(base.family, recipe), seed=run)
+        bundle = learn(load_instance(folder), base, config, work / f"{recipe}-{run}")
         size = sum(p.stat().st_size for p in bundle.folder.rglob("*") if p.is_file()) / 2**20
         entry: dict[str, Any] = {"learn_seconds": round(time.monotonic() - started, 1), "bundle_mib": round(size, 2)}
         entry |= {key: bundle.metadata[key] for key in ("peak_gib", "attention_inside_mask")}
@@ -184,11 +199,14 @@ def main(
             entry["in_boxes"], placed = measure_boxes(base, bundle, things, judge, control, images)
             plain = replace(control, bounded=False, guidance=replace(control.guidance, enabled=False))
             entry["without_box_control"], free = measure_boxes(base, bundle, things, judge, plain, images, False)
-        cells += [caption_below(enlarge(i, 192), f"{recipe}: alone") for i in alone[:9]]
-        cells += [caption_below(i, f"{recipe}: boxes") for i in placed]
-        cells += [caption_below(i, f"{recipe}: no boxes") for i in free[:3]]
-        numbers[recipe] = entry
-        print(recipe, record_text(entry, indent=1))
+        if run == 0:
+            cells += [caption_below(enlarge(i, 192), f"{recipe}: alone") for i in alone[:9]]
+            cells += [caption_below(i, f"{recipe}: boxes") for i in placed]
+            cells += [caption_below(i, f"{recipe}: no boxes") for i in free[:3]]
+        each = [*numbers.get(recipe, {}).get("each_run", []), entry]
+        numbers[recipe] = {**pooled(each), "each_run": each}
+        print(recipe, run, record_text(entry, indent=1), flush=True)
+        write_result(name, numbers)
     if sheet:
         grid(cells, columns=9).save(sheet)
     shutil.rmtree(work)

@@ -45,7 +45,8 @@ from mifo.learning.dataset import InstanceData
 from mifo.model.base import BaseModel, load_base_model
 from mifo.presets import learn_preset, synthesis_preset
 from mifo.toybox.examples import write_instance
-from scripts.toybench.toybench_methods import METHODS, Training, choose_methods, trained, training, write_record
+from scripts.toybench.methods import METHODS, Training, choose_methods, training
+from scripts.toybench.toybench_methods import trained, write_record
 from scripts.toybench.toybench_scenes import COUNTS, LARGE_COUNTS, LEVELS, SPLITS, Cell, bench_scene
 
 ITEMS, KEPT = "items", "bundles"

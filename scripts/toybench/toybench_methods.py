@@ -1,4 +1,4 @@
-"""The methods that toybench compares (methods.json, changes of this project's own configuration), and how each is trained.
+"""How each of toybench's methods is trained.
 
 Baselines follow Break-A-Scene (arXiv 2305.16311, section 4.1): textual inversion and DreamBooth, each with the masked loss and
 with pairs, a small collection made from the one picture: random subsets of the assets cut out, on random plain backgrounds,
@@ -13,9 +13,8 @@ import copy
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import torch
 from PIL import Image
 
 from mifo.bundle.store import Bundle, attach, load_bundle
-from mifo.config import LearnConfig, SynthesisConfig
+from mifo.config import LearnConfig
 from mifo.data.instance import FittedInstance, Instance, fit_instance
 from mifo.evaluation.backend import Backend
 from mifo.evaluation.checkpoints import checkpoint_judge
@@ -36,104 +35,10 @@ from mifo.learning.prior import make_prior
 from mifo.learning.trainer import Trainer
 from mifo.model.base import BaseModel
 from mifo.model.embedding import initial_vectors, use_assets
-from mifo.presets import learn_preset
 from mifo.prompts import add_asset_tokens, join_assets
+from scripts.toybench.methods import Training
 
 PAIRS = 24
-
-
-@dataclass(frozen=True)
-class Training:
-    """`kind`: 'product' (learn and a bundle), 'pairs' or 'full' (trained in memory: no bundle holds them)."""
-
-    kind: str
-    config: LearnConfig
-
-
-@dataclass(frozen=True)
-class Method:
-    """A row of the table, as `methods.json` describes it.
-
-    `change` and `drawing`: settings by dotted name, of `LearnConfig` and of `SynthesisConfig`; `*.` stands for both phases.
-    `steps`: 'as they are', 'all in embedding' and 'all in lora' (the same total in one phase), or 'by count' (more for more than
-    three things). `training`: the method whose learned assets are drawn. `boxes`: false where nothing keeps assets to boxes.
-    """
-
-    training: str
-    group: str
-    recipe: str = "mifo"
-    kind: str = "product"
-    steps: str = "as they are"
-    change: Mapping[str, Any] = field(default_factory=dict)
-    drawing: Mapping[str, Any] = field(default_factory=dict)
-    boxes: bool = True
-
-    @property
-    def only_boxes(self) -> bool:
-        """An ablation of drawing in boxes: assets alone are the same as its training's own method draws."""
-        return self.group == "drawing"
-
-    def synthesis(self, config: SynthesisConfig) -> SynthesisConfig:
-        changed: SynthesisConfig = _changed(config, self.drawing)
-        return changed
-
-
-def _read_methods(path: Path) -> dict[str, Method]:
-    """`like` takes over another entry's settings; raises TypeError for a field that does not exist."""
-    entries = json.loads(path.read_text())
-    methods = {}
-    for name, entry in entries.items():
-        whole = {**entries[entry["like"]], **entry} if "like" in entry else entry
-        methods[name] = Method(**{"training": name, **{k: v for k, v in whole.items() if k != "like"}})
-    return methods
-
-
-METHODS = _read_methods(Path(__file__).with_name("methods.json"))
-
-
-def choose_methods(text: str) -> list[str]:
-    """'main', 'ablations', 'all', or names with commas; raises KeyError for a name that does not exist."""
-    main = [name for name, method in METHODS.items() if method.group == "main"]
-    groups = {"main": main, "ablations": ["mifo", *(n for n in METHODS if n not in main)], "all": list(METHODS)}
-    names = [name for part in text.split(",") for name in groups.get(part.strip(), (part.strip(),))]
-    for name in names:
-        METHODS[name]
-    return list(dict.fromkeys(names))
-
-
-# --- configurations -----------------------------------------------------------------------------
-
-
-def training(name: str, seed: int, share: float = 1.0, count: int = 3) -> Training:
-    """What a method trains with, for `count` things; `share` of the steps, for quick runs."""
-    method = METHODS[name]
-    config = _changed(learn_preset("toybox", method.recipe), method.change)
-    both = config.embedding.train_steps + config.lora.train_steps
-    first, second = {"all in embedding": (both, 0), "all in lora": (0, both)}.get(
-        method.steps, (config.embedding.train_steps, config.lora.train_steps)
-    )
-    if method.steps == "by count":
-        share *= max(1, count / 3)
-    rewarded = config.embedding.attention.reward_steps
-    steps = {"embedding.train_steps": first, "embedding.attention.reward_steps": rewarded, "lora.train_steps": second}
-    return Training(method.kind, _changed(config, {**{k: _scaled(v, share) for k, v in steps.items()}, "seed": seed}))
-
-
-def _scaled(steps: int, share: float) -> int:
-    return max(1, round(steps * share)) if steps else 0
-
-
-def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
-    """The configuration with other values at these dotted names; raises AttributeError or TypeError for a name it has not."""
-    for name, value in changes.items():
-        for phase in ("embedding.", "lora.") if name.startswith("*.") else ("",):
-            config = _set(config, (phase + name.removeprefix("*.")).split("."), value)
-    return config
-
-
-def _set(config: Any, names: list[str], value: Any) -> Any:
-    inner = value if len(names) == 1 else _set(getattr(config, names[0]), names[1:], value)
-    return replace(config, **{names[0]: inner})
 
 
 # --- training -----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import numpy as np
 from mifo.evaluation.metrics import interval
 from mifo.evaluation.plots import Bar, BarChart, MatrixChart, save_charts
 from scripts.record import FOLDER, write_result
-from scripts.toybench.toybench_methods import METHODS
+from scripts.toybench.methods import METHODS
 from scripts.toybench.toybench_scenes import LEVELS, Cell
 
 Item = dict[str, Any]

@@ -19,8 +19,9 @@ from mifo.model.embedding import initial_vectors, use_assets
 from mifo.presets import learn_preset, synthesis_preset
 from mifo.toybox.draw import RARE_CLASSES
 from scripts.toybench import toybench, toybench_report
+from scripts.toybench.methods import METHODS, choose_methods, training
 from scripts.toybench.toybench import item_path, main, plan_jobs, run_all
-from scripts.toybench.toybench_methods import METHODS, PairData, choose_methods, pair_picture, trained, training, whole_model
+from scripts.toybench.toybench_methods import PairData, pair_picture, trained, whole_model
 from scripts.toybench.toybench_scenes import COUNTS, LARGE_COUNTS, LEVELS, Cell, bench_scene
 
 

@@ -103,3 +103,8 @@ def test_locality_counts_what_the_tokens_change_outside_the_masks_and_nothing_el
     assert locality(without) < 1e-9
     assert locality(without + 3 * union) < 1e-9  # inside, a token may do what it likes
     assert abs(locality(without + 2 * (1 - union)) - 4) < 1e-3  # outside, the squared change counts
+    for highest, expected in ((701, 4.0), (700, 0.0)):  # of two draws at 700 one has changed
+        objective.config = replace(config, locality_max_timestep=highest)
+        two = torch.cat([without + 2 * (1 - union), without])
+        found = objective.locality(two, noisy.repeat(2, 1, 1, 1), torch.tensor([700, 700]), batch)  # type: ignore[arg-type]
+        assert abs(float(found) - expected / 2) < 1e-3
