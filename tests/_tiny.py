@@ -41,10 +41,10 @@ def tiny_base_folder(seed: int = 0) -> Path:
 
     from mifo.toybox.architecture import build_text_encoder, build_tokenizer, build_unet, build_vae, scheduler_config
 
+    torch.manual_seed(seed)
     # the toybox's layers, a fraction as wide: commands run on it hundreds of times
     unet = UNet2DConditionModel(**{**_settings(build_unet()), "block_out_channels": (16, 32), "norm_num_groups": 8})
     vae = AutoencoderKL(**{**_settings(build_vae()), "block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4})
-    torch.manual_seed(seed)
     folder = _scratch() / f"base{seed}"
     tokenizer = build_tokenizer(_scratch() / f"tokenizer{seed}")
     StableDiffusionPipeline(
