@@ -24,11 +24,11 @@ from .learning.checkpoints import Checkpointing
 from .learning.learn import learn
 from .model.base import load_base_model
 from .presets import learn_preset, synthesis_preset
+from .sampling.sample import sample_prompts
 from .synthesis.synthesize import synthesize
 from .toybox.examples import write_example
 
 BOXES = "[[0.04, 0.08, 0.46, 0.36], [0.54, 0.30, 0.96, 0.58], [0.10, 0.64, 0.52, 0.92]]"
-ONE_BOX = "[[0.28, 0.40, 0.72, 0.72]]"  # without one a thing mostly comes twice
 PLACES = ("on the grass", "in the snow")
 GO_ON = Checkpointing(resume=True, strict=False)
 ALONE = "at the beach"
@@ -63,8 +63,7 @@ def draw_demo(place: Path, seed: int, device: str, bar: Any) -> Demo:
     prompts = [f"a photo of {' and '.join(bundle.tokens)} {where}" for where in PLACES]
     layout = parse_layout(BOXES, bundle.tokens)
     with attach(base, bundle):
-        alone = [synthesize(base, f"a photo of {token} {ALONE}", parse_layout(ONE_BOX, [token]), bundle.tokens, control, seed, 1,
-                            bar.denoising).images[0] for token in bundle.tokens]  # fmt: skip
+        alone = sample_prompts(base, [f"a photo of {t} {ALONE}" for t in bundle.tokens], bundle.tokens, seed)
         placed = [synthesize(base, p, layout, bundle.tokens, control, seed, 1, bar.denoising) for p in prompts]
         without = synthesize(base, prompts[0], None, bundle.tokens, free, seed, 1, bar.denoising).images[0]
     sheet = _sheet(instance, bundle.tokens, layout, alone, [p.images[0] for p in placed], without)
@@ -87,14 +86,14 @@ def save_demo(drawn: Demo, output: Path, overwrite: bool = False) -> dict[str, A
 
 def _sheet(instance: Instance, tokens: Sequence[str], layout: Layout, alone: list[Image.Image], placed: list[Image.Image],
            without: Image.Image) -> Image.Image:  # fmt: skip
-    """Above, what is learned: the photo with its masks, and each asset in one box. Below, what it is for: the boxes that are
-    asked for, the pictures in them, and what the same words draw without boxes."""
+    """Above, what is learned: the photo with its masks, and each asset alone. Below, what it is for: the boxes that are asked
+    for, the pictures in them, and what the same words draw without boxes."""
     source = instance.image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     for index, mask in enumerate(instance.masks):
         source = outline(source, mask.resize(source.size, Image.Resampling.NEAREST), ASSET_COLORS[index])
     blank = Image.new("RGB", (SIDE, SIDE), (236, 236, 236))
     cells = [(source, "one photo, a mask for each car")]
-    cells += [(enlarge(image, SIDE), f"{token} {ALONE}, in one box") for image, token in zip(alone, tokens, strict=True)]
+    cells += [(enlarge(image, SIDE), f"{token} {ALONE}") for image, token in zip(alone, tokens, strict=True)]
     cells += [(draw_boxes(blank, layout), "asked for: a box for each")]
     cells += [(draw_boxes(enlarge(image, SIDE), layout), where) for image, where in zip(placed, PLACES, strict=True)]
     cells += [(enlarge(without, SIDE), f"{PLACES[0]}, without boxes")]

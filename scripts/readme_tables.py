@@ -111,8 +111,8 @@ def main_job_table() -> str:
     fair = (
         f"{_runs(result).capitalize()} each, on a busy machine: seconds are too long. The third and fourth columns have the same "
         "number of steps, draws, prior images and rates as ours; the rates were found for ours, in a handful of runs. Run by "
-        f"run, in percent: {apart}. Which is better in general takes more scenes and learning runs. Alone a thing comes twice in "
-        "most of mifo's pictures: shifted copies and locality cure that in part and cost likeness (LOG.md), a box cures it."
+        f"run, in percent: {apart}. Which is better in general takes more scenes and learning runs. Locality and shifted copies, "
+        "which Break-A-Scene has not, keep one thing one thing and cost likeness (LOG.md)."
     )
     return "\n".join([*lines, "", fair, "", source("main_job", result)])
 

@@ -32,7 +32,7 @@ def test_the_bundle_is_small_and_says_where_attention_fell(learned):
     there = {p.name for p in bundle.folder.iterdir()}
     assert {"bundle.json", "assets.safetensors", "unet_lora", "preview.png", "attention.png"} <= there
     shares = bundle.metadata["attention_inside_mask"]
-    assert sum(shares.values()) / len(shares) > 0.35, shares  # measured 0.52 and 0.67; each mask covers a tenth of the picture
+    assert sum(shares.values()) / len(shares) > 0.6, shares  # measured 0.82; each mask covers a tenth of the picture
 
 
 def test_each_car_alone_is_the_right_one(learned):
@@ -52,7 +52,7 @@ def test_three_cars_stand_in_their_boxes(learned):
     assert scores["right_instance"]["percent"] >= MIN_RIGHT_INSTANCE
 
 
-# Set a little below what scripts/results/main_job.json has for two learning runs, for the small samples here.
-MIN_NOT_CONFUSED = 80  # 96 and 100 %
-MIN_IOU = 0.6  # 0.70 and 0.77
-MIN_RIGHT_INSTANCE = 83  # 100 and 96 %: three of eighteen may fail, two standard errors of a rate of 95 %
+# Set a little below what scripts/results/main_job.json has for 72 and 24 pictures, for the small samples here.
+MIN_NOT_CONFUSED = 80  # 95.8 %
+MIN_IOU = 0.65  # 0.81
+MIN_RIGHT_INSTANCE = 72  # 88.9 %: five of eighteen may fail, two standard errors
