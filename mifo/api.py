@@ -72,9 +72,9 @@ OnProgress = Callable[[int, int], None]
 
 def load_base_model(name: str = "toybox", device: str = "", precision: str = "auto",
                     memory: MemoryConfig | None = None) -> BaseModel:  # fmt: skip
-    """A frozen Stable Diffusion 1.x or 2.x.
+    """A frozen Stable Diffusion 1.x, 2.x or XL.
 
-    `name`: 'toybox' (small, ships with the package), 'sd1.5', 'sd2.1', a hub id, a folder in diffusers' layout, or a
+    `name`: 'toybox' (small, ships with the package), 'sd1.5', 'sd2.1', 'sdxl', a hub id, a folder in diffusers' layout, or a
     `.safetensors` checkpoint. `device`: a GPU where there is one, by default. `precision`: 'auto', 'no' (fp32), 'fp16' or
     'bf16'. `memory`: what is given up for less of it; `plan(...).settings.memory` has what a budget needs.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar
@@ -234,8 +233,8 @@ def with_steps(config: Drawing, steps: int | None) -> Drawing:
     """The same with another number of denoising steps, of which as large a part is guided; None leaves it as it is."""
     if steps is None or steps == config.steps:
         return config
-    guided = config.guidance.steps * steps / config.steps
-    return replace(config, steps=steps, guidance=replace(config.guidance, steps=math.ceil(guided)))
+    guided = -(-config.guidance.steps * steps // config.steps)  # rounded up
+    return replace(config, steps=steps, guidance=replace(config.guidance, steps=guided))
 
 
 #: Settings that earlier versions wrote into bundles and that nothing reads.

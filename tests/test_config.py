@@ -91,3 +91,12 @@ def test_a_comparison_on_the_toybox_gives_each_recipe_the_same_steps_rates_and_p
     assert ours.prior == replace(theirs.prior, class_prompt=ours.prior.class_prompt)
     published = learn_preset("stable-diffusion", "break-a-scene")
     assert (published.embedding.train_steps, published.lora.train_steps, published.embedding.learning_rate) == (400, 400, 5e-4)
+
+
+def test_as_large_a_part_of_other_steps_is_guided() -> None:
+    from mifo.config import EditConfig, SynthesisConfig, with_steps
+
+    plain = SynthesisConfig()  # 15 of 50
+    assert [with_steps(plain, steps).guidance.steps for steps in (50, 100, 25, 20, 1)] == [15, 30, 8, 6, 1]
+    assert with_steps(plain, None) is plain and with_steps(plain, 25).steps == 25
+    assert with_steps(EditConfig(), 100).guidance.steps == 30

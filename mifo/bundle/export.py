@@ -15,7 +15,6 @@ from .store import Bundle
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "lora.safetensors"
-ROW_FILE = "{}.safetensors"
 EXPORT = "export"  # of its manifest
 
 
@@ -37,9 +36,8 @@ def export_for_kohya(bundle: Bundle, output: Path, overwrite: bool = False) -> N
 def export_for_comfyui(bundle: Bundle, output: Path, overwrite: bool = False) -> None:
     """What ComfyUI looks for, in folders as it has them below `models`: `loras/NAME.safetensors` as kohya names it, and
     `embeddings/NAME-asset0.safetensors`, which a prompt calls `embedding:NAME-asset0`. Raises InputError as the others do."""
-    name = bundle.folder.resolve().name
-    _write(bundle, output, overwrite, f"loras/{name}.safetensors", kohya_weights(bundle.lora, len(bundle.widths)),
-           {"format": "pt"}, f"embeddings/{name}-{{}}.safetensors")  # fmt: skip
+    _write(bundle, output, overwrite, f"loras/{bundle.name}.safetensors", kohya_weights(bundle.lora, len(bundle.widths)),
+           {"format": "pt"}, f"embeddings/{bundle.name}-")  # fmt: skip
 
 
 def export_pipeline(bundle: Bundle, base: BaseModel, output: Path, overwrite: bool = False) -> None:
@@ -55,14 +53,15 @@ def export_pipeline(bundle: Bundle, base: BaseModel, output: Path, overwrite: bo
 
 
 def _write(bundle: Bundle, output: Path, overwrite: bool, name: str, weights: dict[str, torch.Tensor], metadata: dict[str, str],
-           row_file: str = ROW_FILE) -> None:  # fmt: skip
+           rows: str = "") -> None:  # fmt: skip
+    """`rows`: what stands before the name of each embedding's file."""
     with write_folder(output, EXPORT, overwrite) as temporary:
-        for path in (temporary / name, temporary / row_file):
+        for path in (temporary / name, temporary / f"{rows}x"):
             path.parent.mkdir(exist_ok=True)
         if weights:
             save_file({key: weight.contiguous() for key, weight in weights.items()}, temporary / name, metadata=metadata)
         for token, row in zip(bundle.tokens, bundle.token_embeddings, strict=True):
-            save_file(_named_parts(token, row, bundle.widths), temporary / row_file.format(token.strip("<>")))
+            save_file(_named_parts(token, row, bundle.widths), temporary / f"{rows}{token.strip('<>')}.safetensors")
 
 
 def _named_parts(token: str, row: torch.Tensor, widths: tuple[int, ...]) -> dict[str, torch.Tensor]:

@@ -19,7 +19,6 @@ import diffusers
 import torch
 from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 from peft import LoraConfig
-from safetensors import safe_open
 
 from ..errors import InputError
 from ..io.read_files import read_regular
@@ -92,18 +91,25 @@ def _read(path: Path, base: BaseModel, found: Imported) -> None:
         raise InputError(f"{path} is no .safetensors file; .pt, .bin and .ckpt files can run code when they are read, so convert "
                          "it with a program that you trust")  # fmt: skip
     try:
-        tensors = check_tensors(read_regular(path, MOST_BYTES), path, "get the file again")
+        content = read_regular(path, MOST_BYTES)
     except FileNotFoundError:
         raise InputError(f"There is no file {path}") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from None
-    vectors = _embedding(tensors, base, path)
-    if vectors is not None:
-        found.embeddings.append(vectors)
-    elif found.lora:
-        raise InputError(f"{path} is a second LoRA, but a bundle holds one; import it by itself")
-    else:
-        found.lora = _lora(tensors, base, path)
+    tensors = check_tensors(content, path, "get the file again")
+    try:
+        vectors = _embedding(tensors, base, path)
+        if vectors is not None:
+            found.embeddings.append(vectors)
+        elif found.lora:
+            raise InputError(f"{path} is a second LoRA, but a bundle holds one; import it by itself")
+        else:
+            found.lora = _lora(tensors, _metadata(content), base, path)
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # shapes, kinds, names
+        raise InputError(f"{path} is no LoRA and no textual inversion that can be read ({type(error).__name__}: {error}); get "
+                         "the file again") from None  # fmt: skip
 
 
 # --- textual inversion --------------------------------------------------------------------------
@@ -131,7 +137,7 @@ def _embedding(tensors: Mapping[str, torch.Tensor], base: BaseModel, path: Path)
 # --- LoRA ---------------------------------------------------------------------------------------
 
 
-def _lora(tensors: Mapping[str, torch.Tensor], base: BaseModel, path: Path) -> dict[str, Adapter]:
+def _lora(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], base: BaseModel, path: Path) -> dict[str, Adapter]:
     for sign, kind in OTHER_KINDS.items():
         if any(sign in name for name in tensors):
             raise InputError(f"{path} is {kind}, which a bundle cannot hold; only plain LoRA can be imported")
@@ -141,7 +147,6 @@ def _lora(tensors: Mapping[str, torch.Tensor], base: BaseModel, path: Path) -> d
     except Exception as error:  # diffusers raises whatever a name leads to that it does not know
         first = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise InputError(f"{path} is no LoRA for {base.layout.title} that diffusers can read ({first})") from None
-    facts = _metadata(path)
     by_part: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for name, weight in named.items():
         part, _, rest = name.partition(".")
@@ -163,17 +168,11 @@ def _lora(tensors: Mapping[str, torch.Tensor], base: BaseModel, path: Path) -> d
     return found
 
 
-def _metadata(path: Path) -> dict[str, Any]:
-    """What diffusers says of rank and alpha, if anything."""
-    with safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get(METADATA_KEY, "{}")
-    try:
-        facts = json.loads(text)
-    except ValueError:
-        facts = None
-    if not isinstance(facts, dict):
-        raise InputError(f"{path} has {METADATA_KEY} that cannot be read; get the file again")
-    return facts
+def _metadata(content: bytes) -> dict[str, Any]:
+    """What diffusers says of rank and alpha, if anything. Raises ValueError, TypeError or AttributeError for anything else."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    facts: dict[str, Any] = json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "{}"))
+    return dict(facts.items())
 
 
 def _adapter(weights: Mapping[str, torch.Tensor], alphas: Mapping[str, Any], stated: Mapping[str, Any], module: torch.nn.Module,

@@ -94,6 +94,7 @@ def spoiled(tmp_path: Path, name: str) -> Path:
         "not finite": {**weights, first: weights[first] * torch.inf},
         "several vectors": {"emb_params": row.repeat(4, 1)},
         "another width": {"<x>": row[:-1].contiguous()},
+        "a number for a matrix": {**weights, first: torch.tensor(1.0)},
         "no LoRA": {"model.weight": torch.ones(2, 3), "model.bias": torch.ones(2)},
     }
     save_file(made[name], tmp_path / "theirs.safetensors")
@@ -103,12 +104,21 @@ def spoiled(tmp_path: Path, name: str) -> Path:
 @pytest.mark.parametrize(("name", "message"), [
     ("LoHa", "only plain LoRA"), ("DoRA", "is DoRA"), ("other layers", "cannot be placed"), ("other sizes", "another family"),
     ("not finite", "not finite"), ("several vectors", "has 4 vectors"), ("another width", "127 numbers, but"),
-    ("no LoRA", "no such part"),
+    ("no LoRA", "no such part"), ("a number for a matrix", "can be read"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_named(tmp_path: Path, name: str, message: str) -> None:
     file = spoiled(tmp_path, name)
     result = run_import(file, to=tmp_path / "models", words="car", exit_code=2)
     assert message in result.output and not (tmp_path / "models" / "taken").exists()
+
+
+@pytest.mark.parametrize("facts", ["[]", "{", '{"unet.lora_alpha": "much"}', '{"unet.alpha_pattern": 3}'])
+def test_metadata_that_is_not_diffusers_own_is_refused(tmp_path: Path, facts: str) -> None:
+    mifo("export", tiny_bundle_folder(), "--output-path", tmp_path / "files")
+    weights = load_file(tmp_path / "files" / "pytorch_lora_weights.safetensors")
+    save_file(weights, tmp_path / "theirs.safetensors", metadata={"lora_adapter_metadata": facts})
+    result = run_import(tmp_path / "theirs.safetensors", to=tmp_path / "models", words="car", exit_code=2)
+    assert "get the file again" in result.output and not (tmp_path / "models" / "taken").exists()
 
 
 def test_what_is_refused_before_anything_is_read(tmp_path: Path) -> None:
