@@ -21,7 +21,8 @@ from .published import Lora, diffusers_metadata, diffusers_weights
 
 def make_pipeline(base: BaseModel, tokens: Sequence[str], token_embeddings: torch.Tensor, lora: Lora) -> Any:
     """A `StableDiffusionPipeline` or `StableDiffusionXLPipeline` that knows `tokens`, each with its row of `token_embeddings`
-    (N, sum of the text encoders' widths), and has the LoRA loaded.
+    (N, sum of the text encoders' widths), and has the LoRA loaded. SDXL's second encoder pools at the true end of a text, as the
+    base's own does.
 
     The base model stays as it is: UNet and text encoders are copied, the VAE is shared. The sampler is the family's preset.
     """
@@ -35,7 +36,6 @@ def make_pipeline(base: BaseModel, tokens: Sequence[str], token_embeddings: torc
         _teach(tokenizer, parts[text.encoder], tokens, own)
     if base.layout.pooled:
         parts |= {"force_zeros_for_empty_prompt": base.zero_negative, "add_watermarker": False}
-        _pool_at_the_end(parts["text_encoder_2"], base.tokenizer.eos_token_id)
     else:
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     sampler = base.sampler(synthesis_preset(base.family).scheduler)
@@ -61,9 +61,3 @@ def _teach(tokenizer: CLIPTokenizer, encoder: Any, tokens: Sequence[str], vector
     encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     table = encoder.get_input_embeddings().weight
     table.data[[tokenizer.get_added_vocab()[token] for token in tokens]] = vectors.to(table)
-
-
-def _pool_at_the_end(encoder: Any, end: int) -> None:
-    """With the published id, 2, an encoder pools at the highest id of a text, which is an asset's."""
-    getattr(encoder, "text_model", encoder).eos_token_id = end
-    encoder.config.eos_token_id = end
