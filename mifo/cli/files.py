@@ -116,6 +116,9 @@ def import_files(
     keep_base_path: KeepBasePath = False,
 ) -> None:
     """Make a bundle of files that other programs trained, for prompts with <asset0> and for boxes."""
+    from ..prompts import check_characters
+
+    check_characters(words or "", "--words")
     target = output_dir / bundle_name(name or files[0].stem)
     check_writable(output_dir)
     read: dict[str, str | Path | None] = {f"FILES[{k}]": file for k, file in enumerate(files)}

@@ -128,6 +128,7 @@ def test_what_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     mifo("export", tiny_bundle_folder(), "--output-path", tmp_path / "files")
     lora = tmp_path / "files" / "pytorch_lora_weights.safetensors"
     assert "--words" in run_import(lora, to=tmp_path / "models", exit_code=2).output
+    assert "--words" in run_import(lora, to=tmp_path / "models", words="red\x1b[2Jcar", exit_code=2).output
     assert "second LoRA" in run_import(lora, lora, to=tmp_path / "models", words="car", exit_code=2).output
     both = [tmp_path / "files" / f"asset{k}.safetensors" for k in range(2)]
     assert "1 entries for 2" in run_import(lora, *both, to=tmp_path / "models", words="car", exit_code=2).output
