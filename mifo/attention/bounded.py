@@ -15,6 +15,7 @@ from diffusers import UNet2DConditionModel
 
 from ..boxes import Layout
 from ..prompts import BACKGROUND_TOKEN, TokenizedPrompt
+from .compiled import is_compiled
 from .groups import Groups, attention_in_groups, group_pixels
 from .sites import Kernel, Processor, Site, attention_probabilities, attention_sites, kernel_of, use_processors
 
@@ -221,10 +222,38 @@ class BoundedAttention:
     def note(self, site: Site, probabilities: torch.Tensor) -> None:
         """Keeps a map, (batch, heads, h*w, keys); of a pass that draws only what refinement asks for, which at 1024 pixels is a
         fortieth of it. Raises StopForward when it was the last that was asked for."""
-        drawn = slice(-self._pass.images, None)  # the conditional half stands last
-        self._maps[site.name] = probabilities if self._pass.guiding else probabilities[drawn].mean(1)
+        self.keep(site, probabilities if self._pass.guiding else _drawn_map(probabilities, self._pass.images))
         if self._pass.stop_when_recorded and len(self._maps) == len(self._pass.recorded):
             raise StopForward
+
+    def keep(self, site: Site, kept: torch.Tensor) -> None:
+        """A map as `end` gives it."""
+        self._maps[site.name] = kept
+
+    @property
+    def forward_pass(self) -> ForwardPass:
+        """The one that runs, or runs next."""
+        return self._pass
+
+
+def _drawn_map(probabilities: torch.Tensor, images: int) -> torch.Tensor:
+    """(batch, heads, h*w, keys) -> (images, h*w, keys): the conditional half, which stands last, and its mean over heads."""
+    return probabilities[-images:].mean(1)
+
+
+class _FixedPass:
+    """What a drawing pass is to one site, in plain values that compiled code can read: its mask, and whether its map is kept."""
+
+    def __init__(self, visible: torch.Tensor | None, recorded: bool, images: int):
+        self.visible, self.recorded, self.images = visible, recorded, images
+        self.kept: torch.Tensor | None = None
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, kernel: Kernel) -> torch.Tensor:
+        if not self.recorded:
+            return kernel(query, key, value, self.visible, scale)
+        probabilities = attention_probabilities(query, key, scale, self.visible)
+        self.kept = _drawn_map(probabilities, self.images)
+        return probabilities.to(value.dtype) @ value
 
 
 class _BoundedProcessor(Processor):
@@ -233,8 +262,11 @@ class _BoundedProcessor(Processor):
     def __init__(self, site: Site, control: BoundedAttention, kernel: Kernel):
         super().__init__(kernel)
         self.site, self.control = site, control
+        self.fixed: _FixedPass | None = None
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        if self.fixed is not None:
+            return self.fixed.attend(query, key, value, scale, self.kernel)
         recorded = self.control.records(self.site)
         if not recorded and (groups := self.control.groups(self.site, query.numel() // query.shape[2])):
             return attention_in_groups(query, key, value, groups, scale, self.kernel)
@@ -246,9 +278,41 @@ class _BoundedProcessor(Processor):
         return probabilities.to(value.dtype) @ value
 
 
+class _CompiledPasses:
+    """Hooks around a UNet whose blocks are compiled: what its processors need of the pass that begins is fixed before it, and
+    the maps that they kept are collected after it. A guidance pass runs uncompiled."""
+
+    def __init__(self, control: BoundedAttention, processors: dict[str, _BoundedProcessor]):
+        self.control, self.processors = control, processors
+        torch.compiler.set_stance("default")
+
+    def before(self, unet: Any, inputs: Any) -> None:
+        running = self.control.forward_pass
+        torch.compiler.set_stance("force_eager" if running.guiding else "default")
+        for processor in self.processors.values():
+            site = processor.site
+            processor.fixed = None if running.guiding else _FixedPass(
+                self.control.visible(site), self.control.records(site), running.images)  # fmt: skip
+
+    def after(self, unet: Any, inputs: Any, output: Any) -> None:
+        for processor in self.processors.values():
+            if processor.fixed and processor.fixed.kept is not None:
+                self.control.keep(processor.site, processor.fixed.kept)
+
+
 @contextmanager
 def bound_attention(unet: UNet2DConditionModel, control: BoundedAttention) -> Iterator[BoundedAttention]:
     """Within the block every attention layer obeys `control`, on the kernel that it has; afterwards the model is as it was."""
     processors = {s.name: _BoundedProcessor(s, control, kernel_of(unet, s)) for s in attention_sites(unet)}
     with use_processors(unet, processors):
-        yield control
+        if not is_compiled(unet):
+            yield control
+            return
+        passes = _CompiledPasses(control, processors)
+        hooks = [unet.register_forward_pre_hook(passes.before), unet.register_forward_hook(passes.after)]
+        try:
+            yield control
+        finally:
+            torch.compiler.set_stance("default")
+            for hook in hooks:
+                hook.remove()

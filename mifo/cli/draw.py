@@ -20,8 +20,8 @@ from .options import (
     Boxes,
     BundleName,
     BundleOptions,
-    ComputeOptions,
     DeviceOptions,
+    DrawingOptions,
     EvaluatorOptions,
     LayoutOptions,
     OutputOptions,
@@ -71,7 +71,7 @@ def synthesize(
     sampling: SynthesisOptions,
     evaluators: EvaluatorOptions,
     output: OutputOptions,
-    compute: ComputeOptions,
+    compute: DrawingOptions,
     boxes: Boxes = None,
 ) -> None:
     """Draw the learned assets, each in its box."""
@@ -89,6 +89,7 @@ def synthesize(
     from ..api import synthesis_result
     from ..api import synthesize as run_synthesize
     from ..attention.backend import use_backend
+    from ..attention.compiled import compile_blocks
     from ..bundle.store import attach, find_bundle, load_bundle
     from ..config import to_dict
     from ..presets import synthesis_preset
@@ -115,9 +116,10 @@ def synthesize(
                        attention.name, bundle.config, config, len(bundle.tokens), sampling.batch_size)  # fmt: skip
     base = load_base_of(bundle, source.model_path, chosen, dtype, plan.settings.memory if plan else None)
     judge = measured_by(bundle, base, None, evaluators) if best_of else None
-    recipe = [prompt, layout.to_json() if layout else None, to_dict(config), compute.seed, best_of, attention.name]
+    recipe = [prompt, layout.to_json() if layout else None, to_dict(config), compute.seed, best_of, attention.name,
+              *(['compiled'] if compute.compile else [])]
     opened = open_job(output.output_path, place, "best-of", recipe, base, bundle) if best_of else nullcontext()
-    with use_backend(base.unet, attention), opened as kept:
+    with use_backend(base.unet, attention), compile_blocks(base.unet, compute.compile), opened as kept:
         if best_of and judge and kept:
             job.hint = kept.hint
             with attach(base, bundle, config.lora_scale):

@@ -11,7 +11,7 @@ from ..io.files import check_writable
 from ..io.outputs import PLACE, check_apart, check_output, numbered_folder
 from .app import app
 from .job import job_command
-from .options import BlendingOptions, ComputeOptions, EditInput, EditOutput, EditSampling, OptionalBundleName
+from .options import BlendingOptions, DrawingOptions, EditInput, EditOutput, EditSampling, OptionalBundleName
 from .parts import (
     check_sampling,
     choose_attention,
@@ -42,7 +42,7 @@ def edit(
     blending: BlendingOptions,
     sampling: EditSampling,
     output: EditOutput,
-    compute: ComputeOptions,
+    compute: DrawingOptions,
     model: OptionalBundleName = None,
 ) -> None:
     """Put a learned asset, or plain words, into the masked part of a picture; leave the rest alone."""
@@ -62,6 +62,7 @@ def edit(
     import_libraries()
     from ..api import edit as run_edit
     from ..attention.backend import use_backend
+    from ..attention.compiled import compile_blocks
     from ..bundle.store import find_bundle, load_bundle
     from ..config import LearnConfig, LoraPhase, MemoryConfig
     from ..editing.output import KIND
@@ -94,7 +95,7 @@ def edit(
         base = load_base_of(bundle, source.model_path, chosen, dtype, memory)
     else:
         base = load_base(wanted, chosen, dtype, memory)
-    with use_backend(base.unet, attention), Bar() as bar:
+    with use_backend(base.unet, attention), compile_blocks(base.unet, compute.compile), Bar() as bar:
         result = run_edit(base, bundle, photo, mask, source.prompt, layout, num_images=sampling.batch_size, seed=compute.seed,
                           config=config, on_progress=bar.denoising)  # fmt: skip
     for note in result.edit.notes:

@@ -219,6 +219,13 @@ class ComputeOptions(DeviceOptions):
 
 
 @dataclass(frozen=True)
+class DrawingOptions(ComputeOptions):
+    """The same, for jobs that denoise."""
+
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the UNet's blocks: a slow start, then faster steps.")] = False
+
+
+@dataclass(frozen=True)
 class EvaluatorOptions(OptionGroup):
     """What measures images."""
 
