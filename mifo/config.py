@@ -186,6 +186,9 @@ class SynthesisConfig(Checked):
     guidance_scale: NotNegative = 7.5
     scheduler: Literal["ddim", "dpm", "unipc", "euler", "own"] = "ddim"
     """'own': the one that the base model's folder names."""
+    timestep_spacing: Literal["own", "leading", "linspace", "trailing"] = "own"
+    """Where the steps lie on the training schedule (Lin et al., arXiv 2305.08891, table 2); 'own' as the base model's scheduler
+    has it. Checkpoints distilled to a few steps want 'trailing', which begins at pure noise."""
     negative_prompt: str = ""
     width: AtLeastOne | None = None
     """Pixels; None takes the model's own resolution."""

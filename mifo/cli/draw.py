@@ -110,7 +110,7 @@ def synthesize(
     dtype, wanted = choose_dtype(compute.mixed_precision, chosen), source.model_path or own_base(bundle)
     attention = choose_attention(compute.attention_backend, chosen, dtype)
     config = _synthesis_config(synthesis_preset(family_of(wanted)), sampling, layout_options)
-    check_sampling(wanted, config.scheduler, config.steps)
+    check_sampling(wanted, config)
     side = max(sampling.width or 0, sampling.height or 0) or None
     plan = plan_within("synthesize", wanted, chosen, dtype, side, compute.vram_gib,
                        attention.name, bundle.config, config, len(bundle.tokens), sampling.batch_size)  # fmt: skip
@@ -206,6 +206,7 @@ def _synthesis_config(config: SynthesisConfig, sampling: SynthesisOptions, layou
     from ..config import with_steps
 
     config = override(with_steps(config, sampling.steps), guidance_scale=sampling.guidance_scale, scheduler=sampling.scheduler,
+                      timestep_spacing=sampling.timestep_spacing,
                       negative_prompt=sampling.negative_prompt, width=sampling.width, height=sampling.height,
                       lora_scale=sampling.lora_scale, bounded=layout.bounded, own_text=layout.own_text)  # fmt: skip
     return replace(config, guidance=replace(config.guidance, enabled=layout.guidance),
@@ -244,7 +245,7 @@ def _run_shots(job: Job, model_id: str, command: str, source: BundleOptions, sam
     chosen = choose_device(compute.device)
     wanted = source.model_path or own_base(bundle)
     config = override(with_steps(synthesis_preset(family_of(wanted)), sampling.steps), guidance_scale=sampling.guidance_scale)
-    check_sampling(wanted, config.scheduler, config.steps)
+    check_sampling(wanted, config)
     base = load_base_of(bundle, source.model_path, chosen, choose_dtype(compute.mixed_precision, chosen))
     shots = make_shots(bundle, base, config)
     facts = {"bundle": bundle.name, **base.record(), "steps": config.steps, "guidance_scale": config.guidance_scale}

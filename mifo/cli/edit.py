@@ -86,7 +86,7 @@ def edit(
     wanted = source.model_path or (own_base(bundle) if bundle else "toybox")
     attention = choose_attention(compute.attention_backend, chosen, dtype)
     config = _edit_config(edit_preset(family_of(wanted)), blending, sampling)
-    check_sampling(wanted, "ddim", config.steps)
+    check_sampling(wanted, config)
     learned = bundle.config if bundle else LearnConfig(lora=LoraPhase(train_steps=0))  # the plain model has no adapters
     plan = plan_within("edit", wanted, chosen, dtype, None, compute.vram_gib, attention.name, learned,
                        assets=len(assets), batch=sampling.batch_size, edit=config)  # fmt: skip

@@ -91,7 +91,7 @@ def evaluate(
 
     wanted = source.model_path or own_base(bundle)
     config = with_steps(synthesis_preset(family_of(wanted)), source.steps)
-    check_sampling(wanted, config.scheduler, config.steps)
+    check_sampling(wanted, config)
     base = load_base_of(bundle, source.model_path, chosen, choose_dtype(compute.mixed_precision, chosen))
     judge = measured_by(bundle, base, source.instance, evaluators, source.mask_orientation.value)
     recipe = [to_dict(config), [case.to_json() for case in cases], compute.seed, source.samples]

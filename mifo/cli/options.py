@@ -35,6 +35,13 @@ class Sampler(str, Enum):
     own = "own"
 
 
+class Spacing(str, Enum):
+    own = "own"
+    leading = "leading"
+    linspace = "linspace"
+    trailing = "trailing"
+
+
 class Attention(str, Enum):
     auto = "auto"
     sdpa = "sdpa"
@@ -222,7 +229,7 @@ class ComputeOptions(DeviceOptions):
 class DrawingOptions(ComputeOptions):
     """The same, for jobs that denoise."""
 
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the UNet's blocks: a slow start, then faster steps.")] = False
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the UNet's blocks: slow start, faster steps.")] = False
 
 
 @dataclass(frozen=True)
@@ -297,6 +304,7 @@ class SynthesisOptions(SamplingOptions):
     best_of: Annotated[int | None, typer.Option(min=2, max=1000, help="Draw so many seeds, keep the best.")] = None
     negative_prompt: NegativePrompt = ""
     scheduler: Annotated[Sampler | None, typer.Option(help="own: the one that the base model's folder names.")] = None
+    timestep_spacing: Annotated[Spacing | None, typer.Option(help="trailing: for checkpoints distilled to a few steps.")] = None
     width: Annotated[int | None, typer.Option(min=1, help="Pixels; the model's own by default.")] = None
     height: Annotated[int | None, typer.Option(min=1, help="Pixels; the model's own by default.")] = None
     lora_scale: LoraScale = None

@@ -134,14 +134,15 @@ def load_base_of(bundle: Bundle, model_path: str | None, device: str, dtype: tor
         raise InputError(text if text.startswith(own) else own + text) from None
 
 
-def check_sampling(model_path: str, sampler: str, steps: int) -> None:
+def check_sampling(model_path: str, config: SynthesisConfig | EditConfig) -> None:
     """Refuses a number of steps that the sampler cannot take, by the model's scheduler folder alone, before anything loads."""
     from ..model.base import resolve
     from ..model.samplers import check_steps, read_scheduler
 
     folder = resolve(model_path)[0]
     if (folder / "scheduler").is_dir():  # else loading says what is missing
-        check_steps(sampler, read_scheduler(folder), steps)
+        sampler, spacing = getattr(config, "scheduler", "ddim"), getattr(config, "timestep_spacing", "own")  # editing needs DDIM
+        check_steps(sampler, read_scheduler(folder), config.steps, spacing)
 
 
 def instance_of(bundle: Bundle, folder: Path | None, mask_orientation: str = "auto") -> Instance:

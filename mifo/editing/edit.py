@@ -27,7 +27,7 @@ from ..model.base import BaseModel
 from ..model.finite import check_pixels
 from ..model.peak_memory import PeakMemory
 from ..prompts import NEGATIVE, TokenizedPrompt, assets_in, check_prompt, tokenize_prompt
-from ..sampling.denoise import denoise, initial_latents
+from ..sampling.denoise import denoise, initial_latents, is_guided
 from ..sampling.guidance import LatentGuidance
 from ..sampling.layout_control import check_boxes, encode_texts
 from .blending import Blending, clone, paste, paste_around, tune_to_source
@@ -215,7 +215,7 @@ def _control(base: BaseModel, scene: EditScene, prompt: TokenizedPrompt, config:
     # words that are to fill a thin mask would fill it with its surroundings, if they looked at them
     apart = scene.layout is None and config.mask_dilation > 0
     return BoundedAttention(prompt, bound, (base.native_latents, base.native_latents), base.device, config.own_text, apart=apart,
-                            sampling=ForwardPass(count, unconditional=config.guidance_scale != 1.0))  # fmt: skip
+                            sampling=ForwardPass(count, unconditional=is_guided(config.guidance_scale)))  # fmt: skip
 
 
 def _layout_on_canvas(base: BaseModel, prompt: str, frame: EditFrame, size: tuple[int, int], widest: BoolArray,

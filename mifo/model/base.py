@@ -29,7 +29,7 @@ from .fingerprint import KIND, file_fingerprint, fingerprint, fingerprint_of_par
 from .finite import check_latents, check_pixels
 from .prompt_embeds import ImageSize, PromptEmbeds
 from .quantize import quantize_linears
-from .samplers import as_in_pipelines, check_steps, make_scheduler, read_scheduler, training_schedule
+from .samplers import OWN, as_in_pipelines, check_steps, make_scheduler, read_scheduler, training_schedule
 from .shapes import SHAPES, native_latents
 from .single_file import configs_of_file, is_single_file, load_single_file
 
@@ -92,13 +92,13 @@ class BaseModel:
         old = self.folder is not None and not bundle_fingerprint.startswith(KIND)
         return old and self.folder is not None and file_fingerprint(self.folder) == bundle_fingerprint
 
-    def sampler(self, name: str) -> Any:
+    def sampler(self, name: str, spacing: str = OWN) -> Any:
         """A fresh sampler, one of `samplers.SCHEDULERS` or 'own', on this model's noise schedule. Raises InputError."""
-        return make_scheduler(name, self.own_scheduler or self.scheduler)
+        return make_scheduler(name, self.own_scheduler or self.scheduler, spacing)
 
-    def check_steps(self, name: str, steps: int) -> None:
+    def check_steps(self, name: str, steps: int, spacing: str = OWN) -> None:
         """Raises InputError for a number of steps that the sampler cannot take."""
-        check_steps(name, self.own_scheduler or self.scheduler, steps)
+        check_steps(name, self.own_scheduler or self.scheduler, steps, spacing)
 
     @property
     def public_name(self) -> str:

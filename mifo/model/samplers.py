@@ -87,26 +87,28 @@ def training_schedule(own: Any) -> DDIMScheduler:
     return as_in_pipelines(DDIMScheduler.from_config(own.config))
 
 
-def make_scheduler(name: str, source: Any) -> Any:
-    """A fresh sampler on the noise schedule and prediction type of `source`, the base model's own scheduler.
+def make_scheduler(name: str, source: Any, spacing: str = OWN) -> Any:
+    """A fresh sampler on the noise schedule and prediction type of `source`, the base model's own scheduler; its timesteps lie
+    as `spacing` says ('leading', 'linspace', 'trailing'), or as the source's own settings say.
 
     Raises InputError for a name that does not exist, and for 'own' where the base's class is not among OWN_CLASSES.
     """
+    settings = {**source.config} | ({} if spacing == OWN else {"timestep_spacing": spacing})
     if name == OWN:
-        return as_in_pipelines(type(source).from_config(source.config))
+        return as_in_pipelines(type(source).from_config(settings))
     if name not in SCHEDULERS:
         raise InputError(f"scheduler '{name}' is not known; choose one of {', '.join([*SCHEDULERS, OWN])}")
-    return as_in_pipelines(SCHEDULERS[name].from_config(source.config))
+    return as_in_pipelines(SCHEDULERS[name].from_config(settings))
 
 
 # --- how many steps -----------------------------------------------------------------------------
 
 
-def check_steps(name: str, source: Any, steps: int) -> None:
+def check_steps(name: str, source: Any, steps: int, spacing: str = OWN) -> None:
     """Raises InputError for a number of steps that this sampler cannot take on this schedule, with a number that it can."""
     known = {k: v for k, v in source.config.items() if k != "_use_default_values"}
     settings = json_text(named_infinities(known), sort_keys=True, default=str)
-    refusal = _refusal(name, _Source(source, settings), steps)
+    refusal = _refusal(name, _Source(source, settings), steps, spacing)
     if refusal:
         raise InputError(refusal)
 
@@ -125,27 +127,27 @@ class _Source:
 
 
 @lru_cache(maxsize=64)
-def _refusal(name: str, source: _Source, steps: int) -> str:
+def _refusal(name: str, source: _Source, steps: int, spacing: str) -> str:
     """Why not, or nothing."""
     make_scheduler(name, source.scheduler)  # an unknown name is told at once
-    if _runs(name, source.scheduler, steps):
+    if _runs(name, source.scheduler, steps, spacing):
         return ""
     top = int(source.scheduler.config["num_train_timesteps"])
     fewer = [n for n in range(min(steps - 1, top), max(0, min(steps - 1, top) - 10), -1)]
     for bound, candidates in (("at most", fewer), ("at least", range(steps + 1, steps + 10))):
         for candidate in candidates:
-            if _runs(name, source.scheduler, candidate):
+            if _runs(name, source.scheduler, candidate, spacing):
                 good = min(candidate, 50) if bound == "at most" else candidate
                 return (f"--steps is {steps}, but the sampler '{name}' on this base model's schedule of {top} timesteps takes "
                         f"{bound} {candidate}; give --steps {good}")  # fmt: skip
     return f"the sampler '{name}' cannot take {steps} steps on this base model's schedule of {top} timesteps; give --steps 50"
 
 
-def _runs(name: str, source: Any, steps: int) -> bool:
+def _runs(name: str, source: Any, steps: int, spacing: str) -> bool:
     """A rehearsal with four numbers for latents: what would be out of range, divide by zero or fail in the run, does so here."""
     generator = torch.Generator().manual_seed(0)
     try:
-        scheduler = make_scheduler(name, source)
+        scheduler = make_scheduler(name, source, spacing)
         scheduler.set_timesteps(steps)
         latents = torch.randn(1, 1, 2, 2, generator=generator) * scheduler.init_noise_sigma
         for timestep in scheduler.timesteps:

@@ -28,6 +28,11 @@ def seeded_noise(shape: tuple[int, int, int], seed: int, count: int,
     return torch.stack(rows).to(device), generators
 
 
+def is_guided(guidance_scale: float) -> bool:
+    """Whether there is classifier-free guidance: above a scale of 1, as in diffusers' pipelines; few-step checkpoints have 0."""
+    return guidance_scale > 1.0
+
+
 @torch.no_grad()
 def denoise(unet: UNet2DConditionModel, scheduler: Any, latents: torch.Tensor, prompt_embeds: PromptEmbeds,
             negative_prompt_embeds: PromptEmbeds, steps: int, guidance_scale: float, before_step: StepHook | None = None,
@@ -35,9 +40,9 @@ def denoise(unet: UNet2DConditionModel, scheduler: Any, latents: torch.Tensor, p
             generators: Sequence[torch.Generator] = ()) -> torch.Tensor:  # fmt: skip
     """Runs `latents` (B, C, h, w) from noise of unit variance to a picture's latents.
 
-    `prompt_embeds`, `negative_prompt_embeds`: 1 row or B. The UNet's batch is [unconditional, conditional]; at guidance
-    scale 1 it is the conditional half alone. With `first_step` the schedule begins there, at `latents` of that step's noise
-    level; the hooks count steps from it. `generators`: one a picture, for samplers that add noise at each step.
+    `prompt_embeds`, `negative_prompt_embeds`: 1 row or B. The UNet's batch is [unconditional, conditional]; where
+    `is_guided` says no it is the conditional half alone. With `first_step` the schedule begins there, at `latents` of that
+    step's noise level; the hooks count steps from it. `generators`: one a picture, for samplers that add noise at each step.
 
     The hooks see latents at the scale at which the UNet does, and what they change reaches the picture with every sampler. A
     step that takes several calls of the UNet (Heun's, PNDM's first) has its hooks before the first and after the last.
@@ -48,7 +53,7 @@ def denoise(unet: UNet2DConditionModel, scheduler: Any, latents: torch.Tensor, p
         scheduler.set_begin_index(first_step)
     elif not first_step:
         latents = latents * scheduler.init_noise_sigma
-    guided = guidance_scale != 1.0
+    guided = is_guided(guidance_scale)
     context = prompt_embeds.expand(len(latents))
     if guided:
         context = joined([negative_prompt_embeds.expand(len(latents)), context])

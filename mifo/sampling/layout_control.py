@@ -13,6 +13,7 @@ from ..config import SynthesisConfig
 from ..model.base import BaseModel
 from ..model.prompt_embeds import ImageSize, PromptEmbeds
 from ..prompts import TokenizedPrompt
+from .denoise import is_guided
 from .guidance import LatentGuidance, MaskRefinement
 
 
@@ -53,7 +54,7 @@ def layout_control(base: BaseModel, config: SynthesisConfig, prompt: TokenizedPr
     if layout is None or not (config.bounded or config.guidance.enabled):
         return None
     return BoundedAttention(prompt, layout, latent_size, base.device, config.own_text and config.bounded, config.bounded,
-                            sampling=ForwardPass(count, unconditional=config.guidance_scale != 1.0))  # fmt: skip
+                            sampling=ForwardPass(count, unconditional=is_guided(config.guidance_scale)))  # fmt: skip
 
 
 class LayoutHooks:

@@ -64,7 +64,7 @@ def synthesize(base: BaseModel, prompt: str, layout: Layout | None, tokens: Sequ
     check_prompt(prompt, tokens)
     check_prompt(config.negative_prompt, tokens, NEGATIVE)
     latent_size = latent_shape(base, config)
-    base.check_steps(config.scheduler, config.steps)
+    base.check_steps(config.scheduler, config.steps, config.timestep_spacing)
     assets = [t for t in tokens if t in prompt.lower()]
     tokenized = tokenize_prompt(base.tokenizer, prompt, assets)
     negative = tokenize_prompt(base.tokenizer, config.negative_prompt, [], NEGATIVE)
@@ -80,7 +80,7 @@ def synthesize(base: BaseModel, prompt: str, layout: Layout | None, tokens: Sequ
     run = LayoutHooks(base, config, control, prompt_embeds.first_tokens(len(tokenized.input_ids)))
     with PeakMemory(base.device) as peak, one_thread_an_operation(base.is_small):
         with bound_attention(base.unet, control) if control else nullcontext():
-            sampler = base.sampler(config.scheduler)
+            sampler = base.sampler(config.scheduler, config.timestep_spacing)
             latents = denoise(base.unet, sampler, latents, prompt_embeds, negative_prompt_embeds, config.steps,
                               config.guidance_scale, run.before_step, run.after_step, on_progress,
                               generators=generators)  # fmt: skip

@@ -89,7 +89,8 @@ def synthesize(base: BaseModel, prompt: Any, guidance: LatentGuidance, config: S
 
     kept: dict[str, torch.Tensor] = {}
     with published_attention(base, kept, guidance.control):
-        latents = denoise(base.unet, base.sampler(config.scheduler), latents, prompt_embeds, negative, config.steps,
+        sampler = base.sampler(config.scheduler, config.timestep_spacing)
+        latents = denoise(base.unet, sampler, latents, prompt_embeds, negative, config.steps,
                           config.guidance_scale, before)  # fmt: skip
     with torch.no_grad():
         return base.decode(latents)

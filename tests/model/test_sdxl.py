@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,26 @@ def test_it_draws_what_diffusers_own_pipeline_draws(xl: BaseModel, width: int, n
                         height=128, width=width).images[0]  # fmt: skip
     difference = np.abs(np.asarray(ours, int) - np.asarray(theirs, int))
     assert difference.max() <= 1, "one level of rounding"
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("EulerAncestralDiscreteScheduler", 0.0), ("EulerDiscreteScheduler", 1.0)])
+def test_few_steps_without_guidance_as_turbo_and_lightning_are_used(xl: BaseModel, kind: str, scale: float) -> None:
+    """Turbo: ancestral Euler from its folder, guidance scale 0. Lightning: Euler with trailing timesteps, set by hand."""
+    import diffusers
+
+    own = getattr(diffusers, kind).from_config(xl.scheduler.config, timestep_spacing="trailing")
+    base = replace(xl, own_scheduler=own)
+    config = SynthesisConfig(steps=3, guidance_scale=scale, scheduler="own")
+    if scale:
+        base, config = xl, replace(config, scheduler="euler", timestep_spacing="trailing")
+    ours = synthesize(base, PROMPT, None, (), config, seed=5).images[0]
+    pipe = pipeline()
+    pipe.scheduler = own
+    theirs = pipe(PROMPT, num_inference_steps=3, guidance_scale=scale, height=128, width=128,
+                  generator=torch.Generator().manual_seed(5)).images[0]  # fmt: skip
+    assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1, "one level of rounding"
+    spaced = synthesize(xl, PROMPT, None, (), replace(config, timestep_spacing="leading"), seed=5).images[0]
+    assert np.abs(np.asarray(ours, int) - np.asarray(spaced, int)).max() > 1, "the spacing shows"
 
 
 def test_the_text_is_pooled_at_its_end_and_not_at_an_asset(learned: Path) -> None:
