@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, and shows its pictures; what it learns in a tenth of the steps is no test of quality."""
+"""The notebook runs from top to bottom, and shows its pictures; what it learns and draws in a part of the steps is no test of quality."""
 
 from __future__ import annotations
 
@@ -18,6 +18,12 @@ def short(family):
     return replace(config, embedding=replace(config.embedding, train_steps=15), lora=replace(config.lora, train_steps=10),
                    prior=replace(config.prior, num_class_images=2))
 mifo.api.learn_preset = short
+
+draws = mifo.api.synthesis_preset
+def hasty(family):
+    config = draws(family)
+    return replace(config, steps=6, guidance=replace(config.guidance, steps=2))
+mifo.api.synthesis_preset = hasty
 """
 
 

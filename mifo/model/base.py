@@ -27,7 +27,7 @@ from .families import FAMILIES, SD, SDXL, Family
 from .families import family_of as layout_of
 from .fingerprint import KIND, file_fingerprint, fingerprint, fingerprint_of_parts, tokenizer_meaning
 from .finite import check_latents, check_pixels
-from .prompt_embeds import ImageSize, PromptEmbeds
+from .prompt_embeds import ImageSize, PromptEmbeds, first_weight
 from .quantize import quantize_linears
 from .samplers import OWN, as_in_pipelines, check_steps, make_scheduler, read_scheduler, training_schedule
 from .shapes import SHAPES, native_latents
@@ -145,13 +145,11 @@ class BaseModel:
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.unet.device
-        return device
+        return first_weight(self.unet).device
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.unet.dtype
-        return dtype
+        return first_weight(self.unet).dtype
 
     @property
     def vae_factor(self) -> int:

@@ -81,5 +81,13 @@ def joined(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
 
 def predict(unet: UNet2DConditionModel, latents: torch.Tensor, timesteps: torch.Tensor, embeds: PromptEmbeds) -> torch.Tensor:
     """The UNet's own prediction, (B, C, h, w) in its dtype, of `latents` (B, C, h, w) with a row of `embeds` for each."""
-    prediction: torch.Tensor = unet(latents.to(unet.dtype), timesteps, embeds.states, added_cond_kwargs=embeds.conditions).sample
+    inputs = latents.to(first_weight(unet).dtype)
+    prediction: torch.Tensor = unet(inputs, timesteps, embeds.states, added_cond_kwargs=embeds.conditions).sample
     return prediction
+
+
+def first_weight(unet: UNet2DConditionModel) -> torch.Tensor:
+    """Of the convolution that every UNet begins with and nothing quantizes: it has the device and the dtype of them all.
+    diffusers' own `unet.device` and `unet.dtype` walk through all modules, which takes as long as a layer."""
+    weight: torch.Tensor = unet.conv_in.weight
+    return weight

@@ -150,6 +150,9 @@ def test_quick_run_measures_real_pictures(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(toybench_report, "FOLDER", tmp_path)
     monkeypatch.setattr("scripts.record.FOLDER", tmp_path)
     monkeypatch.setattr(toybench, "_BASES", {})
+    preset = synthesis_preset("toybox")
+    few = replace(preset, steps=10, guidance=replace(preset.guidance, steps=4))
+    monkeypatch.setattr(toybench, "synthesis_preset", lambda family: few)
     with pytest.raises(BaseException) as stopped:
         main(quick=True, methods="mifo", work=tmp_path / "work")
     assert getattr(stopped.value, "exit_code", None) == 0

@@ -211,7 +211,7 @@ def test_a_prompt_that_explains_the_candidate_scores_high(kind: str):
             self.sample = sample
 
     class Oracle:
-        dtype = torch.float32
+        conv_in = SimpleNamespace(weight=torch.zeros(1))
 
         def __call__(self, noisy: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, **conditions: object) -> Output:
             clean = known * float(context[0, 0, 0])

@@ -165,7 +165,7 @@ def test_a_schedule_that_is_not_stable_diffusions_is_refused(tmp_path: Path, kin
 class SteadyNoise:
     """A model that always sees the same noise: what is moved in the latents then stays moved, at the signal's scale."""
 
-    dtype = torch.float32
+    conv_in = SimpleNamespace(weight=torch.zeros(1))
 
     def __init__(self, noise: torch.Tensor, scheduler: Any):
         self.noise, self.kind = noise, scheduler.config["prediction_type"]
@@ -230,7 +230,7 @@ def test_hooks_run_once_a_step_and_see_what_the_unet_sees(tmp_path: Path, kind: 
     model, states = SteadyNoise(start, scheduler), PromptEmbeds(torch.zeros(1, 1, 1))
 
     class Watched:
-        dtype = torch.float32
+        conv_in = SimpleNamespace(weight=torch.zeros(1))
 
         def __call__(self, latents: torch.Tensor, *rest: Any, **conditions: Any) -> SimpleNamespace:
             inputs.append(latents)

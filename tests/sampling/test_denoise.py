@@ -74,7 +74,7 @@ def test_every_scheduler_gives_finite_latents_on_both_kinds_of_model(any_base: B
 class Oracle:
     """Knows the clean latents, and predicts exactly what leads to them, in the model's own terms."""
 
-    dtype = torch.float32
+    conv_in = SimpleNamespace(weight=torch.zeros(1))
 
     def __init__(self, clean: torch.Tensor, scheduler: Any):
         self.clean, self.kind = clean, scheduler.config["prediction_type"]

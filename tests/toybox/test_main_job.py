@@ -38,7 +38,7 @@ def test_the_bundle_is_small_and_says_where_attention_fell(learned):
 def test_each_car_alone_is_the_right_one(learned):
     base, bundle = learned
     with attach(base, bundle):
-        scores, _ = measure_alone(base, bundle, load_things(EXAMPLE), load_judge(), seeds=2)
+        scores, _ = measure_alone(base, bundle, load_things(EXAMPLE), load_judge(), seeds=1)
     print(json.dumps(scores, indent=1))
     assert scores["not_confused"]["percent"] >= MIN_NOT_CONFUSED
 
@@ -46,13 +46,13 @@ def test_each_car_alone_is_the_right_one(learned):
 def test_three_cars_stand_in_their_boxes(learned):
     base, bundle = learned
     with attach(base, bundle):
-        scores, _ = measure_boxes(base, bundle, load_things(EXAMPLE), load_judge(), synthesis_preset(base.family), images=6)
+        scores, _ = measure_boxes(base, bundle, load_things(EXAMPLE), load_judge(), synthesis_preset(base.family), images=4)
     print(json.dumps(scores, indent=1))
     assert scores["mean_iou"] >= MIN_IOU
     assert scores["right_instance"]["percent"] >= MIN_RIGHT_INSTANCE
 
 
 # Set a little below what scripts/results/main_job.json has for 72 and 24 pictures, for the small samples here.
-MIN_NOT_CONFUSED = 80  # 95.8 %
+MIN_NOT_CONFUSED = 77  # 95.8 %
 MIN_IOU = 0.65  # 0.81
-MIN_RIGHT_INSTANCE = 72  # 88.9 %: five of eighteen may fail, two standard errors
+MIN_RIGHT_INSTANCE = 72  # 88.9 %: of twelve; two standard errors are 18 %
