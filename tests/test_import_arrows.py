@@ -15,7 +15,7 @@ ROWS = (
     ("checked", "prompts", "io"),  # plain data and this machine
     ("config", "boxes", "data"),  # settings, layouts, a photo with its masks
     ("presets", "attention", "model", "toybox"),  # the frozen base; nothing that works on any base knows the one that is drawn
-    ("bundle", "sampling"),  # what is learned, on disk; what every drawing job shares
+    ("bundle", "sampling", "segmentation"),  # what is learned, on disk; what every drawing job shares; masks from clicks
     ("learning", "synthesis", "editing"),  # the jobs; learning and synthesis meet in the bundle alone
     ("planning", "evaluation"),  # count what the jobs need, and measure what they made
     ("demo", "api"),

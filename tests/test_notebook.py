@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, and shows its pictures; what it learns and draws in a part of the steps is no test of quality."""
+"""The notebook runs from top to bottom and shows its pictures, in a part of the steps: no test of quality."""
 
 from __future__ import annotations
 

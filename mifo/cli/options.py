@@ -183,7 +183,7 @@ OwnText = Annotated[bool, typer.Option(help="In boxes, each asset reads the prom
 LoraScale = Annotated[float | None, number(0, 4, "Strength of what was learned; 1 by default.")]
 NegativePrompt = Annotated[str, typer.Option(help="What the picture should not show.")]
 Steps = Annotated[int | None, typer.Option(min=1, max=1000, help="Denoising steps.")]
-Scale = Annotated[float | None, number(1, help="How strictly the prompt is followed; 1: no guidance.")]
+Scale = Annotated[float | None, number(0, help="How strictly the prompt is followed; 1 and less: no guidance.")]
 
 
 # --- groups -------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ def make_backend(kind: str, family: str, instance: Instance, device: str = "cpu"
         from .toybox_backend import ToyboxBackend
 
         return ToyboxBackend(instance)
+    from ..model.hub_models import CLIP, DETECTOR, DINO
     from .photo_backend import PhotoBackend
-    from .photo_models import CLIP, DETECTOR, DINO
 
     return PhotoBackend(instance, device, dino or DINO, clip or CLIP, detector or DETECTOR)

@@ -18,10 +18,10 @@ from PIL import Image
 from ..data.instance import Instance
 from ..errors import InputError
 from ..model.base import public_name
+from ..model.hub_models import CLIP, DETECTOR, DINO, load
 from ..prompts import ASSET_PATTERN
 from .backend import Detection, Seen
 from .metrics import Array, BoxTuple, box_ious
-from .photo_models import CLIP, DETECTOR, DINO, load
 
 GREY = (127, 127, 127)  # around a masked source crop, and around a crop that is no square
 MAX_OVERLAP = 0.5  # IoU above which two detections are the same thing

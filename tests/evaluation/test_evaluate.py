@@ -215,7 +215,7 @@ def test_a_models_pickle_or_pipe_is_never_opened(photo_models: dict[str, str], t
 def test_models_from_the_hub_are_pinned_and_their_commits_recorded(photo_models: dict[str, str], tmp_path: Path,
                                                                    monkeypatch: pytest.MonkeyPatch):  # fmt: skip
     from mifo.evaluation.photo_backend import PhotoBackend
-    from mifo.evaluation.photo_models import CLIP, DETECTOR, DINO, REVISIONS
+    from mifo.model.hub_models import CLIP, DETECTOR, DINO, REVISIONS
 
     asked = {}
 

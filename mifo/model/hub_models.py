@@ -1,4 +1,4 @@
-"""The models that measure photographs: which ones, at which commit, and loaded without running any code of theirs."""
+"""The models that look at photographs: which ones, at which commit, and loaded without running any code of theirs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def fetch(name: str) -> tuple[Path, str | None]:
 
 
 def load(kind: str, name: str, model_class: Any, inputs_class: Any, device: str) -> tuple[Any, Any, str | None]:
-    """-> (the frozen model, what makes its inputs, the commit). `kind` is the option that names the model.
+    """-> (the frozen model, what makes its inputs, the commit). `kind` is the option that names the model; without an
+    `inputs_class` there is nothing that makes inputs.
 
     Only configurations and safetensors are read: an `auto_map` that names Python files is not followed, whatever anybody answers.
     Raises InputError when the model cannot be had.
@@ -48,7 +49,7 @@ def load(kind: str, name: str, model_class: Any, inputs_class: Any, device: str)
         for path in sorted(p for pattern in READ for p in folder.glob(pattern)):
             check_regular(path, MAX_FILE_BYTES)
         model = model_class.from_pretrained(folder, use_safetensors=True, **safely)
-        inputs = inputs_class.from_pretrained(folder, **safely)
+        inputs = inputs_class and inputs_class.from_pretrained(folder, **safely)
     except MemoryError:
         raise
     except Exception as error:  # transformers and the hub raise many kinds
