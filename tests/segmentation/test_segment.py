@@ -173,7 +173,7 @@ def tiny_sam2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     side, width = 128, 32
     backbone = Sam2HieraDetConfig(
-        hidden_size=8, num_attention_heads=1, image_size=[side, side], blocks_per_stage=[1, 1, 1, 1], global_attention_blocks=[2],
+        hidden_size=8, num_attention_heads=1, image_size=[side, side], blocks_per_stage=[1, 1, 2, 1], global_attention_blocks=[3],
         embed_dim_per_stage=[8, 16, 32, 64], num_attention_heads_per_stage=[1, 1, 1, 1],
         window_positional_embedding_background_size=[4, 4], window_size_per_stage=[8, 4, 8, 4],
     )  # fmt: skip
