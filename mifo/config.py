@@ -140,7 +140,13 @@ class LearnConfig(Checked):
     adam_betas: Annotated[tuple[float, float], Within(0, 1, below=True)] = (0.9, 0.99)
     max_grad_norm: NotNegative = 1.0
     resolution: AtLeastOne | None = None
-    """Pixels; None takes the model's own."""
+    """Pixels of a square's side; None takes the model's own."""
+    aspect: Literal["square", "photo"] = "square"
+    """'photo': learn at the photo's own shape, in as many pixels as the square has (SDXL's buckets, Podell et al., arXiv
+    2307.01952, section 2.3); 'square': padded to a square, as published."""
+    crop_conditioning: bool = False
+    """Tell a UNet that was trained with crop coordinates (the same, section 2.2) how far a shifted copy was cropped; see
+    `placements`."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """'no', 'fp16' or 'bf16': the frozen base's dtype; LoRA and rows stay fp32."""
     gradient_checkpointing: bool = False

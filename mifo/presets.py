@@ -28,6 +28,8 @@ def learn_preset(family: str, recipe: str = "mifo") -> LearnConfig:
     if recipe not in ("mifo", "break-a-scene"):
         raise InputError(f"recipe '{recipe}' is not known; choose mifo or break-a-scene")
     config = LearnConfig()
+    if family == "sdxl":
+        config = replace(config, aspect="photo", crop_conditioning=True)
     if family == "toybox":
         terms = AttentionTerms(levels=(1, 2), penalty_weight=0.5, reward_weight=0.5)
         rewarded = replace(terms, reward_steps=50)

@@ -73,7 +73,7 @@ def learn(
     from ..bundle.target import check_target
     from ..config import MemoryConfig
     from ..data.mask_check import check_masks
-    from ..learning.supervision import sizes_of
+    from ..learning.supervision import learned_size, sizes_of
     from ..model.device import precision_name
     from ..presets import learn_preset
 
@@ -92,6 +92,8 @@ def learn(
         config = plan.settings.learn if plan else config
         if config.resolution is not None:
             base.check_side("the resolution", config.resolution)
+        if config.aspect == "photo":
+            say("note: learned at {}x{} pixels, the photo's own shape".format(*learned_size(base, config, each.image.size)))
         with waiting("looking at the masks"):
             report = check_masks(each, sizes_of(base, config))
         for line in (*report.notes, *report.warnings):
@@ -129,6 +131,7 @@ def _learn_config(config: LearnConfig, training: TrainingOptions, seed: int, pre
     prior = override(config.prior, class_prompt=training.class_prompt, num_class_images=training.num_class_images,
                      enabled=training.prior_preservation)  # fmt: skip
     keep = replace(config.keep, enabled=training.keep is Keep.best)
+    config = override(config, aspect=training.aspect, crop_conditioning=training.crop_conditioning)
     return replace(config, embedding=embedding, lora=lora, prior=prior, keep=keep, resolution=training.resolution, seed=seed,
                    gradient_checkpointing=training.gradient_checkpointing, mixed_precision=precision)  # fmt: skip
 

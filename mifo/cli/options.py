@@ -42,6 +42,11 @@ class Spacing(str, Enum):
     trailing = "trailing"
 
 
+class Aspect(str, Enum):
+    square = "square"
+    photo = "photo"
+
+
 class Attention(str, Enum):
     auto = "auto"
     sdpa = "sdpa"
@@ -281,6 +286,10 @@ class TrainingOptions(OptionGroup):
     class_prompt: Annotated[str | None, typer.Option(help="For prior preservation; several, separated by '|'.")] = None
     num_class_images: Annotated[int | None, typer.Option(min=1, max=10_000, help="Drawn once, for prior preservation.")] = None
     resolution: Resolution = None
+    aspect: Annotated[Aspect | None, typer.Option(help="photo: learn at the photo's own shape; the default for SDXL.")] = None
+    crop_conditioning: Annotated[
+        bool | None, typer.Option(help="Tell SDXL how far a shifted copy of the photo was cropped; its default.")
+    ] = None
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory for more time.")] = False
     resume: Annotated[bool | None, typer.Option(help="Go on from the last checkpoint of an interrupted run.")] = None
     checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints, at most 2 minutes; 0: none.")] = 50

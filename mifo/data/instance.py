@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -71,7 +72,7 @@ class Instance:
 
 @dataclass(frozen=True)
 class FittedInstance:
-    """An instance at the model's resolution: all squares of `resolution` pixels."""
+    """An instance at the size at which it is learned."""
 
     image: Image.Image
     """RGB; the padding has the image's mean colour."""
@@ -119,20 +120,32 @@ def load_instance(folder: Path, mask_orientation: str = "auto") -> Instance:
     )
 
 
-def fit(image: Image.Image, resolution: int, fill: int | tuple[int, ...], resample: Image.Resampling) -> Image.Image:
-    """Scales the longer side to `resolution` and pads the shorter one equally on both sides with `fill`.
+def fit(image: Image.Image, resolution: int | tuple[int, int], fill: int | tuple[int, ...],
+        resample: Image.Resampling) -> Image.Image:  # fmt: skip
+    """Scales to `resolution`, a square's side or (width, height), as large as it fits, and pads both sides equally with `fill`.
 
-    Returns an image of the same mode, resolution x resolution.
+    Returns an image of the same mode.
     """
-    scale = resolution / max(image.size)
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    square = Image.new(image.mode, (resolution, resolution), fill)
-    square.paste(image.resize((width, height), resample), ((resolution - width) // 2, (resolution - height) // 2))
-    return square
+    whole = (resolution, resolution) if isinstance(resolution, int) else resolution
+    scale = min(whole[0] / image.width, whole[1] / image.height)
+    width, height = (max(1, min(most, round(side * scale))) for side, most in zip(image.size, whole, strict=True))
+    padded = Image.new(image.mode, whole, fill)
+    padded.paste(image.resize((width, height), resample), ((whole[0] - width) // 2, (whole[1] - height) // 2))
+    return padded
 
 
-def fit_instance(instance: Instance, resolution: int) -> FittedInstance:
-    """The instance at `resolution` x `resolution` pixels: scaled and padded, never squashed or cropped.
+def bucket(size: tuple[int, int], resolution: int, multiple: int) -> tuple[int, int]:
+    """(width, height): of the sizes in multiples of `multiple` with nearly as many pixels as a square of `resolution`, and never
+    more, the one nearest in shape to `size`."""
+    pixels = resolution * resolution
+    sides = range(multiple, 4 * resolution + 1, multiple)
+    candidates = [(width, height) for width in sides for height in sides if 0.9 * pixels <= width * height <= pixels]
+    return min(candidates or [(resolution, resolution)],
+               key=lambda c: (abs(math.log(c[0] * size[1] / (c[1] * size[0]))), -c[0] * c[1]))  # fmt: skip
+
+
+def fit_instance(instance: Instance, resolution: int | tuple[int, int]) -> FittedInstance:
+    """The instance at `resolution`, a square's side or (width, height): scaled and padded, never squashed or cropped.
 
     Raises InputError if a mask has no pixel left at this size.
     """
@@ -146,14 +159,14 @@ def fit_instance(instance: Instance, resolution: int) -> FittedInstance:
     )
 
 
-def _fit_mask(instance: Instance, index: int, resolution: int) -> Image.Image:
+def _fit_mask(instance: Instance, index: int, resolution: int | tuple[int, int]) -> Image.Image:
     """A pixel is the asset's if at least half of its area is."""
     mask = instance.masks[index]
     fitted = fit(mask, resolution, 0, Image.Resampling.BOX).point(lambda value: 255 if value >= 128 else 0)
     if fitted.getbbox() is None:
         raise InputError(
             f"{instance.source / f'mask{index}.png'} covers {np.count_nonzero(np.asarray(mask))} pixels of "
-            f"{_size(mask)} and none at {resolution}x{resolution}, the model's resolution; "
+            f"{_size(mask)} and none at {_size(fitted)}, the model's resolution; "
             "crop the image closer to the assets, or draw the mask larger."
         )
     return fitted

@@ -18,6 +18,7 @@ from ..editing.source_image import load_source_image
 from ..errors import InputError
 from ..io.image_file import load_image
 from ..learning.dataset import InstanceData
+from ..learning.supervision import learned_size
 from ..model.base import BaseModel
 from ..prompts import assets_in, tokenize_prompt
 from ..sampling.layout_control import check_boxes, latent_shape
@@ -97,7 +98,7 @@ def evaluate(base: BaseModel, bundle: Bundle, instance: Instance, backend: Backe
     long.
     """
     tokens = instance.tokens  # of the things; a bundle may have <background> too
-    data = InstanceData(fit_instance(instance, bundle.config.resolution or base.resolution), base)
+    data = InstanceData(fit_instance(instance, learned_size(base, bundle.config, instance.image.size)), base)
     unrelated, few = backend.unrelated_prompts, min(samples, BATCH)
     with attach(base, bundle, config.lora_scale):
         if images is None:

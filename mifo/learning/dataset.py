@@ -33,6 +33,8 @@ class Batch:
     """(1, 1, h, w) of 0 and 1 at latent size"""
     asset_masks: torch.Tensor
     """(len(assets), 1, H, W) in [0, 1] at pixel size, in the order of `assets`"""
+    crop: tuple[int, int] = (0, 0)
+    """As in `View`"""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class View:
     """(N, 1, H, W) in [0, 1]"""
     whole: frozenset[int]
     """The assets that lie inside the picture as they did before the shift"""
+    crop: tuple[int, int] = (0, 0)
+    """(top, left): pixels of the picture that lie outside, as SDXL counts them"""
 
 
 class InstanceData:
@@ -77,7 +81,9 @@ class InstanceData:
             whole = frozenset(i for i in everything if float(moved_masks[i].sum()) == float(masks[i].sum()))
             for flip in (False, True):
                 turned, their_masks = (x.flip(-1) if flip else x for x in (moved, moved_masks))
-                self.views[flip].append(View(*base.encode(turned), their_masks.to(base.device), whole))
+                left = max(0, dx) if flip else max(0, -dx)  # a flip turns the right side to the left
+                crop = (max(0, -dy), left)
+                self.views[flip].append(View(*base.encode(turned), their_masks.to(base.device), whole, crop))
 
         self.background = self.tokens.index(BACKGROUND_TOKEN) if BACKGROUND_TOKEN in self.tokens else None
         self.plate = None if self.background is None else self._plate(fitted, base)
@@ -106,7 +112,7 @@ class InstanceData:
         masks = view.masks[list(assets)]
         union = union_at_latents(masks, (mean.shape[-2], mean.shape[-1]))
         tokens = tuple(self.tokens[i] for i in assets)
-        return Batch(assets, tokens, join_assets(tokens), mean + std * noise, union, masks)
+        return Batch(assets, tokens, join_assets(tokens), mean + std * noise, union, masks, view.crop)
 
 
 def random_shifts(masks: torch.Tensor, per_asset: int, rng: np.random.Generator) -> list[tuple[int, int]]:

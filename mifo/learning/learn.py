@@ -32,6 +32,7 @@ from .dataset import InstanceData
 from .prior import PriorData, make_prior
 from .report import attention_shares, draw_attention_sheet, draw_preview, environment
 from .state import TrainerState, identity_of
+from .supervision import learned_size
 from .trainer import Callback, Progress, Report, Trainer
 
 
@@ -102,12 +103,12 @@ def prepare(instance: Instance, base: BaseModel, config: LearnConfig, prior_cach
     add_asset_tokens(base.tokenizer, [t for t in tokens if t not in known])
     ids = [base.tokenizer.get_added_vocab()[t] for t in tokens]
     _check_longest_prompt(base, tokens)
-    resolution = config.resolution or base.resolution
-    fitted = fit_instance(instance, resolution)
+    width, height = size = learned_size(base, config, instance.image.size)
+    fitted = fit_instance(instance, size)
     data = InstanceData(fitted, base, config.placements, config.seed, instance.image.size)
     prior = None
     if config.prior.enabled and config.lora.train_steps:
-        prior = make_prior(base, config.prior, resolution, config.seed, prior_cache,
+        prior = make_prior(base, config.prior, (height, width), config.seed, prior_cache,
                            lambda k, n: report(Progress("prior", k, n)))  # fmt: skip
     return Prepared(fitted, data, prior, ids)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from ..config import AttentionTerms, EmbeddingPhase, LearnConfig, LoraPhase
 from ..data.mask_sizes import mask_at_map
 from ..errors import InputError
 from ..model.base import BaseModel
-from ..model.prompt_embeds import joined, predict
+from ..model.prompt_embeds import ImageSize, joined, predict
 from ..prompts import TokenizedPrompt, tokenize_prompt
 from .dataset import Batch, InstanceData
 from .losses import masked_diffusion_loss, match_loss, penalty_loss, reward_loss, separation_loss
@@ -103,7 +103,7 @@ class Objective:
         own = slice(first if with_prior else 0, None)
         noisy = self.base.scheduler.add_noise(latents, noise, timesteps)
         recorder.open()
-        sizes = [self.data.drawn_size, self.data.size][-len(tokenized) :]
+        sizes = [self.data.drawn_size, self.size_of(batch)][-len(tokenized) :]
         prompt_embeds = self.base.encode_prompt(torch.tensor([t.input_ids for t in tokenized]), *sizes)  # 1 or 2 rows
         prompt_embeds = joined([prompt_embeds[:-1], prompt_embeds[-1:].expand(len(latents[own]))])
         prediction = predict(self.base.unet, noisy, timesteps, prompt_embeds)
@@ -120,6 +120,10 @@ class Objective:
         if with_prior:
             prior_loss = config.prior.weight * config.prior.every_steps * F.mse_loss(prediction[:1].float(), target[:1])
         return StepLosses(diffusion, attention, prior_loss)
+
+    def size_of(self, batch: Batch) -> ImageSize:
+        """What the UNet is told of the picture's size, and of its crop where that is asked for."""
+        return replace(self.data.size, crop=batch.crop) if self.config.crop_conditioning else self.data.size
 
     def gradients(self, phase: EmbeddingPhase | LoraPhase, step: int, sites: Sequence[Site], recorder: AttentionRecorder,
                   prior: PriorData | None, parameters: Sequence[torch.Tensor], pool: Executor) -> StepLosses:  # fmt: skip
@@ -158,7 +162,7 @@ class Objective:
         prediction, noisy, timesteps = prediction[counting], noisy[counting], timesteps[counting]
         with torch.no_grad():
             ids = tokenize_prompt(self.base.tokenizer, "a photo", []).input_ids
-            prompt_embeds = self.base.encode_prompt(torch.tensor([ids]), self.data.size).expand(len(noisy))
+            prompt_embeds = self.base.encode_prompt(torch.tensor([ids]), self.size_of(batch)).expand(len(noisy))
             without = predict(self.base.unet, noisy, timesteps, prompt_embeds)
         return share * masked_diffusion_loss(prediction, without, 1 - batch.union_mask, self.config.masked_loss_by_area)
 

@@ -35,9 +35,11 @@ class PriorData:
         return self.prompts[index % len(self.prompts)], self.latents[index : index + 1]
 
 
-def make_prior(base: BaseModel, config: PriorConfig, resolution: int, seed: int, cache_folder: Path | None = None,
+def make_prior(base: BaseModel, config: PriorConfig, resolution: int | tuple[int, int], seed: int,
+               cache_folder: Path | None = None,
                on_progress: Callable[[int, int], None] | None = None) -> PriorData:  # fmt: skip
-    """Draws `num_class_images` latents, or reads them from `cache_folder` when the same were drawn before.
+    """Draws `num_class_images` latents, or reads them from `cache_folder` when the same were drawn before. `resolution`: in
+    pixels, a square's side or (height, width).
 
     Raises InputError for a class prompt that is empty or too long, when the cache cannot be written, and where the base model
     draws no picture.
@@ -47,11 +49,13 @@ def make_prior(base: BaseModel, config: PriorConfig, resolution: int, seed: int,
     scheduler = base.sampler("ddim")
     sampler = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}  # other settings draw other pictures
     weights = f"{base.dtype} {'nf4' if base.memory.nf4 else ''}".strip()
-    key = json_text([base.fingerprint, asdict(config), resolution, seed, weights, base.device.type,
+    pixels = (resolution, resolution) if isinstance(resolution, int) else resolution
+    named = pixels[0] if pixels[0] == pixels[1] else pixels
+    key = json_text([base.fingerprint, asdict(config), named, seed, weights, base.device.type,
                      named_infinities(sampler)], sort_keys=True, default=str)  # fmt: skip
     cached = cache_folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors" if cache_folder else None
-    size, image_size = resolution // base.vae_factor, ImageSize((resolution, resolution), (resolution, resolution))
-    shape = (int(base.unet.config["in_channels"]), size, size)
+    image_size = ImageSize(pixels, pixels)
+    shape = (int(base.unet.config["in_channels"]), pixels[0] // base.vae_factor, pixels[1] // base.vae_factor)
     known = _read_cache(cached, key, (config.num_class_images, *shape))
     if known is not None:
         return PriorData(prompts, known.to(base.device))

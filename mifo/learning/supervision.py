@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..attention.sites import choose_sites, levels_within
 from ..config import LearnConfig
+from ..data.instance import bucket
 from ..data.mask_sizes import MaskSizes
 from ..errors import InputError
 from ..model.base import TOYBOX_FOLDER, BaseModel, model_configs
@@ -14,6 +15,16 @@ from ..model.families import family_of
 from ..model.shapes import SHAPES, native_latents, shape_of
 from ..model.single_file import is_single_file
 from ..presets import learn_preset
+
+BUCKET = 64  # pixels: SDXL's own step between aspect ratios
+
+
+def learned_size(base: BaseModel, config: LearnConfig, photo: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) in pixels at which a photo of (width, height) is learned."""
+    side = config.resolution or base.resolution
+    if config.aspect == "square":
+        return side, side
+    return bucket(photo, side, BUCKET if side >= 512 and BUCKET % base.multiple == 0 else base.multiple)
 
 
 def sizes_of(base: BaseModel, config: LearnConfig) -> MaskSizes:

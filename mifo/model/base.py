@@ -167,6 +167,11 @@ class BaseModel:
         return self.native_latents * self.vae_factor
 
     @property
+    def multiple(self) -> int:
+        """Pixels of which a picture's sides must be multiples, so that the UNet can halve and double them."""
+        return int(self.vae_factor * 2 ** (len(self.unet.config["block_out_channels"]) - 1))
+
+    @property
     def parts(self) -> dict[str, torch.nn.Module]:
         """By their names in the folder."""
         second = {} if self.text_encoder_2 is None else {"text_encoder_2": self.text_encoder_2}
@@ -174,7 +179,7 @@ class BaseModel:
 
     def check_side(self, name: str, pixels: int) -> None:
         """Raises InputError unless pictures of this side fit: a multiple that the UNet can halve and double, not too large."""
-        multiple = self.vae_factor * 2 ** (len(self.unet.config["block_out_channels"]) - 1)
+        multiple = self.multiple
         if pixels < multiple or pixels % multiple:
             nearest = max(multiple, round(pixels / multiple) * multiple)
             raise InputError(f"{name} is {pixels}; {self.name} needs a multiple of {multiple} pixels, such as {nearest}")

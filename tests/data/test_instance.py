@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from _tiny import write_instance
 from PIL import Image, ImageDraw
 
-from mifo.data.instance import Instance, fit, fit_instance, load_instance
+from mifo.data.instance import Instance, bucket, fit, fit_instance, load_instance
 from mifo.errors import InputError
 
 SIZE = (64, 48)
@@ -383,3 +384,20 @@ def test_a_mask_that_vanishes_is_explained(folder: Path) -> None:
     assert fit_instance(instance, 64).masks[1].getbbox() is not None
     with pytest.raises(InputError, match=r"mask1.png covers 1 pixels of 64x48 and none at 16x16"):
         fit_instance(instance, 16)
+
+
+@pytest.mark.parametrize(("size", "expected"), [
+    ((1000, 1000), (1024, 1024)), ((4000, 3000), (1152, 896)), ((3000, 4000), (896, 1152)), ((1920, 1080), (1344, 768)),
+    ((10_000, 100), (4096, 256)),
+])  # fmt: skip
+def test_buckets_are_those_that_sdxl_was_trained_with(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    """Podell et al., arXiv 2307.01952, appendix I, for a photo's usual shapes; the last is as wide as it gets."""
+    assert bucket(size, 1024, 64) == expected
+
+
+def test_an_instance_is_fitted_into_a_bucket_without_being_squashed(tmp_path: Path) -> None:
+    instance = load_instance(write_instance(tmp_path / "cups"))  # 96 x 64
+    fitted = fit_instance(instance, (160, 96))
+    assert fitted.image.size == (160, 96)
+    assert np.asarray(fitted.valid).any(0).sum() == 144 and np.asarray(fitted.valid).any(1).all()
+    assert all(np.asarray(mask).any() for mask in fitted.masks)

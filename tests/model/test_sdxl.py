@@ -13,11 +13,13 @@ import pytest
 import test_bases_that_people_have as people
 import torch
 from _tiny import FAST, mifo, tiny_base_folder, tiny_xl_folder, write_instance
+from PIL import Image
 from safetensors.torch import load_file
 
 from mifo.bundle.export import LORA_FILE, export_for_diffusers, export_for_kohya
 from mifo.bundle.store import attach, load_bundle
 from mifo.config import SynthesisConfig
+from mifo.data.instance import fit_instance, load_instance
 from mifo.errors import InputError
 from mifo.model.base import BaseModel, family_of, load_base_model
 from mifo.model.base_weights import STEMS
@@ -83,6 +85,48 @@ def test_few_steps_without_guidance_as_turbo_and_lightning_are_used(xl: BaseMode
     assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1, "one level of rounding"
     spaced = synthesize(xl, PROMPT, None, (), replace(config, timestep_spacing="leading"), seed=5).images[0]
     assert np.abs(np.asarray(ours, int) - np.asarray(spaced, int)).max() > 1, "the spacing shows"
+
+
+def test_a_photo_is_learned_at_its_own_shape(xl: BaseModel, learned: Path, tmp_path: Path) -> None:
+    """96 x 64 pixels on a model of 128: at 160 x 96, prior included, and measured at the same size."""
+    from mifo.evaluation.run import learned_size
+    from mifo.learning.learn import prepare
+    from mifo.presets import learn_preset
+
+    config = learn_preset("sdxl")
+    config = replace(config, placements=2, prior=replace(config.prior, num_class_images=1, sampling_steps=1))
+    instance = load_instance(write_instance(tmp_path / "cups"))
+    parts = prepare(instance, xl, config, None)
+    assert parts.fitted.image.size == learned_size(xl, config, instance.image.size) == (160, 96)
+    assert parts.prior is not None and parts.prior.latents.shape[-2:] == parts.data.moments[False][0].shape[-2:] == (12, 20)
+    squares = prepare(instance, xl, replace(config, aspect="square"), None)
+    assert squares.fitted.image.size == (128, 128)
+    assert load_bundle(learned).config.aspect == "photo"
+    assert Image.open(learned / "instance" / "img.png").size == (160, 96)
+
+
+def test_a_shifted_copy_says_how_far_it_was_cropped(xl: BaseModel, tmp_path: Path) -> None:
+    from mifo.learning.dataset import InstanceData
+    from mifo.learning.objective import Objective
+    from mifo.presets import learn_preset
+
+    config = replace(learn_preset("sdxl"), placements=3)
+    instance = load_instance(write_instance(tmp_path / "cups"))
+    data = InstanceData(fit_instance(instance, (128, 96)), xl, 3, 0, instance.image.size)
+    moved = [view for view in data.views[False][1:] if any(view.crop)]
+    assert moved, "some copy leaves the frame at the top or on the left"
+    for view in data.views[False]:
+        top, left = view.crop
+        masks = data.masks[False]
+        shown = view.masks[..., : 96 - top or None, : 128 - left or None]
+        assert top < 96 and left < 128 and float(shown.sum()) <= float(masks.sum())
+        if view.whole == frozenset(range(data.count)) and top and left:
+            assert torch.equal(shown, masks[..., top:, left:])
+    objective = Objective(xl, data, config, np.random.default_rng(0), torch.Generator().manual_seed(0))
+    batch = next(b for b in (data.sample(objective.rng, objective.generator, 1, True, 0.5) for _ in range(99)) if any(b.crop))
+    assert objective.size_of(batch).numbers == (64, 96, *batch.crop, 96, 128)
+    objective.config = replace(config, crop_conditioning=False)
+    assert objective.size_of(batch).numbers == (64, 96, 0, 0, 96, 128)
 
 
 def test_the_text_is_pooled_at_its_end_and_not_at_an_asset(learned: Path) -> None:
