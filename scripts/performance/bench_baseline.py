@@ -19,6 +19,7 @@ from mifo.config import LearnConfig, SynthesisConfig
 from mifo.learning.losses import masked_diffusion_loss
 from mifo.learning.objective import attention_loss, diffusion_target
 from mifo.model.base import BaseModel
+from mifo.model.lora import add_adapters
 from mifo.model.prompt_embeds import PromptEmbeds, joined, predict
 from mifo.prompts import tokenize_prompt
 from mifo.sampling.denoise import denoise, initial_latents
@@ -44,6 +45,38 @@ class PublishedProcessor(Processor):
 def published_attention(base: BaseModel, kept: dict[str, torch.Tensor], control: BoundedAttention | None = None) -> Any:
     """Lends the processors; a context manager."""
     return use_processors(base.unet, {s.name: PublishedProcessor(s, kept, control) for s in attention_sites(base.unet)})
+
+
+# --- diffusers' own script ----------------------------------------------------------------------
+
+
+class DreamBoothLora:
+    """One step of diffusers' `train_dreambooth_lora.py` (and `_sdxl.py`) with `--train_text_encoder` and
+    `--with_prior_preservation`, written again: the photo and a class picture are encoded by the VAE in every step and go
+    through the UNet together; the loss covers both, whole; plain AdamW on LoRA. It learns one thing and looks at no attention.
+    """
+
+    def __init__(self, base: BaseModel, pixels: torch.Tensor, prompts: list[list[int]], rank: int):
+        """`pixels` (1, 3, H, W) in [-1, 1] stands for the class picture too. `prompts`: token ids of both."""
+        self.base, self.ids = base, torch.tensor(prompts)
+        self.pixels = torch.cat([pixels, pixels.flip(-1)])
+        adapters = add_adapters(base, rank, True)
+        self.parameters = [p for adapter in adapters.values() for p in adapter.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
+
+    def step(self) -> None:
+        mean, deviation = self.base.encode(self.pixels)
+        latents = mean + deviation * torch.randn_like(mean)
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(0, 1000, (len(latents),), device=latents.device)
+        noisy = self.base.scheduler.add_noise(latents, noise, timesteps)
+        prediction = predict(self.base.unet, noisy, timesteps, self.base.encode_prompt(self.ids)).float()
+        target = diffusion_target(self.base.scheduler, latents, noise, timesteps)
+        loss = F.mse_loss(prediction[:1], target[:1]) + F.mse_loss(prediction[1:], target[1:])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
 # --- drawing ------------------------------------------------------------------------------------

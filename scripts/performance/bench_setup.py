@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image, ImageDraw
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTokenizer
 
 from mifo.attention.record import record_attention
 from mifo.attention.sites import choose_sites
@@ -26,6 +27,7 @@ from mifo.learning.prior import PriorData
 from mifo.learning.trainer import Trainer
 from mifo.model.base import BaseModel
 from mifo.model.embedding import initial_vectors, use_assets
+from mifo.model.families import family_of
 from mifo.model.shapes import shape_of
 from mifo.presets import learn_preset
 from mifo.prompts import add_asset_tokens
@@ -38,8 +40,8 @@ def build_base(name: str, width_divisor: int, dtype: torch.dtype, device: str, c
     shape = shape_of(name, width_divisor)
     torch.manual_seed(seed)
     with torch.device(device):  # a GPU draws a billion random weights in no time, a CPU in a quarter of a minute
-        parts: list[Any] = [sharpen(UNet2DConditionModel(**shape["unet"])), AutoencoderKL(**shape["vae"]),
-                            CLIPTextModel(CLIPTextConfig(**shape["text_encoder"]))]  # fmt: skip
+        parts: list[Any] = [sharpen(UNet2DConditionModel(**shape["unet"])), AutoencoderKL(**shape["vae"])]
+        parts += [getattr(transformers, t.kind)(CLIPTextConfig(**shape[t.encoder])) for t in family_of(shape["unet"]).texts]
     for part in parts:
         part.requires_grad_(False).eval().to(device, dtype)
     if channels_last:
@@ -48,7 +50,9 @@ def build_base(name: str, width_divisor: int, dtype: torch.dtype, device: str, c
         write_tokenizer(Path(scratch) / "tokenizer")
         tokenizer = CLIPTokenizer.from_pretrained(Path(scratch) / "tokenizer")
     scheduler = DDIMScheduler(**shape["scheduler"])
-    return BaseModel(name, "random", None, "random", tokenizer, parts[2], parts[1], parts[0], scheduler, MemoryConfig())
+    second = parts[3] if len(parts) > 3 else None
+    return BaseModel(name, "random", None, "random", tokenizer, parts[2], parts[1], parts[0], scheduler, MemoryConfig(),
+                     text_encoder_2=second)  # fmt: skip
 
 
 def boxes_for(assets: int) -> Layout:
