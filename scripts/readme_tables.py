@@ -347,13 +347,14 @@ def memory_table() -> str:
     """The plan against measurements."""
     lines = ["| | planned, GiB | measured, GiB | plan off by | the process grew by, GiB |", "|---|---|---|---|---|"]
     sources = []
-    for name, kind in (("memory_fake", "fake tensors"), ("memory_real", "real steps on a CPU")):
+    for name, kind in (("memory_fake", "fake tensors"), ("memory_fake_sd15", "fake tensors"), ("memory_fake_sdxl", "fake tensors"),
+                       ("memory_real", "real steps on a CPU")):  # fmt: skip
         result = load(name)
         if result is None:
             lines.append(f"| {kind} | not measured yet | | | |")
             continue
         width = f", width divided by {result['width_divisor']}" if result["width_divisor"] > 1 else ""
-        where = f"{kind}{width}, {result['resolution']} pixels, {result['dtype']}"
+        where = f"{result['shape']}, {kind}{width}, {result['resolution']} pixels, {result['dtype']}"
         for row in result["steps"]:
             checkpointed = " with checkpointing" if row["gradient_checkpointing"] else ""
             lines.append(_plan_row(f"{row['phase'].replace('phase', 'phase ')} step{checkpointed} ({where})",
@@ -362,6 +363,62 @@ def memory_table() -> str:
             lines.append(_plan_row(f"{row['piece']} ({where})", row["planned_gib"], row["measured_gib"], row))
         sources.append(source(name, result))
     return "\n".join(["Tensors beside the weights, at the peak; on a GPU: not measured.", "", *lines, "", *sources])
+
+
+def families_table() -> str:
+    """Ours beside diffusers' own training script and beside the published way, a row a family."""
+    results = {name: result for name in ("bench_family_sd21", "bench_family_sdxl") if (result := load(name))}
+    if not results:
+        return "Not measured yet."
+    lines = ["| | ours: seconds, median (min-max) | diffusers' LoRA script | as published | GiB of tensors, ours | diffusers' LoRA "
+             "script | as published |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for result in results.values():
+        options = result["options"]
+        for piece, label in (("phase2", "phase 2 step"), ("guidance", "guidance pass"),
+                             ("synthesize", f"synthesize, {options['steps']} steps")):  # fmt: skip
+            if piece not in result:
+                continue
+            found, dtype = result[piece], options["dtype"]
+            script, published = found.get("diffusers_script"), found["baseline"].get(dtype)
+            cells = [_seconds(entry) if entry else "" for entry in (found["ours"], script, published)]
+            cells += [f"{entry['peak_gib']:.3f}" if entry else "" for entry in (found["ours"], script, published)]
+            lines.append(f"| {options['shape']}, {label} | " + " | ".join(cells) + " |")
+    lines.append("| on a GPU | not measured | not measured | not measured | | | |")
+    first = next(iter(results.values()))["options"]
+    about = (f"Random weights, width divided by {first['width_divisor']}, {first['resolution']} pixels, {first['dtype']}, a draw a "
+             "step: speed only, no quality.")  # fmt: skip
+    return "\n".join([about, "", *lines, "", *(source(name, result) for name, result in results.items())])
+
+
+def compile_table() -> str:
+    result = load("compile")
+    if result is None:
+        return "Not measured yet."
+    first = result["first_picture_seconds"]
+
+    def row(name: str, seconds: dict[str, Any], start: float) -> str:
+        return f"| {name} | {seconds['median']:.1f} ({seconds['min']:.1f}-{seconds['max']:.1f}) | {start:.0f} |"
+
+    lines = ["| | seconds a picture, median (min-max) | the first one |", "|---|---|---|",
+             row("as it is", result["seconds_as_it_is"], first["as_it_is"]),
+             row("`--compile`", result["seconds_compiled"], first["compiled"]), "| on a GPU | not measured | |"]  # fmt: skip
+    about = f"Three boxes, {result['model']}, {result['device'].upper()}, one thread, in turns in one run."
+    return "\n".join([about, "", *lines, "", source("compile", result)])
+
+
+def segment_table() -> str:
+    result = load("segment")
+    if result is None:
+        return "Not measured yet."
+    lines = ["| boxes looser by, of the thing's side | mean IoU, all things marked | one thing marked | below 0.8 | aimed at |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    for loose, row in result["by_looseness"].items():
+        lines.append(f"| 3 to {100 * float(loose):.0f} % | {row['mean_iou']:.3f} | {row['mean_iou_marked_alone']:.3f} | "
+                     f"{row['below_0.8']} and {row['alone_below_0.8']} of {row['things']} | {result['goal_mean_iou']} |")  # fmt: skip
+    auto = next(iter(result["by_looseness"].values()))["auto_finds_percent"]
+    about = (f"{result['scenes']} drawn scenes of {result['pixels']} pixels, GrabCut; `--auto` proposes {auto:.0f} % of the things with an "
+             "IoU of 0.8 and more.")  # fmt: skip
+    return "\n".join([about, "", *lines, "", source("segment", result)])
 
 
 def _size(row: dict[str, Any]) -> str:
@@ -384,7 +441,7 @@ TABLES: dict[str, Callable[[], str]] = {
           "samplers": samplers_table, "edit": edit_table,
           "bench": bench_table, "bench_jobs": jobs_table, "bench_growth": growth_table, "memory_goals": goals_table,
           "memory_goals_sdxl": xl_goals_table,
-          "memory": memory_table,
+          "memory": memory_table, "bench_families": families_table, "compile": compile_table, "segment": segment_table,
           **{name: partial(toybench_table, name) for name in (
               "toybench", "toybench_holdout", "toybench_large", "toybench_steps", "toybench_baselines",
               "toybench_ablations")}}  # fmt: skip
