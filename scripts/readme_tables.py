@@ -347,8 +347,8 @@ def memory_table() -> str:
     """The plan against measurements."""
     lines = ["| | planned, GiB | measured, GiB | plan off by | the process grew by, GiB |", "|---|---|---|---|---|"]
     sources = []
-    for name, kind in (("memory_fake", "fake tensors"), ("memory_fake_sd15", "fake tensors"), ("memory_fake_sdxl", "fake tensors"),
-                       ("memory_real", "real steps on a CPU")):  # fmt: skip
+    fakes = [(name, "fake tensors") for name in ("memory_fake", "memory_fake_sd15", "memory_fake_sdxl")]
+    for name, kind in (*fakes, ("memory_real", "real steps on a CPU")):
         result = load(name)
         if result is None:
             lines.append(f"| {kind} | not measured yet | | | |")
@@ -370,8 +370,8 @@ def families_table() -> str:
     results = {name: result for name in ("bench_family_sd21", "bench_family_sdxl") if (result := load(name))}
     if not results:
         return "Not measured yet."
-    lines = ["| | ours: seconds, median (min-max) | diffusers' LoRA script | as published | GiB of tensors, ours | diffusers' LoRA "
-             "script | as published |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = ["| | ours: seconds, median (min-max) | diffusers' LoRA script | as published | GiB of tensors, ours | diffusers' "
+             "LoRA script | as published |", "|---|---|---|---|---|---|---|"]  # fmt: skip
     for result in results.values():
         options = result["options"]
         for piece, label in (("phase2", "phase 2 step"), ("guidance", "guidance pass"),
@@ -385,8 +385,8 @@ def families_table() -> str:
             lines.append(f"| {options['shape']}, {label} | " + " | ".join(cells) + " |")
     lines.append("| on a GPU | not measured | not measured | not measured | | | |")
     first = next(iter(results.values()))["options"]
-    about = (f"Random weights, width divided by {first['width_divisor']}, {first['resolution']} pixels, {first['dtype']}, a draw a "
-             "step: speed only, no quality.")  # fmt: skip
+    about = (f"Random weights, width divided by {first['width_divisor']}, {first['resolution']} pixels, {first['dtype']}, a draw "
+             "a step: speed only, no quality.")  # fmt: skip
     return "\n".join([about, "", *lines, "", *(source(name, result) for name, result in results.items())])
 
 
@@ -414,10 +414,11 @@ def segment_table() -> str:
              "|---|---|---|---|---|"]  # fmt: skip
     for loose, row in result["by_looseness"].items():
         lines.append(f"| 3 to {100 * float(loose):.0f} % | {row['mean_iou']:.3f} | {row['mean_iou_marked_alone']:.3f} | "
-                     f"{row['below_0.8']} and {row['alone_below_0.8']} of {row['things']} | {result['goal_mean_iou']} |")  # fmt: skip
+                     f"{row['below_0.8']} and {row['alone_below_0.8']} of {row['things']} | "
+                     f"{result['goal_mean_iou']} |")  # fmt: skip
     auto = next(iter(result["by_looseness"].values()))["auto_finds_percent"]
-    about = (f"{result['scenes']} drawn scenes of {result['pixels']} pixels, GrabCut; `--auto` proposes {auto:.0f} % of the things with an "
-             "IoU of 0.8 and more.")  # fmt: skip
+    about = (f"{result['scenes']} drawn scenes of {result['pixels']} pixels, GrabCut; `--auto` proposes {auto:.0f} % of the "
+             "things with an IoU of 0.8 and more.")  # fmt: skip
     return "\n".join([about, "", *lines, "", source("segment", result)])
 
 

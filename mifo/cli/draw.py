@@ -24,6 +24,7 @@ from .options import (
     DrawingOptions,
     EvaluatorOptions,
     LayoutOptions,
+    OptionalBundleName,
     OutputOptions,
     SamplingOptions,
     SynthesisOptions,
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from ..config import SynthesisConfig
     from ..evaluation.backend import Backend as MeasuredBy
     from ..model.base import BaseModel
+    from ..synthesis.recipe import Recipe
     from ..synthesis.resumable import ImageJob
     from ..synthesis.synthesize import Synthesis
     from ..synthesis.variations import Shot
@@ -64,20 +66,28 @@ if TYPE_CHECKING:
                   '    --boxes "[[0.05, 0.3, 0.45, 0.7], [0.55, 0.3, 0.95, 0.7]]"')  # fmt: skip
 def synthesize(
     job: Job,
-    model_id: BundleName,
-    prompt: Annotated[str, typer.Option(help='Such as "a photo of <asset0> and <asset1> at the beach".')],
     source: BundleOptions,
     layout_options: LayoutOptions,
     sampling: SynthesisOptions,
     evaluators: EvaluatorOptions,
     output: OutputOptions,
     compute: DrawingOptions,
+    model_id: OptionalBundleName = None,
+    prompt: Annotated[str | None, typer.Option(help='Such as "a photo of <asset0> and <asset1> at the beach".')] = None,
     boxes: Boxes = None,
+    again: Annotated[Path | None, path("Draw this picture again, from what it says of its making: the same bytes.")] = None,
 ) -> None:
     """Draw the learned assets, each in its box."""
     from ..boxes import parse_layout
     from ..prompts import NEGATIVE, assets_in, check_prompt
 
+    recipe = _recipe(again, prompt, boxes, (sampling, layout_options, compute.seed))
+    prompt = recipe.prompt if recipe else prompt
+    model_id = model_id or (recipe.bundle if recipe else None)
+    if model_id is None or prompt is None:
+        missing = "MODEL_ID, a learned bundle" if model_id is None else '--prompt, such as "a photo of <asset0>"'
+        raise InputError(f"there is no {missing}; give it" + ("" if recipe else ", or --again with a picture to be drawn again"))
+    seed = recipe.seed if recipe else compute.seed
     check_writable(output.output_path or PLACE)
     if sampling.best_of and sampling.batch_size > 1:
         given = f"--best-of {sampling.best_of} keeps one picture, but --batch-size is {sampling.batch_size}"
@@ -99,36 +109,41 @@ def synthesize(
     best_of = sampling.best_of
     bundle = load_bundle(find_bundle(model_id, source.output_dir))
     place = PLACE / bundle.name
-    check_apart(output.output_path, place, {"--boxes": boxes}, not_to_write_into(bundle, source.model_path))
+    check_apart(output.output_path, place, {"--boxes": boxes, "--again": again}, not_to_write_into(bundle, source.model_path))
     check_output(output.output_path, place, KIND, output.overwrite)
     check_prompt(prompt, bundle.tokens)
-    check_prompt(sampling.negative_prompt, bundle.tokens, NEGATIVE)
+    negative = recipe.config.negative_prompt if recipe else sampling.negative_prompt
+    check_prompt(negative, bundle.tokens, NEGATIVE)
     say_weights([prompt])
-    say_weights([sampling.negative_prompt], NEGATIVE)
-    layout = parse_layout(boxes, assets_in(prompt)) if boxes is not None else None
+    say_weights([negative], NEGATIVE)
+    layout = parse_layout(boxes, assets_in(prompt)) if boxes is not None else recipe.layout if recipe else None
     chosen = choose_device(compute.device)
     dtype, wanted = choose_dtype(compute.mixed_precision, chosen), source.model_path or own_base(bundle)
     attention = choose_attention(compute.attention_backend, chosen, dtype)
-    config = _synthesis_config(synthesis_preset(family_of(wanted)), sampling, layout_options)
+    config = recipe.config if recipe else _synthesis_config(synthesis_preset(family_of(wanted)), sampling, layout_options)
     check_sampling(wanted, config)
-    side = max(sampling.width or 0, sampling.height or 0) or None
+    side = max(config.width or 0, config.height or 0) or None
     plan = plan_within("synthesize", wanted, chosen, dtype, side, compute.vram_gib,
                        attention.name, bundle.config, config, len(bundle.tokens), sampling.batch_size)  # fmt: skip
     base = load_base_of(bundle, source.model_path, chosen, dtype, plan.settings.memory if plan else None)
     judge = measured_by(bundle, base, None, evaluators) if best_of else None
-    recipe = [prompt, layout.to_json() if layout else None, to_dict(config), compute.seed, best_of, attention.name,
-              *(['compiled'] if compute.compile else [])]
-    opened = open_job(output.output_path, place, "best-of", recipe, base, bundle) if best_of else nullcontext()
+    if recipe and recipe.base_fingerprint not in ("", base.fingerprint):
+        say(f"note: {again} was drawn on another base model, or on its files in another state; this picture will differ")
+    said = [prompt, layout.to_json() if layout else None, to_dict(config), seed, best_of, attention.name,
+            *(["compiled"] if compute.compile else [])]  # fmt: skip
+    opened = open_job(output.output_path, place, "best-of", said, base, bundle) if best_of else nullcontext()
     with use_backend(base.unet, attention), compile_blocks(base.unet, compute.compile), opened as kept:
         if best_of and judge and kept:
             job.hint = kept.hint
             with attach(base, bundle, config.lora_scale):
-                drawn, facts = _draw_best(base, prompt, layout, bundle.tokens, config, compute.seed, best_of, judge, kept)
+                drawn, facts = _draw_best(base, prompt, layout, bundle.tokens, config, seed, best_of, judge, kept)
             result = synthesis_result(drawn, base, bundle, **facts)
         else:
             with Bar() as bar:
-                result = run_synthesize(base, bundle, prompt, layout, num_images=sampling.batch_size, seed=compute.seed,
+                result = run_synthesize(base, bundle, prompt, layout, num_images=sampling.batch_size, seed=seed,
                                         config=config, on_progress=bar.denoising)  # fmt: skip
+            if recipe:
+                result = synthesis_result(result.synthesis, base, bundle, **recipe.facts)
         with numbered_folder(output.output_path, place) as folder, waiting("writing the pictures"):
             paths = result.save(folder, output.overwrite)
         if kept:
@@ -199,6 +214,21 @@ def variations(
 
 
 # --- parts --------------------------------------------------------------------------------------
+
+
+def _recipe(again: Path | None, prompt: str | None, boxes: str | None, options: tuple[Any, ...]) -> Recipe | None:
+    """Of the picture that is to be drawn again; nothing else may say how then."""
+    if again is None:
+        return None
+    from ..synthesis.recipe import read_recipe
+
+    if prompt is not None or boxes is not None or options != (SynthesisOptions(), LayoutOptions(), 0):
+        raise InputError("--again takes prompt, boxes, seed and settings from the picture, but some were given too; leave them "
+                         "out, or leave out --again")  # fmt: skip
+    recipe = read_recipe(again)
+    if recipe.bundle is not None and (set("/\\") & set(recipe.bundle) or recipe.bundle.startswith(".")):
+        raise InputError(f"{again} names a bundle '{recipe.bundle[:100]}', which is no plain name; give MODEL_ID")
+    return recipe
 
 
 def _synthesis_config(config: SynthesisConfig, sampling: SynthesisOptions, layout: LayoutOptions) -> SynthesisConfig:

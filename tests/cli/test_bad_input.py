@@ -326,7 +326,7 @@ def test_wrong_options_of_synthesize(place: Path, options: list[str], message: s
     ("options", "message"),
     [
         (["--lora-scale", "nan"], "Invalid value for '--lora-scale'"),
-        (["--guidance-scale", "0.5"], "Invalid value for '--guidance-scale'"),
+        (["--guidance-scale", "-0.5"], "Invalid value for '--guidance-scale'"),
         (["--steps", "0"], "Invalid value for '--steps'"),
         (["--batch-size", "65"], "Invalid value for '--batch-size'"),
         (["--scheduler", "magic"], "Invalid value for '--scheduler'.*unipc"),
