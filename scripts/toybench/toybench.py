@@ -67,15 +67,16 @@ class Job:
     model: str
     work: Path
     device: str
+    learning_seed: int = 0
 
 
-def item_path(work: Path, cell: Cell, method: str) -> Path:
-    return work / ITEMS / cell.split / cell.name / f"{method}.json"
+def item_path(work: Path, cell: Cell, method: str, learning_seed: int = 0) -> Path:
+    return work / ITEMS / cell.split / cell.name / f"{method}{f'-seed{learning_seed}' if learning_seed else ''}.json"
 
 
-def item_key(fingerprint: str, cell: Cell, method: str, samples: int, share: float) -> str:
+def item_key(fingerprint: str, cell: Cell, method: str, samples: int, share: float, learning_seed: int = 0) -> str:
     """Changes whenever the item would be measured differently."""
-    plan = training(METHODS[method].training, cell.seed % 1000, share, cell.count)
+    plan = training(METHODS[method].training, seed_of(cell, learning_seed), share, cell.count)
     drawing = METHODS[method].synthesis(synthesis_preset("toybox"))
     facts = [VERSION, fingerprint, cell.seed, samples, plan.kind, to_dict(plan.config), to_dict(drawing),
              METHODS[method].boxes]  # fmt: skip
@@ -110,7 +111,7 @@ def run_job(job: Job) -> list[str]:
     torch.set_num_threads(1)
     base = base_of(job.model, job.device)
     scene = bench_scene(job.cell)
-    plan = training(job.training, job.cell.seed % 1000, job.share, job.cell.count)
+    plan = training(job.training, seed_of(job.cell, job.learning_seed), job.share, job.cell.count)
     (job.work / "jobs").mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=job.work / "jobs"))
     try:
@@ -122,8 +123,8 @@ def run_job(job: Job) -> list[str]:
         with trained(base, instance, plan, folder, backend, kept_path(job, base.fingerprint, plan)) as cost:
             for method in job.methods:
                 found = measure(base, instance, backend, data, method, before, job.samples)
-                key = item_key(base.fingerprint, job.cell, method, job.samples, job.share)
-                write_record(item_path(job.work, job.cell, method), {**identity(job, method, plan), "key": key, **cost, **found})
+                key = item_key(base.fingerprint, job.cell, method, job.samples, job.share, job.learning_seed)
+                write_record(item_path(job.work, job.cell, method, job.learning_seed), {**identity(job, method, plan), "key": key, **cost, **found})
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return [f"{job.cell.name} {method}" for method in job.methods]
@@ -139,7 +140,7 @@ def kept_path(job: Job, fingerprint: str, plan: Training) -> Path:
 def identity(job: Job, method: str, plan: Training) -> dict[str, Any]:
     cell = job.cell
     return {"method": method, "level": cell.level, "count": cell.count, "scene": cell.name, "split": cell.split,
-            "samples": job.samples, "share_of_steps": job.share, "training": plan.kind}  # fmt: skip
+            "learning_seed": job.learning_seed, "samples": job.samples, "share_of_steps": job.share, "training": plan.kind}  # fmt: skip
 
 
 def measure(base: BaseModel, instance: Instance, backend: ToyboxBackend, data: InstanceData, name: str,
@@ -180,20 +181,25 @@ def measure(base: BaseModel, instance: Instance, backend: ToyboxBackend, data: I
 
 
 def plan_jobs(cells: Sequence[Cell], methods: Sequence[str], samples: int, share: float, model: str, work: Path, device: str,
-              fingerprint: str) -> tuple[list[Job], int]:  # fmt: skip
-    """Jobs for what is not there yet, and how many items there are already. Scene by scene over all cells, so that an early
-    table covers everything."""
+              fingerprint: str, learning_seeds: int = 1) -> tuple[list[Job], int]:  # fmt: skip
+    """Jobs for what is not there yet, and how many items there are already. Seed by seed and scene by scene over all cells, so
+    that an early table covers everything."""
     jobs, there = [], 0
-    for cell in cells:
+    for seed, cell in ((seed, cell) for seed in range(learning_seeds) for cell in cells):
         waiting: dict[str, list[str]] = defaultdict(list)
         for method in methods:
-            path = item_path(work, cell, method)
-            if read_key(path) == item_key(fingerprint, cell, method, samples, share):
+            path = item_path(work, cell, method, seed)
+            if read_key(path) == item_key(fingerprint, cell, method, samples, share, seed):
                 there += 1
             else:
                 waiting[METHODS[method].training].append(method)
-        jobs += [Job(cell, name, tuple(found), samples, share, model, work, device) for name, found in waiting.items()]
+        jobs += [Job(cell, name, tuple(found), samples, share, model, work, device, seed) for name, found in waiting.items()]
     return jobs, there
+
+
+def seed_of(cell: Cell, learning_seed: int) -> int:
+    """What a run learns with: another one for each scene, and for each learning seed."""
+    return cell.seed % 1000 + 1000 * learning_seed
 
 
 def read_key(path: Path) -> str | None:
@@ -239,6 +245,7 @@ def main(
     scenes: Annotated[int, typer.Option(min=1, max=300, help="Per level and count.")] = 10,
     samples: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 2,
     share: Annotated[float, typer.Option(min=0.001, max=1, help="Of the training steps.")] = 1.0,
+    learning_seeds: Annotated[int, typer.Option(min=1, help="Learning runs of each method on each scene.")] = 1,
     workers: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = 1,
     model_path: str = "toybox",
     device: str = "cpu",
@@ -270,7 +277,7 @@ def main(
     failures: list[str] = []
     if not report_only:
         fingerprint = base_of(model_path, device).fingerprint
-        jobs, there = plan_jobs(cells, chosen, samples, share, model_path, work, device, fingerprint)
+        jobs, there = plan_jobs(cells, chosen, samples, share, model_path, work, device, fingerprint, learning_seeds)
         total, done, started = sum(len(j.methods) for j in jobs), 0, time.monotonic()
         print(f"{there} items are there, {total} to measure in {len(jobs)} jobs")
 
@@ -284,7 +291,7 @@ def main(
     items = load_items(work / ITEMS / split, chosen, cells, paired)
     label = name or f"toybench{'_quick' if quick else ''}{'_large' if large else ''}{'_holdout' if split == 'holdout' else ''}"
     if items:
-        facts = {"split": split, "samples": samples, "workers": workers, "model": model_path, "paired": paired}
+        facts = {"split": split, "samples": samples, "learning_seeds": learning_seeds, "workers": workers, "model": model_path, "paired": paired}
         print(write_report(label, items, facts, device))
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)

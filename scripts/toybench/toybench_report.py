@@ -59,7 +59,10 @@ def load_items(folder: Path, methods: Sequence[str], cells: Sequence[Cell], pair
 
 
 def by_scene(items: Sequence[Item], measure: str) -> dict[str, list[float]]:
-    values = {item["scene"]: [float(v) for v in MEASURES[measure][1](item)] for item in items}
+    """Of all its learning seeds."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for item in items:
+        values[item["scene"]] += [float(v) for v in MEASURES[measure][1](item)]
     return {scene: found for scene, found in values.items() if found}
 
 
