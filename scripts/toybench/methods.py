@@ -62,7 +62,8 @@ METHODS = _read_methods(Path(__file__).with_name("methods.json"))
 
 
 def choose_methods(text: str) -> list[str]:
-    """'main', 'ablations', 'study' (what the attention losses are worth), 'all', or names with commas; raises KeyError for a name that does not exist."""
+    """'main', 'ablations', 'study' (what the attention losses are worth), 'all', or names with commas; raises KeyError for a
+    name that does not exist."""
     main = [name for name, method in METHODS.items() if method.group == "main"]
     study = [name for name, method in METHODS.items() if method.group == "study"]
     ablations = ["mifo", *(n for n in METHODS if n not in main and n not in study)]

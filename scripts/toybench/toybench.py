@@ -3,6 +3,7 @@
     python -m scripts.toybench.toybench --quick                                  a minute or two: does everything run
     python -m scripts.toybench.toybench --workers 2                              the comparison, 10 scenes a cell
     python -m scripts.toybench.toybench --workers 2 --methods ablations --counts 3
+    python -m scripts.toybench.toybench --workers 2 --methods study --learning-seeds 3    what the attention losses are worth
     python -m scripts.toybench.toybench --workers 2 --large --scenes 4           the series with 6 and 8 instances
     python -m scripts.toybench.toybench --workers 2 --split holdout --scenes 5   the seeds that were never used for choosing
     python -m scripts.toybench.toybench --report-only                            table and figure from what is there
@@ -124,7 +125,8 @@ def run_job(job: Job) -> list[str]:
             for method in job.methods:
                 found = measure(base, instance, backend, data, method, before, job.samples)
                 key = item_key(base.fingerprint, job.cell, method, job.samples, job.share, job.learning_seed)
-                write_record(item_path(job.work, job.cell, method, job.learning_seed), {**identity(job, method, plan), "key": key, **cost, **found})
+                path = item_path(job.work, job.cell, method, job.learning_seed)
+                write_record(path, {**identity(job, method, plan), "key": key, **cost, **found})
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return [f"{job.cell.name} {method}" for method in job.methods]
@@ -140,7 +142,8 @@ def kept_path(job: Job, fingerprint: str, plan: Training) -> Path:
 def identity(job: Job, method: str, plan: Training) -> dict[str, Any]:
     cell = job.cell
     return {"method": method, "level": cell.level, "count": cell.count, "scene": cell.name, "split": cell.split,
-            "learning_seed": job.learning_seed, "samples": job.samples, "share_of_steps": job.share, "training": plan.kind}  # fmt: skip
+            "learning_seed": job.learning_seed, "samples": job.samples, "share_of_steps": job.share,
+            "training": plan.kind}  # fmt: skip
 
 
 def measure(base: BaseModel, instance: Instance, backend: ToyboxBackend, data: InstanceData, name: str,
@@ -238,7 +241,7 @@ def run_all(jobs: Sequence[Job], workers: int, report: Callable[[list[str]], Non
 def main(
     quick: Annotated[bool, typer.Option(help="One scene, two methods, a tenth of the steps: does everything run.")] = False,
     split: Annotated[str, typer.Option(help="dev, or holdout: the third of the seeds that choices never see.")] = "dev",
-    methods: Annotated[str, typer.Option(help="main, ablations, all, or names with commas.")] = "main",
+    methods: Annotated[str, typer.Option(help="main, ablations, study, all, or names with commas.")] = "main",
     levels: str = ",".join(LEVELS),
     counts: str = ",".join(map(str, COUNTS)),
     large: Annotated[bool, typer.Option(help="The series with 6 and 8 instances instead.")] = False,
@@ -291,7 +294,8 @@ def main(
     items = load_items(work / ITEMS / split, chosen, cells, paired)
     label = name or f"toybench{'_quick' if quick else ''}{'_large' if large else ''}{'_holdout' if split == 'holdout' else ''}"
     if items:
-        facts = {"split": split, "samples": samples, "learning_seeds": learning_seeds, "workers": workers, "model": model_path, "paired": paired}
+        facts = {"split": split, "samples": samples, "learning_seeds": learning_seeds, "workers": workers, "model": model_path,
+                 "paired": paired}  # fmt: skip
         print(write_report(label, items, facts, device))
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
