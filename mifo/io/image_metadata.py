@@ -18,6 +18,8 @@ from ..errors import InputError
 #: Bytes of metadata in one file. A camera's profile, previews and depth map stay below 10 MB; decoders join such parts
 #: piece by piece, and need minutes for some hundred megabytes of them.
 MAX_METADATA = 16 << 20
+#: Of a GIF's, which comes in blocks of 255 bytes: joined one by one, 16 MB of them take minutes.
+MAX_BLOCKS = 1 << 20
 SMALLEST_PART = 64  # what the smallest part counts as, so that millions of empty ones are too many as well
 MAX_VALUE = 200  # characters or numbers of an EXIF value that is kept
 ORIENTATION = 0x0112
@@ -58,9 +60,10 @@ def check_metadata(path: Path) -> None:
                 file.seek(here)
                 exif.append(part.removeprefix(HEADER))
             total += max(length, SMALLEST_PART)
-            if total > MAX_METADATA:
+            limit = MAX_BLOCKS if kind == "blocks" else MAX_METADATA
+            if total > limit:
                 raise InputError(
-                    f"{path} has more than {MAX_METADATA >> 20} MB of metadata beside its pixels; save it again without metadata."
+                    f"{path} has more than {limit >> 20} MB of metadata beside its pixels; save it again without metadata."
                 )
     check_exif(path, b"".join(exif))
 
@@ -187,7 +190,7 @@ def _gif_parts(file: BinaryIO) -> Iterator[tuple[str, int]]:
             continue
         while (size := file.read(1)) not in (b"", b"\0"):
             if mark == b"!":
-                yield "text", size[0]
+                yield "blocks", size[0]
             file.seek(size[0], 1)
 
 
