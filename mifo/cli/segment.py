@@ -22,13 +22,16 @@ def segment(
     job: Job,
     photo: Annotated[Path, path_argument("The photo.")],
     box: Annotated[
-        list[str] | None, typer.Option(help="Around one thing: x0,y0,x1,y1, from 0 to 1 or in pixels; once for each thing.")
+        list[str] | None,
+        typer.Option(metavar="x0,y0,x1,y1", help="Around one thing, from 0 to 1 or in pixels; once for each thing."),
     ] = None,
     point: Annotated[
-        list[str] | None, typer.Option(help="On one thing: x,y. In a box it says what of it is meant; else it is a thing alone.")
+        list[str] | None,
+        typer.Option(metavar="x,y", help="On one thing. In a box it says what of it is meant; else it is a thing alone."),
     ] = None,
     words: Annotated[
-        list[str] | None, typer.Option(help='What a thing is, such as "red car": for each box, then each point outside them.')
+        list[str] | None,
+        typer.Option(metavar="TEXT", help='What a thing is, such as "red car": for each box, then each point outside them.'),
     ] = None,
     auto: Annotated[bool, typer.Option("--auto", help="Propose at most 8 things that stand out.")] = False,
     choose: Annotated[str | None, typer.Option(help="With --auto: the numbers to keep, such as 0,2,3.")] = None,

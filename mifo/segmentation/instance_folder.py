@@ -26,7 +26,7 @@ OVERVIEW = "overview.png"
 SHADE = 0.45
 
 
-def check_things(masks: Sequence[BoolArray], words: Sequence[str | None], hints: Sequence[Hint]) -> None:
+def check_things(masks: Sequence[BoolArray], words: Sequence[str], hints: Sequence[Hint]) -> None:
     """Raises InputError for no thing, too many, a mask that is empty or everything, and words that do not fit."""
     if not 1 <= len(masks) <= MAX_ASSETS:
         raise InputError(f"{len(masks)} things were marked, but an instance has 1 to {MAX_ASSETS}; give a --box or a --point "
@@ -34,8 +34,10 @@ def check_things(masks: Sequence[BoolArray], words: Sequence[str | None], hints:
     if words and len(words) != len(masks):
         raise InputError(f"there are {len(words)} --words and {len(masks)} things; give one for each, in the order of the boxes, "
                          "then of the points outside them, or none")  # fmt: skip
-    for word in words:
-        check_characters(word or "", "--words")
+    for index, word in enumerate(words):
+        if not word.strip():
+            raise InputError(f"the words for thing {index} are empty; say what it is, such as --words 'red car'")
+        check_characters(word, "--words")
     for index, (mask, hint) in enumerate(zip(masks, hints, strict=True)):
         where = ", ".join(f"{v:.2f}" for v in hint.box.as_tuple())
         if not mask.any():
@@ -61,7 +63,7 @@ def without_overlaps(masks: Sequence[BoolArray], hints: Sequence[Hint]) -> list[
 
 
 def save_instance(folder: Path, photo: StoredImage, image: Image.Image, masks: Sequence[BoolArray],
-                  words: Sequence[str | None], overwrite: bool = False) -> dict[str, str]:  # fmt: skip
+                  words: Sequence[str], overwrite: bool = False) -> dict[str, str]:  # fmt: skip
     """`img`, `mask0.png` and so on, `words.txt` where there are words, and an overview; the folder appears whole, or not at
     all. The photo's own file is copied where it is stored upright; else `image`, RGB and upright, is written as PNG.
 
@@ -78,7 +80,7 @@ def save_instance(folder: Path, photo: StoredImage, image: Image.Image, masks: S
         for index, mask in enumerate(masks):
             Image.fromarray(mask.astype(np.uint8) * 255).save(temporary / f"mask{index}.png", "PNG")
         if words:
-            (temporary / "words.txt").write_text("".join(f"{word or ''}\n" for word in words), encoding="utf-8")
+            (temporary / "words.txt").write_text("".join(f"{' '.join(word.split())}\n" for word in words), encoding="utf-8")
         overview(image, masks).save(temporary / OVERVIEW, "PNG")
     return {"image": str(folder / name), "overview": str(folder / OVERVIEW),
             **{f"mask{k}": str(folder / f"mask{k}.png") for k in range(len(masks))}}  # fmt: skip

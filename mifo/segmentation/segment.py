@@ -37,7 +37,7 @@ class Segmentation:
     masks: tuple[BoolArray, ...]
     """(H, W) each, True on the thing; none is empty, and no two share a pixel unless one would lose more than half."""
 
-    def save(self, folder: Path, words: Sequence[str | None] = (), overwrite: bool = False) -> dict[str, str]:
+    def save(self, folder: Path, words: Sequence[str] = (), overwrite: bool = False) -> dict[str, str]:
         """An instance folder for `learn`; see `save_instance`. `words`: one for each thing, or none. Raises InputError."""
         check_things(self.masks, words, self.hints)
         return save_instance(folder, self.photo, self.image, self.masks, words, overwrite)

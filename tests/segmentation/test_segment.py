@@ -141,6 +141,7 @@ def test_a_photo_that_its_camera_stored_turned_gets_upright_masks(toy_car: tuple
     (["--box", "0.62,0.02,0.98,0.12"], "was not found in its box"),
     (["--point", "0.98,0.02"], "nothing stands out"),
     (["--box", "0.05,0.1,0.5,0.4", "--words", "a", "--words", "b"], "2 --words and 1 things"),
+    (["--box", "0.05,0.1,0.5,0.4", "--words", " "], "are empty"),
     (["--auto", "--box", "0,0,1,1"], "leave one of them out"),
     (["--choose", "1"], "give --auto too"),
     (["--auto", "--choose", "7"], "things were proposed"),
