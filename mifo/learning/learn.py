@@ -30,7 +30,7 @@ from .callbacks import CheckpointJudge, EarlyStopping, SaveCheckpoints, Snapshot
 from .checkpoints import Checkpointing, Checkpoints, open_checkpoints
 from .dataset import InstanceData
 from .prior import PriorData, make_prior
-from .report import attention_shares, draw_attention_sheet, draw_preview, environment
+from .report import attention_shares, draw_attention_sheet, draw_preview, environment, save_attention_film
 from .state import TrainerState, identity_of
 from .supervision import learned_size
 from .trainer import Callback, Progress, Report, Trainer
@@ -73,6 +73,8 @@ def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path
                 def write_images(target: Path) -> None:
                     found.preview.save(target / "preview.png")
                     found.attention.save(target / "attention.png")
+                    if state.snapshots:
+                        save_attention_film(target / "attention.webp", state.snapshots, instance, instance.tokens)
                     keep_instance(target, instance, parts.fitted)
 
                 bundle = save_bundle(folder, base, instance.tokens, instance.words, embedding.vectors, adapters, config,

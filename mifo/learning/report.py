@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -92,10 +93,27 @@ def draw_attention_sheet(snapshots: Sequence[tuple[str, torch.Tensor]], instance
 
 
 def _heat(attention: torch.Tensor, side: int) -> Image.Image:
-    """(h, w) map -> black over orange to yellow, scaled to its own maximum."""
+    """(h, w) map -> black over orange to yellow, scaled to its own maximum, as large as it fits into a square of `side`."""
     values = (attention / attention.max().clamp(min=1e-8)).cpu().numpy() * 255
-    red = Image.fromarray(values.astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
-    return Image.merge("RGB", (red, red.point(lambda v: v * v // 255), red.point(lambda v: v // 3)))
+    height, width = attention.shape
+    size = max(1, round(side * width / max(attention.shape))), max(1, round(side * height / max(attention.shape)))
+    red = Image.fromarray(values.astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    heat = Image.merge("RGB", (red, red.point(lambda v: v * v // 255), red.point(lambda v: v // 3)))
+    if size == (side, side):
+        return heat
+    padded = Image.new("RGB", (side, side), PAPER)
+    padded.paste(heat, ((side - size[0]) // 2, (side - size[1]) // 2))
+    return padded
+
+
+def save_attention_film(path: Path, snapshots: Sequence[tuple[str, torch.Tensor]], instance: Instance,
+                        tokens: Sequence[str]) -> None:  # fmt: skip
+    """`draw_attention_sheet` as an animated WebP: a frame a snapshot, the assets beside each other, their masks above."""
+    side = 192
+    masks = [caption_below(_outlined(instance, [index], side), token) for index, token in enumerate(tokens)]
+    frames = [grid([*masks, *(caption_below(_heat(maps[index], side), label) for index in range(len(tokens)))], len(tokens))
+              for label, maps in snapshots]  # fmt: skip
+    frames[0].save(path, "WEBP", save_all=True, append_images=frames[1:], duration=700, loop=0, quality=80)
 
 
 def draw_preview(instance: Instance, base: BaseModel, tokens: Sequence[str], seed: int, resolution: int | None = None,

@@ -105,8 +105,8 @@ def test_learn_writes_a_bundle_and_prints_its_summary(learned: Path):
         assert Image.open(facts[name]).width > 200
     assert (bundle.config.seed, bundle.config.lora.rank, bundle.config.embedding.train_steps) == (3, 2, 2)
     assert sorted(p.name for p in bundle.folder.iterdir()) == [
-        "assets.safetensors", "attention.png", "bundle.json", "instance", "manifest.json", "preview.png", "text_lora",
-        "unet_lora",
+        "assets.safetensors", "attention.png", "attention.webp", "bundle.json", "instance", "manifest.json", "preview.png",
+        "text_lora", "unet_lora",
     ]  # fmt: skip
 
 

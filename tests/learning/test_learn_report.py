@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from _tiny import load_base, write_instance
@@ -15,6 +16,7 @@ from PIL import Image
 
 from mifo.config import LearnConfig
 from mifo.data.instance import load_instance
+from mifo.learning import report
 from mifo.learning.callbacks import snapshot_steps
 from mifo.learning.learn import learn
 from mifo.learning.trainer import Progress
@@ -79,3 +81,20 @@ def test_previews_have_the_learned_resolution_a_bar_and_their_share_of_the_secon
     assert bundle.metadata["seconds"] > sizes[0][1] + 1
     images = sample.sample_prompts(base, ["a photo"] * 3, [], 0, steps=1, resolution=32)
     assert [image.size for image in images] == [(32, 32)] * 3 and isinstance(images[0], Image.Image)
+
+
+def test_the_film_shows_each_snapshot_once_and_keeps_a_wide_maps_shape(tmp_path: Path) -> None:
+    instance = load_instance(write_instance(tmp_path / "cups"))
+    maps = torch.zeros(2, 6, 12)
+    maps[0, :, :6] = maps[1, :, 6:] = 1.0
+    snapshots = [("start", torch.ones(2, 6, 12)), ("step 10", maps)]
+    report.save_attention_film(tmp_path / "film.webp", snapshots, instance, instance.tokens)
+    with Image.open(tmp_path / "film.webp") as film:
+        assert film.n_frames == 2
+        first = np.asarray(film.convert("RGB"), int)
+        film.seek(1)
+        second = np.asarray(film.convert("RGB"), int)
+    assert np.abs(first - second).max() > 100
+    heat = np.asarray(report._heat(maps[0], 64), int)
+    assert (heat[:16] == 255).all() and (heat[-16:] == 255).all(), "paper above and below"
+    assert heat[32, 8, 0] > 200 > heat[32, 56, 0]
