@@ -144,7 +144,7 @@ def test_a_bundle_at_the_default_rank_stays_below_5_mib(base: BaseModel, bundle:
 
 
 def test_nothing_in_a_bundle_is_a_pickle(bundle: Bundle):
-    assert {p.suffix for p in bundle.folder.rglob("*") if p.is_file()} == {".json", ".safetensors", ".png"}
+    assert {p.suffix for p in bundle.folder.rglob("*") if p.is_file()} == {".json", ".safetensors", ".png", ".webp"}
 
 
 # --- lending and giving back --------------------------------------------------------------------
