@@ -43,7 +43,8 @@ def compile_blocks(unet: UNet2DConditionModel, enabled: bool = True, **options: 
         yield
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"--compile cannot be used here: {reason[:200]}; install a compiler, or leave --compile out") from error
+        raise InputError(f"--compile cannot be used here: {reason[:200]}; leave --compile out, or install what is missing") \
+            from error
     finally:
         torch._dynamo.config.recompile_limit = limits
         for block, implementation in zip(blocks, before, strict=True):

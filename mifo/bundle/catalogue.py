@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import InputError
 from ..io.read_files import read_regular
 
-RECORD = "bundle.json"
+RECORD = "bundle.json"  # of a bundle: what it is, in words and numbers
 MAX_RECORD_BYTES = 1 << 22
 MAX_BUNDLES = 10_000
 
@@ -72,12 +72,13 @@ def describe(folder: Path, output: Path | None = None) -> Entry:
         return Entry(name, str(folder), problem=f"its {RECORD} cannot be read ({type(error).__name__})")
     preview = folder / "preview.png"
     return Entry(name, str(folder), tokens, words, base, datetime.fromtimestamp(written).strftime("%Y-%m-%d %H:%M"),
-                 round(_bytes_in(folder) / 2**20, 1), float(seconds) if isinstance(seconds, int | float) else None,
+                 round(bytes_in(folder) / 2**20, 1), float(seconds) if isinstance(seconds, int | float) else None,
                  round(sum(shares) / len(shares), 2) if shares else None, str(preview) if preview.is_file() else None,
                  _evaluation(output / name) if output else None)  # fmt: skip
 
 
-def _bytes_in(folder: Path) -> int:
+def bytes_in(folder: Path) -> int:
+    """Of all files below it."""
     total = 0
     for root, _, names in os.walk(folder):
         for name in names:

@@ -19,9 +19,10 @@ from ..errors import InputError
 from ..io.read_files import leads_out, read_regular
 from ..model.families import ADAPTERS
 from ..model.lora import AGAIN, LORA_CONFIG, LORA_WEIGHTS
+from .catalogue import RECORD
 from .instance_copy import instance_digest
 
-RECORD, ROWS = "bundle.json", "assets.safetensors"
+ROWS = "assets.safetensors"
 WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Five times the adapters of Stable Diffusion at rank 256.
 MAX_WEIGHTS_BYTES = 1 << 29

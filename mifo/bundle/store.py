@@ -28,7 +28,8 @@ from ..model.embedding import use_assets
 from ..model.families import ADAPTERS
 from ..model.lora import AGAIN, LORA_CONFIG, LORA_WEIGHTS, Adapter, lend_adapter, lora_config, save_adapter
 from ..prompts import BACKGROUND_TOKEN, add_asset_tokens, asset_token
-from .files import RECORD, ROWS, Files, parse_json, parse_tensors, read_bundle_files, weights_digest
+from .catalogue import RECORD
+from .files import ROWS, Files, parse_json, parse_tensors, read_bundle_files, weights_digest
 from .pipeline import make_pipeline
 
 SCHEMA = 1

@@ -12,7 +12,8 @@ from ..data.instance import Instance
 from ..errors import InputError
 from ..io.files import check_replaceable
 from ..io.read_files import read_regular
-from .files import MAX_JSON_BYTES, RECORD
+from .catalogue import RECORD
+from .files import MAX_JSON_BYTES
 from .store import KIND
 
 

@@ -42,6 +42,7 @@ from .parts import (
     load_base_of,
     measured_by,
     not_to_write_into,
+    note_compiled,
     override,
     own_base,
     plan_within,
@@ -120,6 +121,7 @@ def synthesize(
     chosen = choose_device(compute.device)
     dtype, wanted = choose_dtype(compute.mixed_precision, chosen), source.model_path or own_base(bundle)
     attention = choose_attention(compute.attention_backend, chosen, dtype)
+    note_compiled(compute.compile, compute.vram_gib)
     config = recipe.config if recipe else _synthesis_config(synthesis_preset(family_of(wanted)), sampling, layout_options)
     check_sampling(wanted, config)
     side = max(config.width or 0, config.height or 0) or None

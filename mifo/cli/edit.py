@@ -23,6 +23,7 @@ from .parts import (
     load_base,
     load_base_of,
     not_to_write_into,
+    note_compiled,
     override,
     own_base,
     plan_within,
@@ -85,6 +86,7 @@ def edit(
     dtype = choose_dtype(compute.mixed_precision, chosen)
     wanted = source.model_path or (own_base(bundle) if bundle else "toybox")
     attention = choose_attention(compute.attention_backend, chosen, dtype)
+    note_compiled(compute.compile, compute.vram_gib)
     config = _edit_config(edit_preset(family_of(wanted)), blending, sampling)
     check_sampling(wanted, config)
     learned = bundle.config if bundle else LearnConfig(lora=LoraPhase(train_steps=0))  # the plain model has no adapters

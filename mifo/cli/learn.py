@@ -188,8 +188,10 @@ def _initializers(text: str | None, count: int) -> list[str | None] | None:
 
 
 def _learn_summary(bundle: Bundle) -> dict[str, Any]:
+    from ..bundle.catalogue import bytes_in
+
     facts = bundle.metadata
-    size = sum(p.stat().st_size for p in bundle.folder.rglob("*") if p.is_file())
+    size = bytes_in(bundle.folder)
     measured = {name: facts[name] for name in ("seconds", "peak_gib", "attention_inside_mask")}
     if facts["skipped_steps"]:
         measured["skipped_steps"] = facts["skipped_steps"]

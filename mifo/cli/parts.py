@@ -134,6 +134,12 @@ def load_base_of(bundle: Bundle, model_path: str | None, device: str, dtype: tor
         raise InputError(text if text.startswith(own) else own + text) from None
 
 
+def note_compiled(compiled: bool, vram_gib: float | None) -> None:
+    """Compiled blocks are bounded by masks, where the plan counts groups."""
+    if compiled and vram_gib is not None:
+        say("note: --compile takes more memory in boxes than --vram-gib counts; leave it out where memory is short")
+
+
 def check_sampling(model_path: str, config: SynthesisConfig | EditConfig) -> None:
     """Refuses a number of steps that the sampler cannot take, by the model's scheduler folder alone, before anything loads."""
     from ..model.base import resolve

@@ -45,7 +45,7 @@ def segment(
     """Make an instance folder for learn: a mask of each thing in a photo, from boxes or clicks."""
     from ..segmentation.grabcut import GrabCut
     from ..segmentation.hints import parse_box, parse_point
-    from ..segmentation.instance_folder import KIND, check_things
+    from ..segmentation.instance_folder import KIND
     from ..segmentation.segment import Segmenter, read_photo, segment_salient
     from ..segmentation.segment import segment as run_segment
 
@@ -75,7 +75,6 @@ def segment(
             boxes, points = ([parse(text, image.size) for text in given or ()] for parse, given in
                              ((parse_box, box), (parse_point, point)))  # fmt: skip
             found = run_segment(stored, image, boxes, points, segmenter)  # type: ignore[arg-type]
-    check_things(found.masks, words or (), found.hints)
     with numbered_folder(output_path, place) as folder, waiting("writing the masks"):
         paths = found.save(folder, words or (), overwrite)
     shares = [round(float(mask.mean()), 4) for mask in found.masks]

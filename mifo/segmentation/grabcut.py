@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ..boxes import Box
 from ..errors import InputError
 from .hints import Hint
 
@@ -220,6 +221,5 @@ def hint_at(image: Image.Image, point: tuple[float, float]) -> Hint:
 
 
 def hint_of(box: Pixels, size: tuple[int, int]) -> Hint:
-    from ..boxes import Box
-
+    """A box in pixels of a picture of `size`, (width, height), as fractions."""
     return Hint(Box(box[0] / size[0], box[1] / size[1], box[2] / size[0], box[3] / size[1]))

@@ -86,8 +86,8 @@ def save_instance(folder: Path, photo: StoredImage, image: Image.Image, masks: S
             **{f"mask{k}": str(folder / f"mask{k}.png") for k in range(len(masks))}}  # fmt: skip
 
 
-def overview(image: Image.Image, masks: Sequence[BoolArray], first: int = 0) -> Image.Image:
-    """The picture with every mask in its colour and its number, from `first` on."""
+def overview(image: Image.Image, masks: Sequence[BoolArray]) -> Image.Image:
+    """The picture with every mask, (H, W), in its colour and with its number."""
     shown = thumbnail(image)
     pixels: npt.NDArray[np.floating[Any]] = np.asarray(shown, np.float32)
     places = []
@@ -101,5 +101,5 @@ def overview(image: Image.Image, masks: Sequence[BoolArray], first: int = 0) -> 
     drawing, font = ImageDraw.Draw(sheet), ImageFont.load_default(max(14, sheet.width // 30))
     for index, place in enumerate(places):
         if place is not None:
-            drawing.text(place, str(first + index), (255, 255, 255), font, anchor="mm", stroke_width=3, stroke_fill=(0, 0, 0))
+            drawing.text(place, str(index), (255, 255, 255), font, anchor="mm", stroke_width=3, stroke_fill=(0, 0, 0))
     return sheet

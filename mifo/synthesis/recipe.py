@@ -53,7 +53,7 @@ def read_record(path: Path) -> dict[str, Any]:
 def read_recipe(path: Path) -> Recipe:
     """Raises InputError as `read_record` does, and for a picture that `synthesize` did not draw, or whose settings are none."""
     record = read_record(path)
-    if not {"prompt", "seed", "config"} <= set(record) or "source" in record:
+    if not {"prompt", "seed", "config"} <= set(record) or "crop" in record:  # a crop is an edit's
         raise InputError(f"{path} was not drawn by synthesize; 'mifo show {path}' says what it is")
     prompt, seed, boxes, bundle = (record.get(k) for k in ("prompt", "seed", "boxes", "bundle"))
     if not isinstance(prompt, str) or type(seed) is not int or not (bundle is None or isinstance(bundle, str)):

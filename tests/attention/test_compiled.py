@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from _tiny import load_base, mifo, tiny_bundle_folder
+from PIL import Image
 from torch._dynamo.utils import counters
 
-from mifo.api import load_bundle, synthesize
+from mifo.api import edit, load_bundle, synthesize
 from mifo.attention.compiled import compile_blocks, is_compiled, repeated_blocks
 from mifo.config import SynthesisConfig
 from mifo.model.base import BaseModel
-from mifo.presets import synthesis_preset
+from mifo.presets import edit_preset, synthesis_preset
 
 BOXES = [[0.0, 0.1, 0.5, 0.9], [0.5, 0.1, 1.0, 0.9]]
 
@@ -56,6 +57,20 @@ def test_compiled_blocks_draw_the_same_without_a_graph_break(boxes: Any) -> None
     assert abs(found - expected).max() <= 1
     assert counters["stats"]["unique_graphs"] == graphs  # another seed and more steps: nothing is compiled anew
     assert abs(again - found).max() > 1
+
+
+def test_an_edit_in_compiled_blocks_is_the_same() -> None:
+    base, bundle = load_base(), load_bundle(tiny_bundle_folder())
+    image, mask = Image.effect_noise((128, 96), 80).convert("RGB"), np.zeros((96, 128), bool)
+    mask[20:80, 30:100] = True
+    config = replace(edit_preset("toybox"), steps=4, guidance=replace(quick().guidance, steps=1))
+    found = []
+    for compiled in (False, True):
+        with compile_blocks(base.unet, compiled, backend="eager"):
+            result = edit(base, bundle, image, mask, "a photo of <asset1>", config=config)
+        found.append(np.asarray(result.images[0], dtype=int))
+    assert not counters["graph_break"] and abs(found[0] - found[1]).max() <= 1
+    assert (found[1][~mask] == np.asarray(image)[~mask]).all()
 
 
 @pytest.mark.parametrize("failing", [False, True])

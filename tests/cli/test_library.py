@@ -77,6 +77,7 @@ def with_text(path: Path, text: str | None) -> Path:
     ("{ half", "cannot be read"),
     ("[" * 10_000, "cannot be read"),
     ('{"prompt": "a photo", "boxes": null}', "was not drawn by synthesize"),
+    ('{"prompt": "a photo", "seed": 1, "config": {"optimize": "weights"}, "crop": [0, 0, 9, 9]}', "was not drawn by synthesize"),
     ('{"prompt": 5, "seed": 1, "config": {}, "bundle": "two_cups"}', "is damaged"),
     ('{"prompt": "a photo", "seed": 1, "config": {"nonsense": 1}, "bundle": "two_cups"}', "nonsense"),
     ('{"prompt": "a photo", "seed": 1, "config": {}, "bundle": "../two_cups"}', "no plain name"),

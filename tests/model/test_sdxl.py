@@ -105,23 +105,21 @@ def test_a_photo_is_learned_at_its_own_shape(xl: BaseModel, learned: Path, tmp_p
     assert Image.open(learned / "instance" / "img.png").size == (160, 96)
 
 
-def test_a_shifted_copy_says_how_far_it_was_cropped(xl: BaseModel, tmp_path: Path) -> None:
+def test_a_shifted_copy_says_how_far_it_was_cropped(xl: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mifo.learning import dataset
     from mifo.learning.dataset import InstanceData
     from mifo.learning.objective import Objective
     from mifo.presets import learn_preset
 
     config = replace(learn_preset("sdxl"), placements=3)
     instance = load_instance(write_instance(tmp_path / "cups"))
+    shifts = [(-10, -6), (10, 6)]  # right and down, in pixels: what leaves on the left leaves on the right in the flipped copy
+    monkeypatch.setattr(dataset, "random_shifts", lambda *_: shifts)
     data = InstanceData(fit_instance(instance, (128, 96)), xl, 3, 0, instance.image.size)
-    moved = [view for view in data.views[False][1:] if any(view.crop)]
-    assert moved, "some copy leaves the frame at the top or on the left"
-    for view in data.views[False]:
-        top, left = view.crop
-        masks = data.masks[False]
-        shown = view.masks[..., : 96 - top or None, : 128 - left or None]
-        assert top < 96 and left < 128 and float(shown.sum()) <= float(masks.sum())
-        if view.whole == frozenset(range(data.count)) and top and left:
-            assert torch.equal(shown, masks[..., top:, left:])
+    assert [view.crop for view in data.views[False]] == [(0, 0), (6, 10), (0, 0)]
+    assert [view.crop for view in data.views[True]] == [(0, 0), (6, 0), (0, 10)]
+    shown = data.views[False][1].masks
+    assert torch.equal(shown[..., :-6, :-10], data.masks[False][..., 6:, 10:])
     objective = Objective(xl, data, config, np.random.default_rng(0), torch.Generator().manual_seed(0))
     batch = next(b for b in (data.sample(objective.rng, objective.generator, 1, True, 0.5) for _ in range(99)) if any(b.crop))
     assert objective.size_of(batch).numbers == (64, 96, *batch.crop, 96, 128)
