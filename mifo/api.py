@@ -48,7 +48,7 @@ from .io.outputs import check_apart
 from .learning.callbacks import CheckpointJudge
 from .learning.checkpoints import Checkpointing
 from .learning.learn import learn as run_learn
-from .learning.trainer import Progress
+from .learning.trainer import Callback, Progress
 from .model.base import BaseModel
 from .model.base import load_base_model as read_base_model
 from .model.device import choose_device, choose_dtype, precision_name
@@ -105,7 +105,7 @@ def load_bundle(folder: PathLike) -> Bundle:
 def learn(instance: Instance, base: BaseModel, output: PathLike, config: LearnConfig | None = None, *, seed: int | None = None,
           words: Sequence[str | None] | None = None, overwrite: bool = False, resume: bool | None = None,
           checkpoint_every: int = 50, judge: CheckpointJudge | None = None, keep_base_path: bool = False,
-          on_progress: Callable[[Progress], None] | None = None) -> Bundle:  # fmt: skip
+          on_progress: Callable[[Progress], None] | None = None, callbacks: Sequence[Callback] = ()) -> Bundle:  # fmt: skip
     """Learns each masked thing of `instance` as its own token, `<asset0>`, `<asset1>`, ...: token embeddings, then LoRA
     (MIFO, arXiv 2511.00542, section 3). Writes the bundle to `output`, whole or not at all.
 
@@ -114,6 +114,7 @@ def learn(instance: Instance, base: BaseModel, output: PathLike, config: LearnCo
     interrupted run's checkpoint (True), start over and forget it (False), or raise InputError where there is one of this very
     run (None). `checkpoint_every`: steps; 0 keeps no state. `judge`: scores checkpoints where `config.keep` is enabled, as
     `mifo.evaluation.checkpoints.checkpoint_judge` makes one. `keep_base_path`: write into the bundle where a local base lies.
+    `callbacks`: called beside the training loop, as `mifo.learning.tracking.Tracker` is.
     """
     folder = Path(output)
     check_apart(folder, folder, {}, {**_closed(base, None), "the instance": instance.source}, "output")
@@ -121,7 +122,7 @@ def learn(instance: Instance, base: BaseModel, output: PathLike, config: LearnCo
     if seed is not None:
         chosen = replace(chosen, seed=seed)
     return run_learn(instance, base, chosen, folder, on_progress or (lambda progress: None), words,
-                     Checkpointing(checkpoint_every, resume=resume), judge, overwrite, keep_base_path)  # fmt: skip
+                     Checkpointing(checkpoint_every, resume=resume), judge, overwrite, keep_base_path, callbacks)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def synthesize(base: BaseModel, bundle: Bundle | None, prompt: str, boxes: Boxes
     """
     chosen = config or synthesis_preset(base.family)
     tokens = bundle.tokens if bundle else ()
-    layout = _layout(boxes, prompt)
+    layout = layout_of(boxes, prompt)
     _check_count(num_images)
     with attach(base, bundle, chosen.lora_scale) if bundle else nullcontext():
         drawn = run_synthesize(base, prompt, layout, tokens, chosen, seed, num_images, on_progress)
@@ -225,7 +226,7 @@ def edit(base: BaseModel, bundle: Bundle | None, image: PathLike | Image.Image |
     files = {name: path for name, path in (("image", image), ("mask", mask)) if isinstance(path, Path | str)}
     tokens = bundle.tokens if bundle else ()
     crops = kept_crops(bundle.folder, bundle.tokens, bundle.instance) if bundle else {}
-    request = EditRequest(source.image, white, prompt, tokens, _layout(boxes, prompt), crops)
+    request = EditRequest(source.image, white, prompt, tokens, layout_of(boxes, prompt), crops)
     with attach(base, bundle, chosen.lora_scale) if bundle else nullcontext():
         drawn = run_edit(base, request, chosen, seed, num_images, on_progress)
     return EditResult(drawn, replace(source, notes=(*source.notes, *notes)), _facts(base, bundle), files, _closed(base, bundle))
@@ -337,7 +338,8 @@ def _check_count(count: int, name: str = "num_images") -> None:
         raise InputError(f"{name} is {count!r}, expected a whole number of at least 1")
 
 
-def _layout(boxes: Boxes | None, prompt: str) -> Layout | None:
+def layout_of(boxes: Boxes | None, prompt: str) -> Layout | None:
+    """`boxes` in any of its forms, checked against the prompt's assets. Raises InputError."""
     if boxes is None or isinstance(boxes, Layout):
         return boxes
     if isinstance(boxes, Path | str):

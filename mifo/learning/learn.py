@@ -38,7 +38,8 @@ from .trainer import Callback, Progress, Report, Trainer
 
 def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path, report: Report = lambda _: None,
           initializer_words: Sequence[str | None] | None = None, checkpointing: Checkpointing | None = None,
-          judge: CheckpointJudge | None = None, overwrite: bool = False, keep_base_path: bool = False) -> Bundle:  # fmt: skip
+          judge: CheckpointJudge | None = None, overwrite: bool = False, keep_base_path: bool = False,
+          callbacks: Sequence[Callback] = ()) -> Bundle:  # fmt: skip
     """Learns `instance` on `base` and writes the bundle to `folder`. The base model is handed back as it was.
 
     A bundle that stands there is replaced, in the end and whole, if it was learned from the same photo and masks on the same base
@@ -63,8 +64,8 @@ def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path
         rows = initial_vectors(base.text_encoders, base.tokenizer, words)
         with use_assets(base.text_encoders, parts.token_ids, rows) as embedding, \
                 gradient_checkpointing(base, config.gradient_checkpointing):  # fmt: skip
-            trainer = Trainer(base, parts.data, config, embedding, parts.prior, _callbacks(config, checkpoints, judge), state,
-                              report, checkpoint=resumed)  # fmt: skip
+            trainer = Trainer(base, parts.data, config, embedding, parts.prior, [*_callbacks(config, checkpoints, judge), *callbacks],
+                              state, report, checkpoint=resumed)  # fmt: skip
             trainer.train_embedding()
             with lend_adapters(base, config.lora, config.seed) as adapters:
                 trainer.train_lora(adapters)

@@ -59,6 +59,8 @@ class PhaseRun:
     optimizer: torch.optim.Optimizer
     scheduler: Any
     steps_done: int = 0
+    losses: dict[str, float] = field(default_factory=dict)
+    """The parts of the last step's, weighted."""
     stop_asked: bool = False
     """A signal came; the run ends after the callbacks of this step."""
 

@@ -135,6 +135,7 @@ class Trainer:
                     rounded = {k: round(v, 6) for k, v in parts.items()}
                     self.state.loss_history.append({"phase": name, "step": phase.steps_done, **rounded})
                 phase.steps_done += 1
+                phase.losses = parts
                 self.report(Progress(name, phase.steps_done, config.train_steps, parts))
                 phase.stop_asked = stop.asked is not None
                 ended = any([callback.on_step_end(self, phase) for callback in self.callbacks])
