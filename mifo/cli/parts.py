@@ -180,9 +180,9 @@ def measured_by(bundle: Bundle, base: BaseModel, folder: Path | None, evaluators
 
 
 def bundle_name(name: str) -> str:
-    if not name or name.startswith(".") or any(c in "/\\" or not c.isprintable() for c in name) or len(name.encode()) > 100:
-        raise InputError(f"{name[:100]!r} cannot name a bundle; give a --name of letters, digits, '-' and '_'")
-    return name
+    from ..bundle.shelf import check_name
+
+    return check_name(name)
 
 
 def instance_folders(instance: str | None, folder_path: Path) -> list[Path]:

@@ -26,7 +26,8 @@ class Job(Checked):
 
     def to_json(self) -> dict[str, Any]:
         """What `read_job` reads; defaults are left out."""
-        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v != getattr(type(self), k, None)}
+        changed = {k: v for k, v in asdict(self).items() if v != getattr(type(self), k, None)}
+        plain: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in changed.items()}
         if "boxes" in plain:
             plain["boxes"] = json.loads(plain["boxes"])
         return {"kind": self.kind, **plain}

@@ -148,8 +148,9 @@ class JobStore:
     def finish(self, number: int, state: str, result: Mapping[str, Any] | None = None, error: str | None = None) -> None:
         """`state`: DONE with its result, FAILED with its error, CANCELLED, or QUEUED for one to be done by somebody else."""
         with self._open() as database:
+            told = record_text(result) if result is not None else None
             database.execute("UPDATE jobs SET state = ?, result = ?, error = ?, ended = ? WHERE id = ?",
-                             (state, record_text(result) if result is not None else None, error, time.time(), number))  # fmt: skip
+                             (state, told, error, time.time(), number))  # fmt: skip
 
     def recover(self) -> None:
         """To be called where no process works any more: what runs by the list was left by one that ended, and waits again; or

@@ -14,7 +14,7 @@ from PIL import Image
 from .. import api
 from ..bundle.instance_copy import kept_instance
 from ..bundle.store import Bundle, attach, base_of_bundle, find_bundle, load_bundle
-from ..config import EditConfig, LearnConfig, MemoryConfig, SynthesisConfig, with_steps
+from ..config import Drawing, LearnConfig, MemoryConfig, with_steps
 from ..data.instance import Instance, load_instance, with_background, without_background
 from ..editing.output import KIND as EDIT
 from ..errors import InputError
@@ -25,7 +25,8 @@ from ..io.files import write_file
 from ..io.outputs import PLACE, check_apart, check_output, numbered_folder
 from ..io.sheets import sheets_in
 from ..learning.report import draw_attention_sheet
-from ..learning.trainer import Callback, PhaseRun, Trainer
+from ..learning.state import PhaseRun
+from ..learning.trainer import Callback, Trainer
 from ..model.base import BaseModel
 from ..model.device import choose_device, choose_dtype, precision_name
 from ..planning.report import limit_gpu
@@ -221,10 +222,10 @@ class SavePreview(Callback):
             sheet.save(temporary, "PNG")
 
 
-def _drawing(config: Any, job: SynthesizeJob | EditJob, **sizes: int | None) -> Any:
+def _drawing(config: Drawing, job: SynthesizeJob | EditJob, **sizes: int | None) -> Drawing:
     """The preset with what the job says."""
-    changed: SynthesisConfig | EditConfig = with_steps(config, job.steps)
-    given = {"guidance_scale": job.guidance_scale, "negative_prompt": job.negative_prompt, **sizes}
+    changed = with_steps(config, job.steps)
+    given: dict[str, Any] = {"guidance_scale": job.guidance_scale, "negative_prompt": job.negative_prompt, **sizes}
     return replace(changed, **{k: v for k, v in given.items() if v is not None})
 
 

@@ -64,8 +64,8 @@ def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path
         rows = initial_vectors(base.text_encoders, base.tokenizer, words)
         with use_assets(base.text_encoders, parts.token_ids, rows) as embedding, \
                 gradient_checkpointing(base, config.gradient_checkpointing):  # fmt: skip
-            trainer = Trainer(base, parts.data, config, embedding, parts.prior, [*_callbacks(config, checkpoints, judge), *callbacks],
-                              state, report, checkpoint=resumed)  # fmt: skip
+            beside = [*_callbacks(config, checkpoints, judge), *callbacks]
+            trainer = Trainer(base, parts.data, config, embedding, parts.prior, beside, state, report, checkpoint=resumed)
             trainer.train_embedding()
             with lend_adapters(base, config.lora, config.seed) as adapters:
                 trainer.train_lora(adapters)

@@ -1,0 +1,123 @@
+"""The tab that shows all bundles, and what can be done with one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ..bundle.catalogue import Entry, list_bundles
+from ..bundle.shelf import rename_bundle, throw_away
+from ..errors import InputError
+from ..jobs.job import EvaluateJob
+from ..jobs.store import DONE
+from .place_tab import bundle_choices
+from .site import MOST_QUEUED, Site, guarded
+
+HEADINGS = ["bundle", "things", "base", "learned", "MiB", "attention inside masks"]
+
+
+def library_tab(site: Site, demo: gr.Blocks, others: list[gr.Dropdown]) -> tuple[gr.Dataframe, gr.Dropdown, gr.Textbox]:
+    """Builds the tab inside the caller's context; returns its table, its choice, and what was measured.
+    `others`: lists of bundles elsewhere on the page, which follow."""
+    begun = gr.State(0)
+    table = gr.Dataframe(headers=HEADINGS, interactive=False, elem_id="library-table", wrap=True)
+    with gr.Row():
+        bundle = gr.Dropdown([], label="Bundle", elem_id="library-bundle", min_width=150)
+        refresh = gr.Button("Look again", size="sm", min_width=100, elem_id="library-refresh")
+    with gr.Row():
+        preview = gr.Image(label="What was learned", type="filepath", interactive=False, elem_id="library-preview", min_width=200)
+        attention = gr.Image(label="Where each word looked", type="filepath", interactive=False, min_width=200)
+    facts = gr.Markdown(elem_id="library-facts")
+    with gr.Row():
+        samples = gr.Slider(1, 16, value=2, step=1, label="Pictures of each prompt", min_width=140, elem_id="library-samples")
+        evaluate = gr.Button("Evaluate", min_width=100, elem_id="library-evaluate")
+        kind = gr.Dropdown([("for diffusers", "diffusers"), ("for ComfyUI and AUTOMATIC1111", "kohya")], value="diffusers",
+                           label="Export", min_width=150)  # fmt: skip
+        export = gr.Button("Export", min_width=100, elem_id="library-export")
+    measured = gr.Textbox(label="The last evaluation", lines=8, interactive=False, elem_id="library-measured",
+                          elem_classes="fixed-width")  # fmt: skip
+    exported = gr.Markdown(elem_id="library-exported")
+    with gr.Row():
+        new_name = gr.Textbox(label="New name", max_lines=1, min_width=150, elem_id="library-new-name")
+        rename = gr.Button("Rename", min_width=100, elem_id="library-rename")
+        delete = gr.Button("Delete (into the trash folder)", variant="stop", min_width=150, elem_id="library-delete")
+    lists = [table, bundle, *others]
+
+    def filled(selected: str | None = None) -> list[Any]:
+        choices = bundle_choices(site)
+        names = [name for _, name in choices]
+        value = selected if selected in names else names[0] if names else None
+        return [rows(site), gr.update(choices=choices, value=value), *[gr.update(choices=choices)] * len(others)]
+
+    def show(name: str | None) -> tuple[Any, ...]:
+        entry = _entry(site, name)
+        if entry is None:
+            return None, None, "", ""
+        attention = Path(entry.folder) / "attention.png"
+        took = f" It took {entry.seconds:.0f} seconds." if entry.seconds else ""
+        said = f"**{entry.name}**: {', '.join(entry.tokens)}, on {entry.base}, {entry.mib} MiB, learned {entry.learned}.{took}"
+        return entry.preview, str(attention) if attention.is_file() else None, said, last_evaluation(site, entry.name)
+
+    @guarded
+    def begin(name: str, count: float) -> int:
+        return site.store.add(EvaluateJob(_chosen(site, name).name, int(count)), most_queued=MOST_QUEUED)
+
+    @guarded
+    def write_export(name: str, kind: str) -> str:
+        from ..bundle.export import export_for_diffusers, export_for_kohya
+        from ..bundle.store import load_bundle
+        from ..io.outputs import numbered_folder
+
+        bundle = load_bundle(Path(_chosen(site, name).folder))
+        with numbered_folder(None, site.output / bundle.name / "export") as folder:
+            (export_for_diffusers if kind == "diffusers" else export_for_kohya)(bundle, folder)
+        return f"Written: {site.output.name}/{bundle.name}/export/{folder.name}"
+
+    @guarded
+    def give_name(name: str, new: str) -> list[Any]:
+        folder = rename_bundle(Path(_chosen(site, name).folder), new.strip())
+        return filled(folder.name)
+
+    @guarded
+    def throw(name: str) -> list[Any]:
+        gone = throw_away(Path(_chosen(site, name).folder))
+        gr.Info(f"{name} lies in the trash folder now, as {gone.name}")
+        return filled()
+
+    bundle.change(show, bundle, [preview, attention, facts, measured])
+    refresh.click(filled, bundle, lists)
+    evaluate.click(begin, [bundle, samples], begun)
+    export.click(write_export, [bundle, kind], exported)
+    rename.click(give_name, [bundle, new_name], lists)
+    delete.click(throw, bundle, lists)
+    demo.load(filled, None, lists, show_progress="hidden")
+    return table, bundle, measured
+
+
+def rows(site: Site) -> list[list[Any]]:
+    """Of the table; a damaged bundle says so."""
+    return [[e.name, "damaged", "", "", "", ""] if e.problem else
+            [e.name, ", ".join(e.words or e.tokens), e.base, e.learned, e.mib,
+             "" if e.attention_inside_mask is None else f"{100 * e.attention_inside_mask:.0f} %"]
+            for e in list_bundles(site.bundles, site.output)]  # fmt: skip
+
+
+def last_evaluation(site: Site, name: str) -> str:
+    """The table of the newest evaluation that the page did of it."""
+    for entry in site.store.entries((DONE,), limit=500):
+        if entry.request.get("kind") == "evaluate" and entry.request.get("bundle") == name and entry.result:
+            return str(entry.result["table"])
+    return ""
+
+
+def _entry(site: Site, name: Any) -> Entry | None:
+    return next((e for e in list_bundles(site.bundles) if e.name == name), None)
+
+
+def _chosen(site: Site, name: Any) -> Entry:
+    entry = _entry(site, name)
+    if entry is None:
+        raise InputError("no bundle is chosen; choose one of the list")
+    return entry

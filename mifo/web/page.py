@@ -1,0 +1,124 @@
+"""The page: four tabs below the panel of what runs. Everything that it does is a job of the list, or a file of its folders."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before Gradio is imported
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ..errors import InputError
+from ..jobs.store import DONE
+from ..jobs.supervisor import working
+from .edit_tab import edit_pictures, edit_tab
+from .job_panel import LOOK_EVERY, job_panel
+from .learn_tab import learn_tab, thing_styles
+from .library_tab import last_evaluation, library_tab, rows
+from .place_tab import bundle_choices, chip_styles, gallery_pictures, place_tab, shelf_pictures
+from .site import Site
+
+HOST = "127.0.0.1"
+MOST_UPLOADED = 1 << 26  # bytes
+STYLE = """
+.gradio-container { max-width: 980px !important; margin: 0 auto !important; }
+.mifo-job { padding: 8px 12px; border: 1px solid #ccc; border-radius: 6px; font-size: 14px; }
+.mifo-job progress { width: 100%; height: 10px; }
+.mifo-job.failed { border-color: #c0392b; }
+.fixed-width textarea { font-family: monospace !important; font-size: 12px !important; white-space: pre !important;
+  overflow-x: auto !important; }
+"""
+SYSTEM = ["system-ui", "sans-serif"]
+
+
+def build(site: Site) -> gr.Blocks:
+    """The page, not served yet."""
+    with gr.Blocks(title="mifo", analytics_enabled=False) as demo:
+        gr.Markdown("# mifo\nTeach a model the things in one photo; then put each of them where you want.")
+        job_panel(site)
+        with gr.Tabs() as tabs:
+            with gr.Tab("Learn", id="learn"):
+                learn_tab(site, demo)
+            with gr.Tab("Place", id="place"):
+                placed, gallery, bundle, shelf, send, chosen = place_tab(site, demo)
+            with gr.Tab("Edit", id="edit"):
+                edited, candidates, slider = edit_tab(site, demo, send, chosen, tabs)
+            with gr.Tab("Library", id="library"):
+                table, choice, measured = library_tab(site, demo, [bundle])
+        _follow(site, demo, gallery, placed, candidates, slider, edited, table, choice, bundle, shelf, measured)
+    return demo
+
+
+def _follow(site: Site, demo: gr.Blocks, gallery: gr.Gallery, placed: gr.State, candidates: gr.Gallery, slider: gr.ImageSlider,
+            edited: gr.State, table: gr.Dataframe, choice: gr.Dropdown, bundle: gr.Dropdown, shelf: gr.Gallery,
+            measured: gr.Textbox) -> None:  # fmt: skip
+    """Results appear when their jobs are done, in whatever page they were begun; a page that is loaded shows the last ones."""
+    seen = gr.State({})
+    timer = gr.Timer(LOOK_EVERY)
+
+    def look(seen: dict[str, Any], placed: int, edited: int, chosen: str | None) -> tuple[Any, ...]:
+        choices = bundle_choices(site)
+        names = [name for _, name in choices]
+        now = {"placed": _state(site, placed), "edited": _state(site, edited), "names": names,
+               "measured": _last(site, "evaluate", DONE)}  # fmt: skip
+        if now == seen:
+            return (gr.skip(),) * 9
+        changed = {key for key in now if now[key] != seen.get(key)}
+        pictures = gallery_pictures(site, placed) if "placed" in changed else gr.skip()
+        both = edit_pictures(site, edited) if "edited" in changed else (gr.skip(), gr.skip())
+        text = last_evaluation(site, chosen) if "measured" in changed and chosen else gr.skip()
+        if "names" not in changed:
+            return now, pictures, *both, *(gr.skip(),) * 4, text
+        new = [name for name in names if name not in seen.get("names", names)]
+        picked = {"value": new[-1]} if new else {}
+        return (now, pictures, *both, rows(site), gr.update(choices=choices), gr.update(choices=choices, **picked),
+                shelf_pictures(site), text)  # fmt: skip
+
+    timer.tick(look, [seen, placed, edited, choice], [seen, gallery, candidates, slider, table, choice, bundle, shelf, measured],
+               show_progress="hidden")  # fmt: skip
+    demo.load(lambda: (_last(site, "synthesize"), _last(site, "edit")), None, [placed, edited], show_progress="hidden")
+
+
+def _state(site: Site, number: int) -> tuple[int, str]:
+    entry = site.store.get(int(number)) if number else None
+    return number, entry.state if entry else ""
+
+
+def _last(site: Site, kind: str, *states: str) -> int:
+    return next((e.id for e in site.store.entries(states, limit=200) if e.request.get("kind") == kind), 0)
+
+
+@contextmanager
+def serving(site: Site, port: int | None = None) -> Iterator[str]:
+    """Serves the page on this machine alone for as long as the block lasts; yields its address. Raises InputError where the port
+    is taken."""
+    site.store  # noqa: B018  makes the list of jobs, or says why not
+    os.environ.setdefault("GRADIO_TEMP_DIR", str((site.state / "served").resolve()))
+    demo = build(site)
+    demo.queue(max_size=64, default_concurrency_limit=4)
+    with working(site.state, site.bundles, site.output):
+        try:
+            _, address, _ = demo.launch(
+                server_name=HOST, server_port=port, share=False, quiet=True, prevent_thread_lock=True, inbrowser=False,
+                show_error=False, max_file_size=MOST_UPLOADED, ssr_mode=False, footer_links=[], enable_monitoring=False,
+                allowed_paths=[str(p.resolve()) for p in (site.output, site.bundles, site.uploads, site.state / "previews")],
+                theme=gr.themes.Default(font=SYSTEM, font_mono=["monospace"]), css=f"{STYLE}\n{thing_styles()}\n{chip_styles()}",
+            )  # fmt: skip
+        except OSError as error:
+            raise InputError(f"the page cannot be served on port {port} ({error}); choose another --port") from None
+        try:
+            yield str(address)
+        finally:
+            demo.close(verbose=False)
+
+
+def site_in(folder: Path) -> Site:
+    """The folders as the commands use them, below `folder`."""
+    return Site(folder / "Model_ours", folder / "output", folder / "my_photos", folder / "output" / ".web")
+
+

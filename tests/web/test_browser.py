@@ -1,0 +1,400 @@
+"""The page, end to end: a real server, a real worker, a real browser. The pictures of docs/web are this test's screenshots."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import mifo
+
+sync_api = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("gradio")
+CHROMIUM = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")]
+ROOT = Path(mifo.__file__).parents[1]
+PHOTO = ROOT / "example" / "toy_car" / "img.png"
+ARGUMENTS = ["--no-sandbox", "--disable-quic", "--disable-background-networking"]
+#: Where the photo's cars are, as fractions, and what they are.
+CARS = ((0.27, 0.28, "red car"), (0.72, 0.52, "blue car"), (0.32, 0.83, "green car"))
+WAIT = 150_000  # milliseconds that learning a few steps may take on a busy machine
+SHOTS = os.environ.get("MIFO_SCREENSHOTS")  # a folder: the screenshots are written there
+
+
+class Server:
+    """`mifo web` in a folder of its own."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen([sys.executable, str(ROOT / "cli.py"), "web"], cwd=folder, env=environment, text=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:\d+", line)
+        assert found, line
+        self.address = found[0]
+
+    def close(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(90)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    made = Server(tmp_path_factory.mktemp("site"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield started
+        started.close()
+
+
+class Person:
+    """Who uses the page; every request to another host is written down."""
+
+    def __init__(self, browser: Any, server: Server, width: int = 1000, height: int = 1200):
+        self.context = browser.new_context(viewport={"width": width, "height": height})
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(60_000)
+        self.elsewhere: list[str] = []
+        self.page.on("request", self._note)
+        self.server = server
+        self.page.goto(server.address)
+        self.page.wait_for_selector("#learn-photo input[type=file]", state="attached")
+
+    def _note(self, request: Any) -> None:
+        if not request.url.startswith((self.server.address, "data:", "blob:", self.server.address.replace("http", "ws"))):
+            self.elsewhere.append(request.url)
+
+    def shot(self, name: str) -> None:
+        if SHOTS:
+            Path(SHOTS).mkdir(parents=True, exist_ok=True)
+            self.page.screenshot(path=str(Path(SHOTS) / f"{name}.png"), full_page=True)
+
+    def open(self, tab: str) -> None:
+        self.page.get_by_role("tab", name=tab, exact=True).click()
+
+    def fill(self, name: str, value: str) -> None:
+        field = self.page.locator(f"#{name} textarea, #{name} input").first
+        field.fill(value)
+        field.blur()
+
+    def settings(self) -> None:
+        for each in self.page.get_by_role("button", name="Settings").all():
+            if each.is_visible():
+                each.click()
+
+    def drop(self, name: str, path: Path) -> None:
+        self.page.set_input_files(f"#{name} input[type=file]", str(path))
+
+    def at(self, canvas: str, x: float, y: float) -> tuple[float, float]:
+        stage = self.page.locator(f"#{canvas} .mifo-stage")
+        stage.scroll_into_view_if_needed()
+        box = stage.bounding_box()
+        return box["x"] + box["width"] * x, box["y"] + box["height"] * y
+
+    def drag(self, canvas: str, start: tuple[float, float], end: tuple[float, float]) -> None:
+        from_x, from_y = self.at(canvas, *start)
+        to_x, to_y = self.at(canvas, *end)
+        self.page.mouse.move(from_x, from_y)
+        self.page.mouse.down()
+        self.page.mouse.move(to_x, to_y, steps=6)
+        self.page.mouse.up()
+
+    def boxes(self, canvas: str) -> list[str]:
+        return [str(each.get_attribute("aria-label")) for each in self.page.locator(f"#{canvas} .mifo-box").all()]
+
+    def wait_boxes(self, canvas: str, count: int) -> None:
+        self.page.wait_for_function(f"document.querySelectorAll('#{canvas} .mifo-box').length == {count}", timeout=WAIT)
+
+    def wait_photo(self, canvas: str = "learn-canvas") -> None:
+        script = f"(document.querySelector('#{canvas} .mifo-stage') || {{style: {{}}}}).style.backgroundImage"
+        self.page.wait_for_function(script, timeout=WAIT)
+
+    def wait_status(self, text: str) -> None:
+        self.page.wait_for_function(
+            "text => document.querySelector('#job-status').innerText.includes(text)", arg=text, timeout=WAIT
+        )
+
+    def toast(self) -> str:
+        self.page.wait_for_selector(".toast-body")
+        text = str(self.page.locator(".toast-body").first.inner_text())
+        self.page.locator(".toast-body .toast-close").first.click()
+        return text
+
+    def mark_cars(self) -> None:
+        self.drop("learn-photo", PHOTO)
+        self.wait_photo()
+        for count, (x, y, _) in enumerate(CARS):
+            self.page.mouse.click(*self.at("learn-canvas", x, y))
+            self.wait_boxes("learn-canvas", count + 1)
+        for k, (_, _, words) in enumerate(CARS):
+            self.fill(f"word-{k}", words)
+
+    def close(self) -> None:
+        self.context.close()
+
+
+@pytest.fixture(scope="module")
+def learned(server: Server, browser: Any) -> Server:
+    """The server with a bundle that somebody has made on the page: photo, three clicks, three words, Learn."""
+    person = Person(browser, server)
+    try:
+        person.mark_cars()
+        person.shot("learn")
+        person.fill("learn-name", "cars")
+        person.settings()
+        person.fill("learn-steps1", "60")
+        person.fill("learn-steps2", "40")
+        person.page.click("#learn-start")
+        person.wait_status("phase 1")
+        person.shot("learning")
+        person.page.reload()  # in the middle of the job
+        person.wait_status("Learning cars")
+        person.wait_boxes("learn-canvas", 3)  # and the photo's masks are there again
+        assert [person.page.input_value(f"#word-{k} textarea, #word-{k} input") for k in range(3)] == [w for _, _, w in CARS]
+        person.wait_status("done in")
+        assert person.elsewhere == []
+    finally:
+        person.close()
+    return server
+
+
+def test_masks_by_clicks_are_those_of_the_things(learned: Server) -> None:
+    import numpy as np
+
+    for k in range(3):
+        made, true = (np.asarray(Image.open(folder / f"mask{k}.png").convert("L")) > 127
+                      for folder in (learned.folder / "my_photos" / "cars", PHOTO.parent))  # fmt: skip
+        assert (made & true).sum() / (made | true).sum() > 0.9  # segment's own bar on drawn scenes
+    assert (learned.folder / "my_photos" / "cars" / "words.txt").read_text().split("\n")[:3] == [w for _, _, w in CARS]
+
+
+def test_assets_are_placed_by_dragging_and_edited_into_a_picture(learned: Server, browser: Any) -> None:
+    person = Person(browser, learned)
+    try:
+        person.open("Place")
+        person.wait_boxes("place-canvas", 2)
+        person.page.click("#chip-2")
+        person.wait_boxes("place-canvas", 3)
+        assert person.page.input_value("#place-prompt textarea").endswith("and <asset2>")
+        before = person.boxes("place-canvas")
+        person.drag("place-canvas", (0.17, 0.4), (0.17, 0.2))
+        person.page.wait_for_timeout(500)
+        moved = person.boxes("place-canvas")
+        assert moved[0] != before[0] and moved[1:] == before[1:]
+        person.page.locator("#place-canvas .mifo-box").nth(1).focus()
+        for _ in range(3):
+            person.page.keyboard.press("ArrowDown")
+        person.page.keyboard.press("Shift+ArrowRight")
+        person.page.wait_for_timeout(500)
+        assert _edges(person.boxes("place-canvas")[1]) == [a + b for a, b in zip(_edges(moved[1]), (0, 3, 1, 3), strict=True)]
+        person.settings()
+        person.fill("place-steps", "12")
+        person.page.click("#place-draw")
+        person.page.wait_for_selector("#place-gallery img", timeout=WAIT)
+        person.page.locator("#place-gallery img").first.click()
+        person.page.wait_for_selector("#place-send:not([disabled])")
+        person.shot("place")
+        picture = learned.folder / "output" / "cars" / "0001" / "000000.png"
+        recipe = Image.open(picture).text["mifo"]  # type: ignore[attr-defined]
+        assert '"<asset2>": [' in recipe and '"steps": 12' in recipe
+
+        person.page.click("#place-send")
+        person.page.wait_for_selector("#edit-painter canvas", timeout=WAIT)
+        person.page.wait_for_timeout(1500)
+        canvas = person.page.locator("#edit-painter canvas").first.bounding_box()
+        x, y = canvas["x"] + canvas["width"] / 2, canvas["y"] + canvas["height"] / 2
+        for shift in (-20, 0, 20):  # few moves: without a GPU the editor takes seconds for each
+            person.page.mouse.move(x - 30, y + shift)
+            person.page.mouse.down()
+            person.page.mouse.move(x + 30, y + shift, steps=2)
+            person.page.mouse.up()
+        person.page.locator("#edit-bundle input").click()
+        person.page.get_by_role("option", name=re.compile("^cars")).click()
+        person.fill("edit-prompt", "a photo of <asset1>")
+        person.fill("edit-steps", "8")
+        person.page.wait_for_timeout(500)
+        person.page.click("#edit-draw")
+        person.page.wait_for_selector("#edit-gallery img", timeout=WAIT)
+        person.shot("edit")
+        _check_edit(learned.folder)
+        assert person.elsewhere == []
+    finally:
+        person.close()
+
+
+def _edges(label: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", label.split(": ")[1])]
+
+
+def _check_edit(folder: Path) -> None:
+    """Something changed, and nothing outside of what was painted."""
+    import json
+
+    import numpy as np
+
+    job = max((folder / "output" / "cars").glob("*/edit.json"))
+    edited = np.asarray(Image.open(job.parent / "edit00.png").convert("RGB")).astype(int)
+    uploads = sorted((folder / "output" / ".web" / "uploads").iterdir(), key=os.path.getmtime)
+    mask = np.asarray(Image.open(next(p for p in uploads if p.name.endswith("-mask.png"))).convert("L")) > 127
+    source = np.asarray(Image.open(next(p for p in uploads if not p.name.endswith("-mask.png"))).convert("RGB")).astype(int)
+    changed = (edited != source).any(-1)
+    assert changed.any() and not (changed & ~mask).any() and 0.02 < mask.mean() < 0.6
+    assert json.loads(job.read_text())["prompt"] == "a photo of <asset1>"
+
+
+def test_the_library_evaluates_exports_renames_and_throws_away(learned: Server, browser: Any) -> None:
+    shutil.copytree(learned.folder / "Model_ours" / "cars", learned.folder / "Model_ours" / "second")
+    person = Person(browser, learned)
+    try:
+        person.open("Library")
+        person.page.wait_for_selector("#library-table >> text=second")
+        person.shot("library")
+        person.page.locator("#library-bundle input").click()
+        person.page.get_by_role("option", name=re.compile("^second")).click()
+        person.page.click("#library-export")
+        person.page.wait_for_selector("#library-exported >> text=Written")
+        assert list((learned.folder / "output" / "second" / "export").glob("*/pytorch_lora_weights.safetensors"))
+        person.fill("library-new-name", "../third")
+        person.page.click("#library-rename")
+        assert "cannot name a bundle" in person.toast()
+        person.fill("library-new-name", "third")
+        person.page.click("#library-rename")
+        person.page.wait_for_selector("#library-table >> text=third")
+        assert (learned.folder / "Model_ours" / "third" / "bundle.json").is_file()
+        person.page.click("#library-delete")
+        person.page.wait_for_function("!document.querySelector('#library-table').innerText.includes('third')")
+        assert list((learned.folder / "Model_ours" / ".trash").glob("third-*/bundle.json"))
+        assert (learned.folder / "Model_ours" / "cars" / "bundle.json").is_file()
+    finally:
+        person.close()
+
+
+def test_learning_stops_after_a_step_and_goes_on(learned: Server, browser: Any) -> None:
+    person = Person(browser, learned)
+    try:
+        person.mark_cars()
+        person.fill("learn-name", "stopped")
+        person.settings()
+        person.fill("learn-steps1", "60")
+        person.fill("learn-steps2", "2")
+        person.page.click("#learn-start")
+        person.wait_status("phase 1")
+        person.page.click("#job-stop")
+        person.wait_status("stopped.")
+        kept = list((learned.folder / "Model_ours" / ".checkpoints" / "stopped").glob("*.safetensors"))
+        assert kept and not (learned.folder / "Model_ours" / "stopped").exists()
+        person.page.reload()
+        person.page.click("#learn-resume")
+        person.wait_status("done in")
+        assert (learned.folder / "Model_ours" / "stopped" / "bundle.json").is_file()
+        assert not list((learned.folder / "Model_ours" / ".checkpoints").glob("stopped/*.safetensors"))
+    finally:
+        person.close()
+
+
+def _large_png(path: Path) -> Path:
+    """20,000 x 20,000 pixels in a few kilobytes: 400 megapixels once it is read."""
+    import struct
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0)
+    rows = zlib.compress(b"\0" * (20_000 * 2501), 9)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
+    return path
+
+
+def test_hostile_uploads_get_a_message(server: Server, browser: Any, tmp_path: Path) -> None:
+    archive = tmp_path / "photo.png"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("../../evil.txt", "x")
+    drawing = tmp_path / "drawing.svg"
+    drawing.write_text('<svg xmlns="http://www.w3.org/2000/svg"><script>window.hit = 1</script></svg>')
+    renamed = tmp_path / "drawing.png"
+    renamed.write_text(drawing.read_text())
+    person = Person(browser, server)
+    try:
+        for path, said in ((_large_png(tmp_path / "large.png"), "megapixels"), (archive, "image"), (renamed, "image")):
+            person.drop("learn-photo", path)
+            text = person.toast()
+            assert said in text and str(tmp_path) not in text and "/" not in text.replace("20000x20000", ""), text
+            person.page.locator("#learn-photo button[aria-label='Clear'], #learn-photo button[aria-label='Remove']").first.click()
+        person.drop("learn-photo", drawing)
+        assert "file type" in person.toast().lower()
+        assert person.page.evaluate("window.hit") is None
+        answer = person.page.request.post(f"{server.address}/gradio_api/upload", multipart={
+            "files": {"name": "../../../escaped.png", "mimeType": "image/png", "buffer": PHOTO.read_bytes()}})  # fmt: skip
+        assert not list(server.folder.glob("escaped.png")) and not list(server.folder.parent.glob("escaped.png"))
+        assert answer.status >= 400 or ".." not in answer.text()
+        for secret in ("/etc/passwd", str(server.folder / "output" / ".web" / "jobs.sqlite3")):
+            assert person.page.request.get(f"{server.address}/gradio_api/file={secret}").status >= 400
+    finally:
+        person.close()
+
+
+def test_a_narrow_page_has_all_in_view(server: Server, browser: Any) -> None:
+    """390 pixels, a phone's width: nothing needs sideways scrolling."""
+    person = Person(browser, server, 390, 844)
+    try:
+        for tab in ("Learn", "Place", "Edit", "Library"):
+            if not person.page.get_by_role("tab", name=tab, exact=True).is_visible():
+                person.page.get_by_role("button", name=re.compile("tabs", re.IGNORECASE)).last.click()
+            person.open(tab)
+            person.page.wait_for_timeout(300)
+            assert person.page.evaluate("document.documentElement.scrollWidth") <= 390, tab
+        person.open("Learn")
+        person.mark_cars()
+        person.shot("narrow")
+        assert person.page.evaluate("document.documentElement.scrollWidth") <= 390
+    finally:
+        person.close()
+
+
+def test_two_pages_at_once_see_the_same_jobs(learned: Server, browser: Any) -> None:
+    first, second = Person(browser, learned), Person(browser, learned)
+    try:
+        for person, seed in ((first, "11"), (second, "12")):
+            person.open("Place")
+            person.wait_boxes("place-canvas", 2)
+            person.settings()
+            person.fill("place-steps", "4")
+            person.fill("place-seed", seed)
+        first.page.click("#place-draw")
+        second.page.click("#place-draw")
+        for person, seed in ((first, "11"), (second, "12")):
+            person.page.wait_for_function(
+                "seed => document.querySelector('#place-gallery').innerText.includes('seed ' + seed)", arg=seed, timeout=WAIT
+            )
+    finally:
+        first.close()
+        second.close()
+
+
+def test_only_this_machine_is_served_and_nobody_else_is_called(learned: Server) -> None:
+    """The process's own sockets: it listens on the loopback alone, and holds no connection to anywhere else."""
+    found = subprocess.run(["ss", "-tnpa"], capture_output=True, text=True).stdout if shutil.which("ss") else ""
+    pids = {str(learned.process.pid)}
+    lines = [line for line in found.splitlines() if any(f"pid={pid}," in line for pid in pids)]
+    for line in lines:
+        assert all(address.rsplit(":", 1)[0] in ("127.0.0.1", "0.0.0.0", "[::1]", "*", "[::]") for address in line.split()[3:5])
+        assert not (line.startswith("LISTEN") and "127.0.0.1" not in line.split()[3])
