@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .boxes import Layout, parse_layout
+from .boxes import Layout, parse_layout, read_boxes
 from .bundle.instance_copy import kept_crops, kept_instance
+from .bundle.several import Several, attach_by_place
 from .bundle.store import Bundle, attach, find_bundle
 from .bundle.store import load_bundle as read_bundle
 from .config import EditConfig, LearnConfig, MemoryConfig, SynthesisConfig
@@ -62,6 +63,8 @@ from .synthesis.synthesize import synthesize as run_synthesize
 PathLike = str | Path
 #: A box per asset in the prompt's order, a mapping of tokens to boxes, JSON text or a file of it, or a Layout.
 Boxes = Layout | Sequence[Sequence[float]] | dict[str, Sequence[float]] | PathLike
+#: One, several for one picture, or none.
+Bundles = Bundle | Sequence[Bundle] | None
 Closed = Mapping[str, str | Path | None]
 #: (steps done, steps in all)
 OnProgress = Callable[[int, int], None]
@@ -150,22 +153,35 @@ class SynthesisResult:
         return save_synthesis(self.synthesis, Path(folder), self.facts, overwrite)
 
 
-def synthesize(base: BaseModel, bundle: Bundle | None, prompt: str, boxes: Boxes | None = None, *, num_images: int = 1,
-               seed: int = 0, config: SynthesisConfig | None = None,
-               on_progress: OnProgress | None = None) -> SynthesisResult:  # fmt: skip
+def synthesize(base: BaseModel, bundle: Bundles, prompt: str, boxes: Boxes | None = None, *, num_images: int = 1,
+               seed: int = 0, config: SynthesisConfig | None = None, aliases: Mapping[str, str] | None = None,
+               background_lora: str | None = None, on_progress: OnProgress | None = None) -> SynthesisResult:  # fmt: skip
     """Draws `num_images` pictures of `prompt`, each asset kept to its box by bounded attention and guidance (Bounded Attention,
     arXiv 2403.16990, section 4). Without `boxes` the prompt is drawn as it is; without a bundle, by the base model alone.
 
     `boxes`: [x0, y0, x1, y1], from 0 to 1, one per asset in the prompt's order, or by token. `config`: by default that of the
     base model's family, `mifo.presets.synthesis_preset`.
+
+    Of several bundles, a list, the prompt names assets as `<desk.asset0>`; `<asset0>` is the first bundle's. Each asset then needs
+    a box, within which its own bundle's LoRA acts, and no other's. `aliases`: own words, {"cat": "shelf.asset1"} for `<cat>`.
+    `background_lora`: the bundle whose LoRA acts outside all boxes; by default none does.
     """
     chosen = config or synthesis_preset(base.family)
-    tokens = bundle.tokens if bundle else ()
-    layout = layout_of(boxes, prompt)
     _check_count(num_images)
-    with attach(base, bundle, chosen.lora_scale) if bundle else nullcontext():
-        drawn = run_synthesize(base, prompt, layout, tokens, chosen, seed, num_images, on_progress)
-    return synthesis_result(drawn, base, bundle)
+    if several := _by_place(bundle, boxes, chosen.lora, aliases, background_lora):
+        within = several.within(prompt)
+        layout = layout_of(_boxes_within(boxes, several), within)
+        _check_boxes_of(layout, within, several)
+        with attach_by_place(base, several, chosen.lora_scale, background_lora):
+            drawn = run_synthesize(base, within, layout, several.tokens, chosen, seed, num_images, on_progress)
+        if len(several.bundles) > 1:
+            drawn = replace(drawn, prompt=several.outside(within), layout=several.layout_outside(drawn.layout))
+        return _result_of_several(drawn, base, several, background_lora)
+    one = _one(bundle)
+    layout = layout_of(boxes, prompt)
+    with attach(base, one, chosen.lora_scale) if one else nullcontext():
+        drawn = run_synthesize(base, prompt, layout, one.tokens if one else (), chosen, seed, num_images, on_progress)
+    return synthesis_result(drawn, base, one)
 
 
 def synthesis_result(synthesis: Synthesis, base: BaseModel, bundle: Bundle | None, **facts: Any) -> SynthesisResult:
@@ -205,10 +221,11 @@ class EditResult:
         return save_edit(self.edit, self.source, Path(folder), self.facts, overwrite)
 
 
-def edit(base: BaseModel, bundle: Bundle | None, image: PathLike | Image.Image | SourceImage, mask: PathLike | BoolArray,
+def edit(base: BaseModel, bundle: Bundles, image: PathLike | Image.Image | SourceImage, mask: PathLike | BoolArray,
          prompt: str, boxes: Boxes | None = None, *,
          num_images: int = 1, seed: int = 0, config: EditConfig | None = None, metadata: str = "safe",
-         mask_orientation: str = "auto", on_progress: OnProgress | None = None) -> EditResult:  # fmt: skip
+         mask_orientation: str = "auto", aliases: Mapping[str, str] | None = None, background_lora: str | None = None,
+         on_progress: OnProgress | None = None) -> EditResult:  # fmt: skip
     """Draws `prompt` into the white part of `mask`, a file of the size of the file `image`; every other byte of the picture
     stays (Blended Latent Diffusion, arXiv 2206.02779). Candidates come best first.
 
@@ -217,19 +234,28 @@ def edit(base: BaseModel, bundle: Bundle | None, image: PathLike | Image.Image |
 
     `boxes`: where each asset stands, in fractions of the whole picture, if the prompt has several. `metadata`: what of the
     photo's is kept, 'safe' (no places, serial numbers, owners, thumbnails), 'keep' or 'strip'. `config`: by default that of the
-    base model's family, `mifo.presets.edit_preset`.
+    base model's family, `mifo.presets.edit_preset`. Several bundles: as in `synthesize`.
     """
     _check_count(num_images)
     chosen = config or edit_preset(base.family)
     source = _source_image(image, metadata)
     white, notes = _edit_mask(mask, source, image, mask_orientation)
     files = {name: path for name, path in (("image", image), ("mask", mask)) if isinstance(path, Path | str)}
-    tokens = bundle.tokens if bundle else ()
-    crops = kept_crops(bundle.folder, bundle.tokens, bundle.instance) if bundle else {}
-    request = EditRequest(source.image, white, prompt, tokens, layout_of(boxes, prompt), crops)
-    with attach(base, bundle, chosen.lora_scale) if bundle else nullcontext():
+    read = replace(source, notes=(*source.notes, *notes))
+    if several := _by_place(bundle, None, "everywhere", aliases, background_lora):
+        within = several.within(prompt)
+        named = {name: crop for each in several.bundles for name, crop in _crops_within(several, each).items()}
+        request = EditRequest(source.image, white, within, several.tokens, layout_of(_boxes_within(boxes, several), within), named)
+        with attach_by_place(base, several, chosen.lora_scale, background_lora):
+            drawn = run_edit(base, request, chosen, seed, num_images, on_progress)
+        drawn = replace(drawn, prompt=several.outside(within), layout=several.layout_outside(drawn.layout))
+        return EditResult(drawn, read, _facts_of_several(base, several, background_lora), files, _closed_of(base, several))
+    one = _one(bundle)
+    crops = kept_crops(one.folder, one.tokens, one.instance) if one else {}
+    request = EditRequest(source.image, white, prompt, one.tokens if one else (), layout_of(boxes, prompt), crops)
+    with attach(base, one, chosen.lora_scale) if one else nullcontext():
         drawn = run_edit(base, request, chosen, seed, num_images, on_progress)
-    return EditResult(drawn, replace(source, notes=(*source.notes, *notes)), _facts(base, bundle), files, _closed(base, bundle))
+    return EditResult(drawn, read, _facts(base, one), files, _closed(base, one))
 
 
 @dataclass(frozen=True)
@@ -302,6 +328,67 @@ def plan(model: str = "sd2.1", job: str = "learn", vram_gib: float | None = None
 
 
 # --- parts --------------------------------------------------------------------------------------
+
+
+def _one(bundle: Bundles) -> Bundle | None:
+    if bundle is None or isinstance(bundle, Bundle):
+        return bundle
+    return bundle[0] if bundle else None
+
+
+def _by_place(bundle: Bundles, boxes: Boxes | None, lora: str, aliases: Mapping[str, str] | None,
+              background: str | None) -> Several | None:  # fmt: skip
+    """The bundles whose LoRA acts by place; None for one whose LoRA acts everywhere."""
+    given = () if bundle is None else (bundle,) if isinstance(bundle, Bundle) else tuple(bundle)
+    if given and (len(given) > 1 or aliases or background or (lora == "boxes" and boxes is not None)):
+        return Several(given, dict(aliases or {}))
+    return None
+
+
+def _boxes_within(boxes: Boxes | None, several: Several) -> Boxes | None:
+    """Boxes by name, as the picture's own tokens have them."""
+    if isinstance(boxes, Layout):
+        return Layout(tuple(several.within(token) for token in boxes.tokens), boxes.boxes)
+    plain = read_boxes(boxes) if isinstance(boxes, str | Path) else boxes
+    if isinstance(plain, Mapping):
+        return {several.within(_bracketed(str(token))): box for token, box in plain.items()}
+    return plain
+
+
+def _bracketed(token: str) -> str:
+    """`desk.asset0` as `<desk.asset0>`; tokens and numbers as they are."""
+    return f"<{token}>" if "." in token and not token.startswith("<") else token
+
+
+def _check_boxes_of(layout: Layout | None, prompt: str, several: Several) -> None:
+    """Raises InputError where an asset has no box: whose LoRA were to act on it?"""
+    missing = [several.full_name(t) for t in assets_in(prompt) if layout is None or t not in layout.tokens]
+    if missing or layout is None:
+        named = ", ".join(missing) or "the prompt, which names no asset,"
+        raise InputError(f"{named} has no box; with several bundles every asset needs one, within which its own LoRA acts: give "
+                         "--boxes with one for each")  # fmt: skip
+
+
+def _crops_within(several: Several, bundle: Bundle) -> dict[str, Image.Image]:
+    """The bundle's own pictures of its assets, to rank by, under the picture's tokens."""
+    kept = kept_crops(bundle.folder, bundle.tokens, bundle.instance)
+    return {several.within(f"<{bundle.name}.{token.strip('<>')}>"): crop for token, crop in kept.items()
+            if token != "<background>"}  # fmt: skip
+
+
+def _result_of_several(drawn: Synthesis, base: BaseModel, several: Several, background: str | None) -> SynthesisResult:
+    return SynthesisResult(drawn, _facts_of_several(base, several, background), _closed_of(base, several))
+
+
+def _facts_of_several(base: BaseModel, several: Several, background: str | None) -> dict[str, Any]:
+    if len(several.bundles) == 1:
+        return _facts(base, several.bundles[0])
+    more = {"background_lora": background} if background else {}
+    return {"bundles": [bundle.name for bundle in several.bundles], **more, **base.record()}
+
+
+def _closed_of(base: BaseModel, several: Several) -> Closed:
+    return {**_closed(base, None), **{f"the bundle {bundle.name}": bundle.folder for bundle in several.bundles}}
 
 
 def _facts(base: BaseModel, bundle: Bundle | None) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def parse_layout(source: str | Path, tokens: Sequence[str]) -> Layout:
     `source` is JSON text (it starts with a bracket) or the path of a file that holds it: a list of boxes in the order
     of `tokens`, or an object from token (`<asset0>`, `asset0` or `0`) to box. Raises InputError for anything else.
     """
-    data = _load_json(source)
+    data = read_boxes(source)
     if isinstance(data, dict):
         entries = _match_keys(data, tokens)
     elif isinstance(data, list):
@@ -157,7 +157,8 @@ def _refuse(problem: str) -> NoReturn:
     raise InputError(f"{problem} Boxes look like this: {EXAMPLE}.") from None
 
 
-def _load_json(source: str | Path) -> Any:
+def read_boxes(source: str | Path) -> Any:
+    """JSON text, or a file of it, as plain data that may be boxes. Raises InputError."""
     inline = isinstance(source, str) and source.lstrip("\ufeff \t\r\n")[:1] in ("[", "{", "")
     text = str(source).lstrip("\ufeff") if inline else _read_text(Path(source))
     where = "The boxes" if inline else f"The boxes in {source}"
@@ -252,7 +253,7 @@ def parse_boxes_alone(source: str | Path) -> Layout:
 
     Raises InputError as `parse_layout` does.
     """
-    data = _load_json(source)
+    data = read_boxes(source)
     if isinstance(data, (list, dict)) and not data:
         _refuse("The boxes are empty; give at least one [x0, y0, x1, y1].")
     if isinstance(data, dict):

@@ -202,6 +202,9 @@ class SynthesisConfig(Checked):
     lora_scale: float = 1.0
     bounded: bool = True
     """Box-bounded attention masks at every layer; without them boxes only guide."""
+    lora: Literal["everywhere", "boxes"] = "everywhere"
+    """Where the bundle's LoRA acts: in the whole picture, or in its assets' boxes alone. Of several bundles it is always the
+    boxes."""
     own_text: bool = True
     """Each of several assets in boxes reads the prompt as if it spoke of that asset alone; needs `bounded`."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)

@@ -42,6 +42,22 @@ class ForwardPass:
             raise ValueError("a guidance pass has conditional rows alone")
 
 
+@dataclass(frozen=True)
+class Owners:
+    """Whose adapter acts where."""
+
+    adapters: int
+    of_subjects: tuple[int, ...]
+    """The adapter's number of each of the layout's assets."""
+    background: int | None = None
+    """Outside all boxes; by default none acts there."""
+
+    @property
+    def background_number(self) -> int:
+        """-1 for none."""
+        return -1 if self.background is None else self.background
+
+
 class BoundedAttention:
     """Masks for every map size, built once each, and the maps that guidance and refinement ask for.
 
@@ -59,8 +75,10 @@ class BoundedAttention:
 
     def __init__(self, prompt: TokenizedPrompt, layout: Layout, latent_size: tuple[int, int], device: torch.device | str,
                  own_text: bool = False, bounded: bool = True, apart: bool = False,
-                 sampling: ForwardPass = ForwardPass()):  # fmt: skip
-        self.own_text = own_text and len(layout) > 1  # one subject's own text is the prompt
+                 sampling: ForwardPass = ForwardPass(), owners: Owners | None = None):  # fmt: skip
+        # one subject's own text is the prompt, but where the background reads that without the subject's adapter
+        self.own_text = own_text and (len(layout) > 1 or owners is not None)
+        self.owners = owners
         self.bounded, self.apart, self.sampling = bounded, apart, sampling
         self._pass = sampling
         self.prompt, self.layout, self.latent_size, self.device = prompt, layout, latent_size, torch.device(device)
@@ -70,6 +88,7 @@ class BoundedAttention:
         self._masks: dict[tuple[Any, ...], torch.Tensor] = {}
         self._groups: dict[tuple[int, int], tuple[Groups, ...]] = {}
         self._maps: dict[str, torch.Tensor] = {}
+        self._gates: dict[tuple[Any, ...], torch.Tensor] = {}
 
     # --- subjects' pixels ---
 
@@ -93,7 +112,7 @@ class BoundedAttention:
     def refine(self, masks: torch.Tensor) -> None:
         """From now on (images, subjects, h, w) bool masks stand for the boxes."""
         self._refined = masks
-        for made in (self._subjects, self._masks, self._groups):
+        for made in (self._subjects, self._masks, self._groups, self._gates):
             made.clear()
 
     # --- texts ---
@@ -154,7 +173,12 @@ class BoundedAttention:
         mask = mask[:, None].expand(self._pass.images, -1, -1, -1)  # (images, 1, h*w, keys)
         if not self._pass.unconditional:
             return mask
-        return torch.cat([torch.ones_like(mask), mask])  # the unconditional half sees everything
+        if self.owners is None or not self._reads_own:
+            return torch.cat([torch.ones_like(mask), mask])  # the unconditional half sees everything
+        # its texts differ by the adapter with which they were read, so a pixel sees its own
+        length = len(self.prompt.input_ids)
+        own = torch.cat([reader[..., None].expand(-1, -1, length) for reader in readers], -1)
+        return torch.cat([own[:, None].expand_as(mask), mask])
 
     def _words(self, readers: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
         """One text's part of the mask, (I, h*w, L): its words for the pixels that read it, (I, h*w)."""
@@ -202,6 +226,55 @@ class BoundedAttention:
     def known_masks(self, size: tuple[int, int]) -> Iterable[npt.NDArray[np.bool_]]:
         """(subjects, h*w) for all pictures, or for each of them; from boxes without a look at the device."""
         return [self.box_masks(size)] if self._refined is None else self.subject_masks(size).cpu().numpy()
+
+    # --- where adapters act ---
+
+    def pixel_gates(self, size: tuple[int, int]) -> torch.Tensor:
+        """(rows or 1, h*w, adapters) float: 1 on the pixels of an adapter's subjects. Where subjects overlap the later one's acts.
+
+        Raises ValueError where no subject has an adapter of its own.
+        """
+        key = ("pixels", size, self._pass.unconditional)
+        if key not in self._gates:
+            owners = self._known_owners()
+            place = torch.full(self.subject_masks(size).shape[::2], owners.background_number, device=self.device)  # (I, h*w)
+            for owner, subject in zip(owners.of_subjects, self.subject_masks(size).unbind(1), strict=True):
+                place = torch.where(subject, owner, place)
+            gates = (place[..., None] == torch.arange(owners.adapters, device=self.device)).float()
+            self._gates[key] = torch.cat([gates, gates]) if len(gates) > 1 and self._pass.unconditional else gates
+        return self._gates[key]
+
+    def key_gates(self) -> torch.Tensor:
+        """(keys, adapters) float, for the texts that the pass reads: each subject's own is its adapter's, the prompt the
+        background's. In guidance, which reads the prompt alone, each asset's tokens are its adapter's; one adapter has all."""
+        key = ("keys", self._reads_own)
+        if key not in self._gates:
+            owners, length = self._known_owners(), len(self.prompt.input_ids)
+            numbers = torch.arange(owners.adapters, device=self.device)
+            if self._reads_own:
+                texts = torch.tensor([owners.background_number, *owners.of_subjects], device=self.device)
+                gates = (texts.repeat_interleave(length)[:, None] == numbers).float()
+            else:
+                gates = (torch.tensor(self.prompt_owners, device=self.device)[:, None] == numbers).float()
+            self._gates[key] = gates
+        return self._gates[key]
+
+    @property
+    def prompt_owners(self) -> list[int]:
+        """The adapter of each of the prompt's tokens in a guidance pass; one that there is not, for none."""
+        owners = self._known_owners()
+        if owners.adapters == 1:
+            return [0] * len(self.prompt.input_ids)
+        found = [owners.background_number] * len(self.prompt.input_ids)
+        for owner, (token, _) in zip(owners.of_subjects, self.layout, strict=True):
+            for position in self.prompt.asset_positions[token]:
+                found[position] = owner
+        return found
+
+    def _known_owners(self) -> Owners:
+        if self.owners is None:
+            raise ValueError("no adapters act by place")
+        return self.owners
 
     # --- passes ---
 

@@ -91,6 +91,20 @@ def attach(base: BaseModel, bundle: Bundle, lora_scale: float = 1.0) -> Iterator
     The asset tokens stay in the tokenizer, where they do no harm. Raises InputError when the bundle was learned on another
     base model, or does not fit it.
     """
+    check_fits(base, bundle)
+    known = base.tokenizer.get_added_vocab()
+    add_asset_tokens(base.tokenizer, [t for t in bundle.tokens if t not in known])
+    ids = [base.tokenizer.get_added_vocab()[t] for t in bundle.tokens]
+    parts = base.layout.adapters
+    with ExitStack() as stack:
+        stack.enter_context(use_assets(base.text_encoders, ids, bundle.token_embeddings))
+        for name in bundle.adapters:
+            stack.enter_context(lend_adapter(base.parts[parts[name]], bundle.lora[name], bundle.folder / name, lora_scale))
+        yield base
+
+
+def check_fits(base: BaseModel, bundle: Bundle) -> None:
+    """Raises InputError when the bundle was learned on another base model, or does not fit it."""
     check_base(base, bundle)
     width = base.text_width
     if bundle.token_embeddings.shape[1] != width:
@@ -98,17 +112,8 @@ def attach(base: BaseModel, bundle: Bundle, lora_scale: float = 1.0) -> Iterator
             f"{bundle.folder / 'assets.safetensors'} has embeddings of {bundle.token_embeddings.shape[1]} numbers, but the base "
             f"model {base.name} takes {width}; learn the bundle again"
         )
-    known = base.tokenizer.get_added_vocab()
-    add_asset_tokens(base.tokenizer, [t for t in bundle.tokens if t not in known])
-    ids = [base.tokenizer.get_added_vocab()[t] for t in bundle.tokens]
-    parts = base.layout.adapters
-    if extra := [name for name in bundle.adapters if name not in parts]:
+    if extra := [name for name in bundle.adapters if name not in base.layout.adapters]:
         raise InputError(f"{bundle.folder} has {extra[0]}, but {base.name} ({base.layout.title}) has no such part; {AGAIN}")
-    with ExitStack() as stack:
-        stack.enter_context(use_assets(base.text_encoders, ids, bundle.token_embeddings))
-        for name in bundle.adapters:
-            stack.enter_context(lend_adapter(base.parts[parts[name]], bundle.lora[name], bundle.folder / name, lora_scale))
-        yield base
 
 
 def base_of_bundle(bundle: Bundle) -> str:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from ..attention.bounded import BoundedAttention, ForwardPass, bound_attention
+from ..attention.bounded import BoundedAttention, ForwardPass
 from ..attention.sites import smallest_map
 from ..boxes import Box, Layout, snapped_box
 from ..config import EditConfig, to_dict
@@ -29,7 +28,7 @@ from ..model.peak_memory import PeakMemory
 from ..prompts import NEGATIVE, TokenizedPrompt, assets_in, check_prompt, tokenize_prompt
 from ..sampling.denoise import denoise, initial_latents, is_guided
 from ..sampling.guidance import LatentGuidance
-from ..sampling.layout_control import check_boxes, encode_texts
+from ..sampling.layout_control import check_boxes, controlled, owners_of, read_texts
 from .blending import Blending, clone, paste, paste_around, tune_to_source
 from .frame import BoolArray, EditFrame, latent_mask, make_frame, shrinking_masks, thickness
 from .hooks import EditHooks
@@ -142,19 +141,18 @@ def edit(base: BaseModel, request: EditRequest, config: EditConfig, seed: int = 
     tokenized = tokenize_prompt(base.tokenizer, prompt, assets)
     negative = tokenize_prompt(base.tokenizer, config.negative_prompt, [], NEGATIVE)
     control = _control(base, scene, tokenized, config, count)
-    texts = control.texts if control else [tokenized.input_ids]
-    prompt_embeds, negative_prompt_embeds = encode_texts(base, texts, negative.input_ids)
-    of_prompt, of_nothing = (s.first_tokens(len(tokenized.input_ids)) for s in (prompt_embeds, negative_prompt_embeds))
-    guidance = LatentGuidance(base.unet, control, config.guidance, of_prompt) if control else None
+    texts = read_texts(base, control, tokenized.input_ids, negative.input_ids)
+    of_prompt, of_nothing = (s.first_tokens(len(tokenized.input_ids)) for s in (texts.prompt, texts.negative))
+    guidance = LatentGuidance(base.unet, control, config.guidance, texts.guiding) if control else None
     scheduler = base.sampler("ddim")
     scheduler.set_timesteps(config.steps, device=noise.device)
     masks = tuple(torch.from_numpy(m).to(noise.device) for m in scene.masks)
     blending = Blending(scheduler, scheduler.timesteps[scene.first_step :], source.expand_as(noise), noise, masks)
     hooks = EditHooks(blending, guidance, control if scene.layout is None else None)
     with PeakMemory(base.device) as peak, one_thread_an_operation(base.is_small):
-        with bound_attention(base.unet, control) if control else nullcontext():
+        with controlled(base, control):
             start = hooks.start(from_image=config.start == "image")
-            latents = denoise(base.unet, scheduler, start, prompt_embeds, negative_prompt_embeds, config.steps,
+            latents = denoise(base.unet, scheduler, start, texts.prompt, texts.negative, config.steps,
                               config.guidance_scale, hooks.before_step, hooks.after_step, on_progress,
                               scene.first_step)  # fmt: skip
         closeness = prompt_similarity(base.unet, scheduler, latents, masks[-1], of_prompt, of_nothing)
@@ -214,7 +212,9 @@ def _control(base: BaseModel, scene: EditScene, prompt: TokenizedPrompt, config:
         return None
     # words that are to fill a thin mask would fill it with its surroundings, if they looked at them
     apart = scene.layout is None and config.mask_dilation > 0
-    return BoundedAttention(prompt, bound, (base.native_latents, base.native_latents), base.device, config.own_text, apart=apart,
+    owners = owners_of(base, bound) if scene.layout else None
+    return BoundedAttention(prompt, bound, (base.native_latents, base.native_latents), base.device,
+                            config.own_text or owners is not None, apart=apart, owners=owners,
                             sampling=ForwardPass(count, unconditional=is_guided(config.guidance_scale)))  # fmt: skip
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 
-from ..attention.bounded import BoundedAttention, ForwardPass
+from ..attention.bounded import BoundedAttention, ForwardPass, Owners, bound_attention
+from ..attention.compiled import is_compiled
 from ..attention.sites import smallest_map
 from ..boxes import Layout
 from ..config import SynthesisConfig
+from ..errors import InputError
 from ..model.base import BaseModel
 from ..model.prompt_embeds import ImageSize, PromptEmbeds
 from ..prompts import TokenizedPrompt
@@ -34,6 +38,74 @@ def check_boxes(base: BaseModel, layout: Layout, latent_size: tuple[int, int]) -
         box.check_visible(*smallest)
 
 
+def owners_of(base: BaseModel, layout: Layout) -> Owners | None:
+    """Whose adapter acts where, while several bundles are lent."""
+    local = base.local_lora
+    return Owners(len(local.bundles), local.owners_of(layout.tokens), local.background) if local else None
+
+
+@contextmanager
+def controlled(base: BaseModel, control: BoundedAttention | None) -> Iterator[None]:
+    """Within the block the UNet's attention obeys `control`, and adapters that act by place act where its subjects are.
+
+    Raises InputError where there are such adapters and no place for them.
+    """
+    local = base.local_lora
+    if local and (control is None or not control.bounded):
+        raise InputError("several bundles in one picture need a box for each asset, which bounds where its LoRA acts; give --boxes, "
+                         "and leave bounded attention on")  # fmt: skip
+    if local and is_compiled(base.unet):
+        raise InputError("--compile does not go with LoRA that acts by place; leave it out")
+    with ExitStack() as stack:
+        if control:
+            stack.enter_context(bound_attention(base.unet, control))
+        if local and control and control.owners:  # words alone have no adapter
+            stack.enter_context(local.bound_to(control))
+        yield
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A picture's texts as the UNet reads them."""
+
+    prompt: PromptEmbeds
+    """(1, T * L, D): the prompt, and each subject's own"""
+    negative: PromptEmbeds
+    """(1, T * L, D)"""
+    guiding: PromptEmbeds
+    """(1, L, D): the prompt as guidance reads it"""
+
+
+def read_texts(base: BaseModel, control: BoundedAttention | None, prompt: Sequence[int], negative: Sequence[int],
+               size: ImageSize | None = None) -> Texts:  # fmt: skip
+    """Token ids (L,) of the prompt and the negative prompt -> embeds. Where adapters act by place each subject's own text, and
+    the negative prompt that it is guided away from, are read with its bundle's text encoders."""
+    texts = control.texts if control else [prompt]
+    local = base.local_lora
+    if not local or control is None or control.owners is None:
+        positive, empty = encode_texts(base, texts, negative, size)
+        return Texts(positive, empty, positive.first_tokens(len(prompt)))
+    of_prompt, wanted = control.owners.background, [control.owners.background, *control.owners.of_subjects]
+    read: dict[int | None, tuple[PromptEmbeds, PromptEmbeds]] = {}
+    for owner in dict.fromkeys([*wanted, *(o for o in control.prompt_owners if o >= 0)]):
+        with local.reading_as(owner):
+            own = [prompt, *(text for text, each in zip(texts[1:], wanted[1:], strict=True) if each == owner)]
+            positive, empty = encode_texts(base, own, negative, size)
+            read[owner] = positive, empty.first_tokens(len(negative))
+    length, taken, parts = len(prompt), dict.fromkeys(read, 1), [read[of_prompt][0].first_tokens(len(prompt))]
+    for owner in wanted[1:]:
+        states = read[owner][0].states[:, taken[owner] * length : (taken[owner] + 1) * length]
+        parts.append(replace(parts[0], states=states))
+        taken[owner] += 1
+    guiding = parts[0].states.clone()
+    for position, number in enumerate(control.prompt_owners):
+        if number >= 0:
+            guiding[:, position] = read[number][0].states[:, position]
+    return Texts(replace(parts[0], states=torch.cat([p.states for p in parts], 1)),
+                 replace(read[of_prompt][1], states=torch.cat([read[owner][1].states for owner in wanted], 1)),
+                 replace(parts[0], states=guiding))  # fmt: skip
+
+
 def encode_texts(base: BaseModel, texts: Sequence[Sequence[int]], negative: Sequence[int],
                  size: ImageSize | None = None) -> tuple[PromptEmbeds, PromptEmbeds]:  # fmt: skip
     """Token ids (T, L), (L,) -> embeds (1, T * L, D) of the texts, one behind another, and as many of the negative prompt's:
@@ -53,7 +125,9 @@ def layout_control(base: BaseModel, config: SynthesisConfig, prompt: TokenizedPr
     """What bounds attention to the boxes of `layout`; None where there are none, or nothing shall be bounded or guided."""
     if layout is None or not (config.bounded or config.guidance.enabled):
         return None
-    return BoundedAttention(prompt, layout, latent_size, base.device, config.own_text and config.bounded, config.bounded,
+    owners = owners_of(base, layout)
+    return BoundedAttention(prompt, layout, latent_size, base.device, (config.own_text or owners is not None) and config.bounded,
+                            config.bounded, owners=owners,
                             sampling=ForwardPass(count, unconditional=is_guided(config.guidance_scale)))  # fmt: skip
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..attention.bounded import bound_attention
 from ..boxes import Layout
 from ..config import SynthesisConfig, to_dict
 from ..io.files import write_folder
@@ -25,7 +23,7 @@ from ..model.peak_memory import PeakMemory
 from ..model.prompt_embeds import ImageSize
 from ..prompts import NEGATIVE, check_prompt, tokenize_prompt
 from ..sampling.denoise import denoise, seeded_noise
-from ..sampling.layout_control import LayoutHooks, check_boxes, encode_texts, latent_shape, layout_control
+from ..sampling.layout_control import LayoutHooks, check_boxes, controlled, latent_shape, layout_control, read_texts
 
 
 @dataclass(frozen=True)
@@ -71,17 +69,16 @@ def synthesize(base: BaseModel, prompt: str, layout: Layout | None, tokens: Sequ
     if layout:
         check_boxes(base, layout, latent_size)
     control = layout_control(base, config, tokenized, layout, latent_size, count)
-    texts = control.texts if control else [tokenized.input_ids]
     pixels = (latent_size[0] * base.vae_factor, latent_size[1] * base.vae_factor)
     size = ImageSize(pixels, pixels)
-    prompt_embeds, negative_prompt_embeds = encode_texts(base, texts, negative.input_ids, size)
+    texts = read_texts(base, control, tokenized.input_ids, negative.input_ids, size)
     channels = int(base.unet.config["in_channels"])
     latents, generators = seeded_noise((channels, *latent_size), seed, count, base.device)
-    run = LayoutHooks(base, config, control, prompt_embeds.first_tokens(len(tokenized.input_ids)))
+    run = LayoutHooks(base, config, control, texts.guiding)
     with PeakMemory(base.device) as peak, one_thread_an_operation(base.is_small):
-        with bound_attention(base.unet, control) if control else nullcontext():
+        with controlled(base, control):
             sampler = base.sampler(config.scheduler, config.timestep_spacing)
-            latents = denoise(base.unet, sampler, latents, prompt_embeds, negative_prompt_embeds, config.steps,
+            latents = denoise(base.unet, sampler, latents, texts.prompt, texts.negative, config.steps,
                               config.guidance_scale, run.before_step, run.after_step, on_progress,
                               generators=generators)  # fmt: skip
         with torch.no_grad():
