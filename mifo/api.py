@@ -162,18 +162,17 @@ def synthesize(base: BaseModel, bundle: Bundles, prompt: str, boxes: Boxes | Non
     `boxes`: [x0, y0, x1, y1], from 0 to 1, one per asset in the prompt's order, or by token. `config`: by default that of the
     base model's family, `mifo.presets.synthesis_preset`.
 
-    Of several bundles, a list, the prompt names assets as `<desk.asset0>`; `<asset0>` is the first bundle's. Each asset then needs
-    a box, within which its own bundle's LoRA acts, and no other's. `aliases`: own words, {"cat": "shelf.asset1"} for `<cat>`.
-    `background_lora`: the bundle whose LoRA acts outside all boxes; by default none does.
+    Of several bundles, a list, the prompt names assets as `<desk.asset0>`; `<asset0>` is the first bundle's. Each asset then
+    needs a box, within which its own bundle's LoRA acts, and no other's. `aliases`: own words, {"cat": "shelf.asset1"} for
+    `<cat>`. `background_lora`: the bundle whose LoRA acts outside all boxes; by default none does.
     """
     chosen = config or synthesis_preset(base.family)
     _check_count(num_images)
     if several := _by_place(bundle, boxes, chosen.lora, aliases, background_lora):
         within = several.within(prompt)
-        layout = layout_of(_boxes_within(boxes, several), within)
-        _check_boxes_of(layout, within, several)
+        placed = layout_within(boxes, within, several)
         with attach_by_place(base, several, chosen.lora_scale, background_lora):
-            drawn = run_synthesize(base, within, layout, several.tokens, chosen, seed, num_images, on_progress)
+            drawn = run_synthesize(base, within, placed, several.tokens, chosen, seed, num_images, on_progress)
         if len(several.bundles) > 1:
             drawn = replace(drawn, prompt=several.outside(within), layout=several.layout_outside(drawn.layout))
         return _result_of_several(drawn, base, several, background_lora)
@@ -245,7 +244,8 @@ def edit(base: BaseModel, bundle: Bundles, image: PathLike | Image.Image | Sourc
     if several := _by_place(bundle, None, "everywhere", aliases, background_lora):
         within = several.within(prompt)
         named = {name: crop for each in several.bundles for name, crop in _crops_within(several, each).items()}
-        request = EditRequest(source.image, white, within, several.tokens, layout_of(_boxes_within(boxes, several), within), named)
+        layout = layout_of(_boxes_within(boxes, several), within)
+        request = EditRequest(source.image, white, within, several.tokens, layout, named)
         with attach_by_place(base, several, chosen.lora_scale, background_lora):
             drawn = run_edit(base, request, chosen, seed, num_images, on_progress)
         drawn = replace(drawn, prompt=several.outside(within), layout=several.layout_outside(drawn.layout))
@@ -360,13 +360,18 @@ def _bracketed(token: str) -> str:
     return f"<{token}>" if "." in token and not token.startswith("<") else token
 
 
-def _check_boxes_of(layout: Layout | None, prompt: str, several: Several) -> None:
-    """Raises InputError where an asset has no box: whose LoRA were to act on it?"""
+def layout_within(boxes: Boxes | None, prompt: str, several: Several) -> Layout:
+    """A box for each asset of a prompt that has the picture's own tokens; `boxes` may name them as people do.
+
+    Raises InputError where an asset has no box: whose LoRA were to act on it?
+    """
+    layout = layout_of(_boxes_within(boxes, several), prompt)
     missing = [several.full_name(t) for t in assets_in(prompt) if layout is None or t not in layout.tokens]
     if missing or layout is None:
         named = ", ".join(missing) or "the prompt, which names no asset,"
         raise InputError(f"{named} has no box; with several bundles every asset needs one, within which its own LoRA acts: give "
                          "--boxes with one for each")  # fmt: skip
+    return layout
 
 
 def _crops_within(several: Several, bundle: Bundle) -> dict[str, Image.Image]:

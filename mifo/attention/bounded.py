@@ -230,7 +230,7 @@ class BoundedAttention:
     # --- where adapters act ---
 
     def pixel_gates(self, size: tuple[int, int]) -> torch.Tensor:
-        """(rows or 1, h*w, adapters) float: 1 on the pixels of an adapter's subjects. Where subjects overlap the later one's acts.
+        """(rows or 1, h*w, adapters) float: 1 on the pixels of an adapter's subjects; where they overlap the later one's.
 
         Raises ValueError where no subject has an adapter of its own.
         """

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -48,8 +48,8 @@ class Several:
                     "base model: learn one of them again")  # fmt: skip
         for word, meant in self.aliases.items():
             if not ALIAS.fullmatch(word) or RESERVED.fullmatch(word):
-                raise InputError(f"--as gives the word {word[:50]!r}; a word has letters, digits, '-' and '_', begins with a letter, "
-                                 "and is neither asset nor background")  # fmt: skip
+                raise InputError(f"--as gives the word {word[:50]!r}; a word has letters, digits, '-' and '_', begins with a "
+                                 "letter, and is neither asset nor background")  # fmt: skip
             self._find(f"<{meant}>")
 
     # --- names ----------------------------------------------------------------------------------
@@ -123,7 +123,8 @@ class Several:
         if name is None:
             return None
         if name not in names:
-            raise InputError(f"--background-lora is '{name[:80]}', but the bundles are {', '.join(names)}{did_you_mean(name, names)}")
+            guess = did_you_mean(name, names)
+            raise InputError(f"--background-lora is '{name[:80]}', but the bundles are {', '.join(names)}{guess}")
         return names.index(name)
 
 

@@ -19,18 +19,21 @@ from .job import job_command
 from .options import (
     Boxes,
     BundleName,
+    BundleNames,
     BundleOptions,
     DeviceOptions,
     DrawingOptions,
     EvaluatorOptions,
     LayoutOptions,
-    OptionalBundleName,
     OutputOptions,
     SamplingOptions,
+    SeveralOptions,
     SynthesisOptions,
     path,
 )
 from .parts import (
+    boxes_together,
+    bundles_together,
     check_sampling,
     choose_attention,
     choose_device,
@@ -73,7 +76,8 @@ def synthesize(
     evaluators: EvaluatorOptions,
     output: OutputOptions,
     compute: DrawingOptions,
-    model_id: OptionalBundleName = None,
+    together: SeveralOptions,
+    model_id: BundleNames = None,
     prompt: Annotated[str | None, typer.Option(help='Such as "a photo of <asset0> and <asset1> at the beach".')] = None,
     boxes: Boxes = None,
     again: Annotated[Path | None, path("Draw this picture again, from what it says of its making: the same bytes.")] = None,
@@ -84,9 +88,9 @@ def synthesize(
 
     recipe = _recipe(again, prompt, boxes, (sampling, layout_options, compute.seed))
     prompt = recipe.prompt if recipe else prompt
-    model_id = model_id or (recipe.bundle if recipe else None)
-    if model_id is None or prompt is None:
-        missing = "MODEL_ID, a learned bundle" if model_id is None else '--prompt, such as "a photo of <asset0>"'
+    names = model_id or (list(recipe.bundles) if recipe else [])
+    if not names or prompt is None:
+        missing = "MODEL_ID, a learned bundle" if not names else '--prompt, such as "a photo of <asset0>"'
         raise InputError(f"there is no {missing}; give it" + ("" if recipe else ", or --again with a picture to be drawn again"))
     seed = recipe.seed if recipe else compute.seed
     check_writable(output.output_path or PLACE)
@@ -108,16 +112,25 @@ def synthesize(
     from ..synthesis.synthesize import KIND
 
     best_of = sampling.best_of
-    bundle = load_bundle(find_bundle(model_id, source.output_dir))
-    place = PLACE / bundle.name
-    check_apart(output.output_path, place, {"--boxes": boxes, "--again": again}, not_to_write_into(bundle, source.model_path))
+    bundles = [load_bundle(find_bundle(name, source.output_dir)) for name in names]
+    bundle, background = bundles[0], recipe.facts.get("background_lora") if recipe else together.background_lora
+    several = bundles_together(bundles, together.word, background, best_of)
+    place = PLACE / (several.name[:80] if several else bundle.name)
+    for each in bundles:
+        check_apart(output.output_path, place, {"--boxes": boxes, "--again": again}, not_to_write_into(each, source.model_path))
     check_output(output.output_path, place, KIND, output.overwrite)
-    check_prompt(prompt, bundle.tokens)
+    within = several.within(prompt) if several else prompt
+    tokens = several.tokens if several else bundle.tokens
+    check_prompt(within, tokens)
     negative = recipe.config.negative_prompt if recipe else sampling.negative_prompt
-    check_prompt(negative, bundle.tokens, NEGATIVE)
+    check_prompt(negative, tokens, NEGATIVE)
     say_weights([prompt])
     say_weights([negative], NEGATIVE)
-    layout = parse_layout(boxes, assets_in(prompt)) if boxes is not None else recipe.layout if recipe else None
+    layout: Layout | None = recipe.layout if recipe else None
+    if several:
+        layout = boxes_together(boxes if boxes is not None else layout, within, several)
+    elif boxes is not None:
+        layout = parse_layout(boxes, assets_in(prompt))
     chosen = choose_device(compute.device)
     dtype, wanted = choose_dtype(compute.mixed_precision, chosen), source.model_path or own_base(bundle)
     attention = choose_attention(compute.attention_backend, chosen, dtype)
@@ -126,7 +139,7 @@ def synthesize(
     check_sampling(wanted, config)
     side = max(config.width or 0, config.height or 0) or None
     plan = plan_within("synthesize", wanted, chosen, dtype, side, compute.vram_gib,
-                       attention.name, bundle.config, config, len(bundle.tokens), sampling.batch_size)  # fmt: skip
+                       attention.name, bundle.config, config, len(tokens), sampling.batch_size)  # fmt: skip
     base = load_base_of(bundle, source.model_path, chosen, dtype, plan.settings.memory if plan else None)
     judge = measured_by(bundle, base, None, evaluators) if best_of else None
     if recipe and recipe.base_fingerprint not in ("", base.fingerprint):
@@ -142,9 +155,10 @@ def synthesize(
             result = synthesis_result(drawn, base, bundle, **facts)
         else:
             with Bar() as bar:
-                result = run_synthesize(base, bundle, prompt, layout, num_images=sampling.batch_size, seed=seed,
-                                        config=config, on_progress=bar.denoising)  # fmt: skip
-            if recipe:
+                result = run_synthesize(base, bundles if several else bundle, prompt, layout, num_images=sampling.batch_size,
+                                        seed=seed, config=config, aliases=several.aliases if several else None,
+                                        background_lora=background, on_progress=bar.denoising)  # fmt: skip
+            if recipe and not several:
                 result = synthesis_result(result.synthesis, base, bundle, **recipe.facts)
         with numbered_folder(output.output_path, place) as folder, waiting("writing the pictures"):
             paths = result.save(folder, output.overwrite)
@@ -228,8 +242,9 @@ def _recipe(again: Path | None, prompt: str | None, boxes: str | None, options: 
         raise InputError("--again takes prompt, boxes, seed and settings from the picture, but some were given too; leave them "
                          "out, or leave out --again")  # fmt: skip
     recipe = read_recipe(again)
-    if recipe.bundle is not None and (set("/\\") & set(recipe.bundle) or recipe.bundle.startswith(".")):
-        raise InputError(f"{again} names a bundle '{recipe.bundle[:100]}', which is no plain name; give MODEL_ID")
+    for name in recipe.bundles:
+        if set("/\\") & set(name) or name.startswith("."):
+            raise InputError(f"{again} names a bundle '{name[:100]}', which is no plain name; give MODEL_ID")
     return recipe
 
 
@@ -241,6 +256,7 @@ def _synthesis_config(config: SynthesisConfig, sampling: SynthesisOptions, layou
                       timestep_spacing=sampling.timestep_spacing,
                       negative_prompt=sampling.negative_prompt, width=sampling.width, height=sampling.height,
                       lora_scale=sampling.lora_scale, bounded=layout.bounded, own_text=layout.own_text)  # fmt: skip
+    config = override(config, lora=layout.lora_place)
     return replace(config, guidance=replace(config.guidance, enabled=layout.guidance),
                    refinement=replace(config.refinement, enabled=layout.refine))  # fmt: skip
 

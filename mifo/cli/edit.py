@@ -11,8 +11,18 @@ from ..io.files import check_writable
 from ..io.outputs import PLACE, check_apart, check_output, numbered_folder
 from .app import app
 from .job import job_command
-from .options import BlendingOptions, DrawingOptions, EditInput, EditOutput, EditSampling, OptionalBundleName
+from .options import (
+    BlendingOptions,
+    BundleNames,
+    DrawingOptions,
+    EditInput,
+    EditOutput,
+    EditSampling,
+    SeveralOptions,
+)
 from .parts import (
+    boxes_together,
+    bundles_together,
     check_sampling,
     choose_attention,
     choose_device,
@@ -44,10 +54,11 @@ def edit(
     sampling: EditSampling,
     output: EditOutput,
     compute: DrawingOptions,
-    model: OptionalBundleName = None,
+    together: SeveralOptions,
+    model: BundleNames = None,
 ) -> None:
     """Put a learned asset, or plain words, into the masked part of a picture; leave the rest alone."""
-    name = _model_name(model, source.model_id)
+    names = _model_names(model, source.model_id)
     check_writable(output.output_path or PLACE)
     from ..boxes import parse_layout
     from ..editing.source_image import load_edit_mask, load_source_image
@@ -69,19 +80,25 @@ def edit(
     from ..editing.output import KIND
     from ..presets import edit_preset
 
-    bundle = None if name.lower() == "none" else load_bundle(find_bundle(name, source.output_dir))
-    place = PLACE / (bundle.name if bundle else "none")
-    check_apart(output.output_path, place,
-                {"--init-image": source.init_image, "--mask": source.mask, "--boxes": source.boxes},
-                not_to_write_into(bundle, source.model_path or ("" if bundle else "toybox")))  # fmt: skip
+    bundles = [] if names[0].lower() == "none" else [load_bundle(find_bundle(name, source.output_dir)) for name in names]
+    bundle = bundles[0] if bundles else None
+    several = bundles_together(bundles, together.word, together.background_lora) if bundles else None
+    place = PLACE / (several.name[:80] if several else bundle.name if bundle else "none")
+    for each in (*bundles, *(() if bundles else (None,))):
+        check_apart(output.output_path, place,
+                    {"--init-image": source.init_image, "--mask": source.mask, "--boxes": source.boxes},
+                    not_to_write_into(each, source.model_path or ("" if each else "toybox")))  # fmt: skip
     check_output(output.output_path, place, KIND, output.overwrite)
-    tokens = bundle.tokens if bundle else ()
-    check_prompt(source.prompt, tokens)
+    tokens = several.tokens if several else bundle.tokens if bundle else ()
+    within = several.within(source.prompt) if several else source.prompt
+    check_prompt(within, tokens)
     check_prompt(sampling.negative_prompt, tokens, NEGATIVE)
     say_weights([source.prompt])
     say_weights([sampling.negative_prompt], NEGATIVE)
-    assets = assets_in(source.prompt)
-    layout = parse_layout(source.boxes, assets) if source.boxes is not None else None
+    assets = assets_in(within)
+    layout = None
+    if source.boxes is not None:
+        layout = boxes_together(source.boxes, within, several) if several else parse_layout(source.boxes, assets)
     chosen = choose_device(compute.device)
     dtype = choose_dtype(compute.mixed_precision, chosen)
     wanted = source.model_path or (own_base(bundle) if bundle else "toybox")
@@ -98,8 +115,10 @@ def edit(
     else:
         base = load_base(wanted, chosen, dtype, memory)
     with use_backend(base.unet, attention), compile_blocks(base.unet, compute.compile), Bar() as bar:
-        result = run_edit(base, bundle, photo, mask, source.prompt, layout, num_images=sampling.batch_size, seed=compute.seed,
-                          config=config, on_progress=bar.denoising)  # fmt: skip
+        result = run_edit(base, bundles if several else bundle, photo, mask, source.prompt, layout,
+                          num_images=sampling.batch_size, seed=compute.seed, config=config,
+                          aliases=several.aliases if several else None, background_lora=together.background_lora,
+                          on_progress=bar.denoising)  # fmt: skip
     for note in result.edit.notes:
         say(f"note: {note}")
     with numbered_folder(output.output_path, place) as folder, waiting("writing the pictures"):
@@ -110,13 +129,13 @@ def edit(
               "scores": result.scores, "seconds": seconds, "peak_gib": peak})  # fmt: skip
 
 
-def _model_name(argument: str | None, option: str | None) -> str:
-    if argument is not None and option is not None and argument != option:
-        raise InputError(f"MODEL_ID is '{argument[:50]}' and --model-id is '{option[:50]}'; give one of them")
-    name = argument if argument is not None else option
-    if name is None:
+def _model_names(arguments: list[str] | None, option: str | None) -> list[str]:
+    if arguments and option is not None and arguments != [option]:
+        raise InputError(f"MODEL_ID is '{' '.join(arguments)[:50]}' and --model-id is '{option[:50]}'; give one of them")
+    names = arguments or ([option] if option is not None else [])
+    if not names:
         raise InputError("there is no MODEL_ID: give a learned bundle, or --model-id none to edit with the plain base model")
-    return name
+    return names
 
 
 def _edit_config(config: EditConfig, blending: BlendingOptions, sampling: EditSampling) -> EditConfig:

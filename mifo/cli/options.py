@@ -47,6 +47,11 @@ class Aspect(str, Enum):
     photo = "photo"
 
 
+class LoraPlace(str, Enum):
+    everywhere = "everywhere"
+    boxes = "boxes"
+
+
 class Attention(str, Enum):
     auto = "auto"
     sdpa = "sdpa"
@@ -164,6 +169,11 @@ OptionalBundleName = Annotated[
     str | None,
     path_argument("A bundle's name under --output-dir, or its folder.", metavar="[MODEL_ID]", autocompletion=bundle_names),
 ]
+BundleNames = Annotated[
+    list[str] | None,
+    path_argument("A bundle's name under --output-dir, or its folder; several for assets of several photos.",
+                  metavar="[MODEL_ID]...", autocompletion=bundle_names),
+]  # fmt: skip
 InstanceName = Annotated[
     str | None,
     path_argument("Folder name under --folder-path; without it, each of them.", autocompletion=instance_names),
@@ -327,6 +337,23 @@ class LayoutOptions(OptionGroup):
     refine: Annotated[bool, typer.Option(help="Tighten the boxes to the things' own shapes.")] = True
     bounded: Annotated[bool, typer.Option(help="Mask attention to the boxes.")] = True
     own_text: OwnText = True
+    lora_place: Annotated[
+        LoraPlace | None, typer.Option(help="Where a bundle's LoRA acts; of several bundles always in the boxes.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class SeveralOptions(OptionGroup):
+    """Bundles whose LoRA acts by place."""
+
+    heading: ClassVar[str] = "Several bundles"
+    word: Annotated[
+        list[str] | None,
+        typer.Option("--as", metavar="WORD=NAME", help="A word of one's own, such as cat=shelf.asset1 for <cat>."),
+    ] = None
+    background_lora: Annotated[
+        str | None, typer.Option(metavar="MODEL_ID", help="The bundle whose LoRA acts outside the boxes; none by default.")
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,16 +72,17 @@ class Workshop:
     # --- each kind ------------------------------------------------------------------------------
 
     def _synthesize(self, job: SynthesizeJob, report: Report) -> dict[str, Any]:
-        bundle = self.bundle(job.bundles)
-        output, place = _path(job.output), self._place(bundle)
-        check_apart(output, place, {}, {"the bundle": bundle.folder if bundle else None})
+        bundles = [self.bundle(name) for name in job.bundles]
+        bundle = bundles[0] if bundles else None
+        output, place = _path(job.output), self._place(bundles)
+        check_apart(output, place, {}, {f"the bundle {each.name}": each.folder for each in bundles})
         check_output(output, place, SYNTHESIS, overwrite=False)
         base = self.base_of(bundle, job.model)
         config = _drawing(synthesis_preset(base.family), job, width=job.width, height=job.height)
         done = _steps(report, "denoising")
         if job.best_of:
-            if bundle is None or job.num_images > 1:
-                raise InputError("best_of chooses one picture of learned things; leave it out, or num_images")
+            if bundle is None or len(bundles) > 1 or job.num_images > 1:
+                raise InputError("best_of chooses one picture of one bundle's things; leave it out, or num_images")
             learned_from = without_background(kept_instance(bundle.folder, bundle.tokens, bundle.instance))
             judge = make_backend("auto", base.family, learned_from, str(base.device))
             layout = api.layout_of(job.boxes, job.prompt)
@@ -92,7 +93,7 @@ class Workshop:
                 raise InputError(f"none of the {job.best_of} pictures could be drawn")
             result = api.synthesis_result(found[0], base, bundle, best_of=found[1])
         else:
-            result = api.synthesize(base, bundle, job.prompt, job.boxes, num_images=job.num_images, seed=job.seed,
+            result = api.synthesize(base, bundles or None, job.prompt, job.boxes, num_images=job.num_images, seed=job.seed,
                                     config=config, on_progress=done)  # fmt: skip
         with numbered_folder(output, place) as folder:
             paths = result.save(folder)
@@ -102,15 +103,15 @@ class Workshop:
                 **({"best_of": result.facts["best_of"]} if "best_of" in result.facts else {})}  # fmt: skip
 
     def _edit(self, job: EditJob, report: Report) -> dict[str, Any]:
-        bundle = self.bundle(job.bundles)
-        output, place = _path(job.output), self._place(bundle)
+        bundles = [self.bundle(name) for name in job.bundles]
+        output, place = _path(job.output), self._place(bundles)
         check_apart(output, place, {"the image": job.image, "the mask": job.mask},
-                    {"the bundle": bundle.folder if bundle else None})  # fmt: skip
+                    {f"the bundle {each.name}": each.folder for each in bundles})  # fmt: skip
         check_output(output, place, EDIT, overwrite=False)
-        base = self.base_of(bundle, job.model)
+        base = self.base_of(bundles[0] if bundles else None, job.model)
         config = _drawing(edit_preset(base.family), job)
-        result = api.edit(base, bundle, job.image, job.mask, job.prompt, job.boxes, num_images=job.num_images, seed=job.seed,
-                          config=config, on_progress=_steps(report, "denoising"))  # fmt: skip
+        result = api.edit(base, bundles or None, job.image, job.mask, job.prompt, job.boxes, num_images=job.num_images,
+                          seed=job.seed, config=config, on_progress=_steps(report, "denoising"))  # fmt: skip
         with numbered_folder(output, place) as folder:
             paths = result.save(folder)
         return {"folder": str(folder), "images": [str(p) for p in paths], "contact_sheets": sheets_in(folder),
@@ -153,9 +154,8 @@ class Workshop:
         return plan.settings.learn, plan.settings.memory
 
     def _evaluate(self, job: EvaluateJob, report: Report) -> dict[str, Any]:
-        bundle = self.bundle((job.bundle,))
-        assert bundle is not None
-        output, place = _path(job.output), self._place(bundle)
+        bundle = self.bundle(job.bundle)
+        output, place = _path(job.output), self._place([bundle])
         check_apart(output, place, {}, {"the bundle": bundle.folder})
         check_output(output, place, EVALUATION, overwrite=False)
         base = self.base_of(bundle, job.model)
@@ -168,13 +168,9 @@ class Workshop:
 
     # --- what is held ---------------------------------------------------------------------------
 
-    def bundle(self, names: tuple[str, ...]) -> Bundle | None:
-        """None for no name. Read again when its record has been written again."""
-        if not names:
-            return None
-        if len(names) > 1:
-            raise InputError(f"{len(names)} bundles were given ({', '.join(names)[:200]}); one picture takes one")
-        folder = find_bundle(names[0], self.bundles)
+    def bundle(self, name: str) -> Bundle:
+        """Read again when its record has been written again."""
+        folder = find_bundle(name, self.bundles)
         written = os.stat(folder / "bundle.json").st_mtime
         if folder in self._read and self._read[folder][0] == written:
             return self._read[folder][1]
@@ -195,8 +191,8 @@ class Workshop:
             self._base = (name, memory), api.load_base_model(name, self.device, self.precision, memory)
         return self._base[1]
 
-    def _place(self, bundle: Bundle | None) -> Path:
-        return self.output / (bundle.name if bundle else "none")
+    def _place(self, bundles: list[Bundle]) -> Path:
+        return self.output / ("+".join(bundle.name for bundle in bundles)[:80] or "none")
 
 
 class SavePreview(Callback):

@@ -177,8 +177,8 @@ def _fits(module: nn.Module, down: torch.Tensor, up: torch.Tensor) -> bool:
     if down.shape[0] != up.shape[1]:
         return False
     if isinstance(module, nn.Conv2d):
-        kernel = tuple(module.kernel_size)
-        return tuple(down.shape[1:]) == (module.in_channels, *kernel) and tuple(up.shape) == (module.out_channels, len(down), 1, 1)
+        into = (module.in_channels, *module.kernel_size)
+        return tuple(down.shape[1:]) == into and tuple(up.shape) == (module.out_channels, len(down), 1, 1)
     if not isinstance(module, nn.Linear):
         return False
     return down.shape[1] == module.in_features and tuple(up.shape) == (module.out_features, len(down))

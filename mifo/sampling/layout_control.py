@@ -52,8 +52,8 @@ def controlled(base: BaseModel, control: BoundedAttention | None) -> Iterator[No
     """
     local = base.local_lora
     if local and (control is None or not control.bounded):
-        raise InputError("several bundles in one picture need a box for each asset, which bounds where its LoRA acts; give --boxes, "
-                         "and leave bounded attention on")  # fmt: skip
+        raise InputError("several bundles in one picture need a box for each asset, which bounds where its LoRA acts; give "
+                         "--boxes, and leave bounded attention on")  # fmt: skip
     if local and is_compiled(base.unet):
         raise InputError("--compile does not go with LoRA that acts by place; leave it out")
     with ExitStack() as stack:

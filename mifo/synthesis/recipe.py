@@ -15,7 +15,7 @@ from ..io.json_text import json_text
 from ..prompts import assets_in
 
 KEY = "mifo"  # of the PNG's text
-OWN = ("prompt", "boxes", "seed", "batch_size", "config", "bundle", "base_model", "base_fingerprint")
+OWN = ("prompt", "boxes", "seed", "batch_size", "config", "bundle", "bundles", "base_model", "base_fingerprint")
 MAX_CHARACTERS = 1 << 20
 
 
@@ -27,8 +27,8 @@ class Recipe:
     layout: Layout | None
     seed: int
     config: SynthesisConfig
-    bundle: str | None
-    """The bundle's name."""
+    bundles: tuple[str, ...]
+    """Their names."""
     base_fingerprint: str
     facts: dict[str, Any]
     """What else the record says, such as how the best of several seeds was chosen."""
@@ -56,9 +56,14 @@ def read_recipe(path: Path) -> Recipe:
     if not {"prompt", "seed", "config"} <= set(record) or "crop" in record:  # a crop is an edit's
         raise InputError(f"{path} was not drawn by synthesize; 'mifo show {path}' says what it is")
     prompt, seed, boxes, bundle = (record.get(k) for k in ("prompt", "seed", "boxes", "bundle"))
-    if not isinstance(prompt, str) or type(seed) is not int or not (bundle is None or isinstance(bundle, str)):
+    several = record.get("bundles")
+    bundles = several if isinstance(several, list) else [bundle] if bundle is not None else []
+    if not isinstance(prompt, str) or type(seed) is not int or not all(isinstance(name, str) for name in bundles):
         raise InputError(f"the recipe in {path} is damaged: its prompt, seed or bundle is none; use another picture")
     config = from_dict(SynthesisConfig, record["config"], f"the recipe in {path}")
-    layout = parse_layout(json_text(boxes), assets_in(prompt)) if boxes is not None else None
-    return Recipe(prompt, layout, seed, config, bundle, str(record.get("base_fingerprint", "")),
+    layout = None
+    if boxes is not None:
+        named = isinstance(several, list) and isinstance(boxes, dict)  # by names that hold the bundle's
+        layout = parse_layout(json_text(list(boxes.values()) if named else boxes), tuple(boxes) if named else assets_in(prompt))
+    return Recipe(prompt, layout, seed, config, tuple(bundles), str(record.get("base_fingerprint", "")),
                   {k: v for k, v in record.items() if k not in OWN})  # fmt: skip

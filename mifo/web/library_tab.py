@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from .site import MOST_QUEUED, Site, guarded
 HEADINGS = ["bundle", "things", "base", "learned", "MiB", "attention inside masks"]
 
 
-def library_tab(site: Site, demo: gr.Blocks, others: list[gr.Dropdown]) -> tuple[gr.Dataframe, gr.Dropdown, gr.Textbox]:
+def library_tab(site: Site, demo: gr.Blocks, others: list[gr.Dropdown]) -> tuple[gr.HTML, gr.Dropdown, gr.Textbox]:
     """Builds the tab inside the caller's context; returns its table, its choice, and what was measured.
     `others`: lists of bundles elsewhere on the page, which follow."""
     begun = gr.State(0)
-    table = gr.Dataframe(headers=HEADINGS, interactive=False, elem_id="library-table", wrap=True)
+    table = gr.HTML("", elem_id="library-table")
     with gr.Row():
         bundle = gr.Dropdown([], label="Bundle", elem_id="library-bundle", min_width=150)
         refresh = gr.Button("Look again", size="sm", min_width=100, elem_id="library-refresh")
@@ -49,7 +50,7 @@ def library_tab(site: Site, demo: gr.Blocks, others: list[gr.Dropdown]) -> tuple
         choices = bundle_choices(site)
         names = [name for _, name in choices]
         value = selected if selected in names else names[0] if names else None
-        return [rows(site), gr.update(choices=choices, value=value), *[gr.update(choices=choices)] * len(others)]
+        return [table_html(site), gr.update(choices=choices, value=value), *[gr.update(choices=choices)] * len(others)]
 
     def show(name: str | None) -> tuple[Any, ...]:
         entry = _entry(site, name)
@@ -96,12 +97,17 @@ def library_tab(site: Site, demo: gr.Blocks, others: list[gr.Dropdown]) -> tuple
     return table, bundle, measured
 
 
-def rows(site: Site) -> list[list[Any]]:
-    """Of the table; a damaged bundle says so."""
-    return [[e.name, "damaged", "", "", "", ""] if e.problem else
+def table_html(site: Site) -> str:
+    """All bundles; a damaged one says so."""
+    rows = [[e.name, "damaged", "", "", "", ""] if e.problem else
             [e.name, ", ".join(e.words or e.tokens), e.base, e.learned, e.mib,
              "" if e.attention_inside_mask is None else f"{100 * e.attention_inside_mask:.0f} %"]
             for e in list_bundles(site.bundles, site.output)]  # fmt: skip
+    if not rows:
+        return "<p>No bundles yet: Learn makes one.</p>"
+    head = "".join(f"<th scope='col'>{name}</th>" for name in HEADINGS)
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def last_evaluation(site: Site, name: str) -> str:

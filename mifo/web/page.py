@@ -19,14 +19,17 @@ from ..jobs.supervisor import working
 from .edit_tab import edit_pictures, edit_tab
 from .job_panel import LOOK_EVERY, job_panel
 from .learn_tab import learn_tab, thing_styles
-from .library_tab import last_evaluation, library_tab, rows
+from .library_tab import last_evaluation, library_tab, table_html
 from .place_tab import bundle_choices, chip_styles, gallery_pictures, place_tab, shelf_pictures
 from .site import Site
 
 HOST = "127.0.0.1"
+STATE = ".mifo_web"  # beside the folders that are served, in none of them
 MOST_UPLOADED = 1 << 26  # bytes
 STYLE = """
 .gradio-container { max-width: 980px !important; margin: 0 auto !important; }
+#library-table { overflow-x: auto; }
+#library-table th, #library-table td { text-align: left; padding: 4px 12px 4px 0; white-space: nowrap; }
 .mifo-job { padding: 8px 12px; border: 1px solid #ccc; border-radius: 6px; font-size: 14px; }
 .mifo-job progress { width: 100%; height: 10px; }
 .mifo-job.failed { border-color: #c0392b; }
@@ -55,7 +58,7 @@ def build(site: Site) -> gr.Blocks:
 
 
 def _follow(site: Site, demo: gr.Blocks, gallery: gr.Gallery, placed: gr.State, candidates: gr.Gallery, slider: gr.ImageSlider,
-            edited: gr.State, table: gr.Dataframe, choice: gr.Dropdown, bundle: gr.Dropdown, shelf: gr.Gallery,
+            edited: gr.State, table: gr.HTML, choice: gr.Dropdown, bundle: gr.Dropdown, shelf: gr.Gallery,
             measured: gr.Textbox) -> None:  # fmt: skip
     """Results appear when their jobs are done, in whatever page they were begun; a page that is loaded shows the last ones."""
     seen = gr.State({})
@@ -76,7 +79,7 @@ def _follow(site: Site, demo: gr.Blocks, gallery: gr.Gallery, placed: gr.State, 
             return now, pictures, *both, *(gr.skip(),) * 4, text
         new = [name for name in names if name not in seen.get("names", names)]
         picked = {"value": new[-1]} if new else {}
-        return (now, pictures, *both, rows(site), gr.update(choices=choices), gr.update(choices=choices, **picked),
+        return (now, pictures, *both, table_html(site), gr.update(choices=choices), gr.update(choices=choices, **picked),
                 shelf_pictures(site), text)  # fmt: skip
 
     timer.tick(look, [seen, placed, edited, choice], [seen, gallery, candidates, slider, table, choice, bundle, shelf, measured],
@@ -119,6 +122,6 @@ def serving(site: Site, port: int | None = None) -> Iterator[str]:
 
 def site_in(folder: Path) -> Site:
     """The folders as the commands use them, below `folder`."""
-    return Site(folder / "Model_ours", folder / "output", folder / "my_photos", folder / "output" / ".web")
+    return Site(folder / "Model_ours", folder / "output", folder / "my_photos", folder / STATE)
 
 

@@ -82,8 +82,9 @@ def place_tab(site: Site, demo: gr.Blocks) -> Parts:
     def boxes_for(text: str, drawn: Drawn, tokens: tuple[str, ...]) -> Drawn:
         """Every asset of the prompt has its box: the one that it had, or a new one; boxes that nobody has touched make room."""
         wanted = [t for t in assets_in(text) if t in tokens]
-        untouched = all(math.isclose(a, b, abs_tol=1e-6) for (_, old), (_, new) in zip(
-            drawn.boxes, spread([label for label, _ in drawn.boxes]), strict=True) for a, b in zip(old, new, strict=True))  # fmt: skip
+        made = spread([label for label, _ in drawn.boxes])
+        untouched = all(math.isclose(a, b, abs_tol=1e-6) for (_, old), (_, new) in zip(drawn.boxes, made, strict=True)
+                        for a, b in zip(old, new, strict=True))  # fmt: skip
         there = {} if untouched else dict(drawn.boxes)
         new = dict(spread(wanted))
         return Drawn("place", drawn.aspect, tuple((t, there.get(t, new[t])) for t in wanted))
@@ -155,7 +156,7 @@ def place_tab(site: Site, demo: gr.Blocks) -> Parts:
         made = read_recipe(Path(path))
         boxes = json.dumps(made.layout.to_json()) if made.layout else None
         config = made.config
-        return site.store.add(SynthesizeJob(made.prompt, (made.bundle,) if made.bundle else (), boxes, made.seed, 1, None,
+        return site.store.add(SynthesizeJob(made.prompt, made.bundles, boxes, made.seed, 1, None,
                                             config.steps, config.guidance_scale, config.negative_prompt or None, config.width,
                                             config.height), most_queued=MOST_QUEUED)  # fmt: skip
 

@@ -128,7 +128,8 @@ def measure(work: Path, level: str, bundles: int, count: int, joint: int, seeds:
             used: Any = several
             said = prompt
             if method == "joint":
-                together = tuple(placed(t, ((b[0] + b[2]) / 2, (b[1] + b[3]) / 2), 0.38) for t, b in zip(things, boxes, strict=True))
+                together = tuple(placed(t, ((b[0] + b[2]) / 2, (b[1] + b[3]) / 2), 0.38)
+                                 for t, b in zip(things, boxes, strict=True))  # fmt: skip
                 used = learned(work, f"joint-{level}-{bundles}-{number}", Scene(together, "plain", number), base)
                 said = f"a photo of {' and '.join(used.tokens)} {BACKGROUND_PHRASES[background]}"
             for seed in range(seeds):
@@ -185,7 +186,7 @@ def main(
     for method in methods:
         record[method]["where joint was learned"] = summary(
             [row for row in rows if row["method"] == method and (row["level"], row["bundles"], row["number"]) in with_joint])
-    write_result("several", f"python -m scripts.quality.measure_several --count {count} --joint {joint} --seeds {seeds}", record)
+    write_result("several", record)
 
 
 if __name__ == "__main__":
