@@ -51,9 +51,7 @@ def controlled(base: BaseModel, control: BoundedAttention | None) -> Iterator[No
     Raises InputError where there are such adapters and no place for them.
     """
     local = base.local_lora
-    if local and (control is None or not control.bounded):
-        raise InputError("several bundles in one picture need a box for each asset, which bounds where its LoRA acts; give "
-                         "--boxes, and leave bounded attention on")  # fmt: skip
+    _check_places(base, control)
     if local and is_compiled(base.unet):
         raise InputError("--compile does not go with LoRA that acts by place; leave it out")
     with ExitStack() as stack:
@@ -62,6 +60,12 @@ def controlled(base: BaseModel, control: BoundedAttention | None) -> Iterator[No
         if local and control and control.owners:  # words alone have no adapter
             stack.enter_context(local.bound_to(control))
         yield
+
+
+def _check_places(base: BaseModel, control: BoundedAttention | None) -> None:
+    if base.local_lora and (control is None or not control.bounded):
+        raise InputError("several bundles in one picture need a box for each asset, which bounds where its LoRA acts; give "
+                         "--boxes, and leave bounded attention on")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ def read_texts(base: BaseModel, control: BoundedAttention | None, prompt: Sequen
                size: ImageSize | None = None) -> Texts:  # fmt: skip
     """Token ids (L,) of the prompt and the negative prompt -> embeds. Where adapters act by place each subject's own text, and
     the negative prompt that it is guided away from, are read with its bundle's text encoders."""
+    _check_places(base, control)
     texts = control.texts if control else [prompt]
     local = base.local_lora
     if not local or control is None or control.owners is None:

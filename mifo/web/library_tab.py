@@ -107,7 +107,7 @@ def table_html(site: Site) -> str:
         return "<p>No bundles yet: Learn makes one.</p>"
     head = "".join(f"<th scope='col'>{name}</th>" for name in HEADINGS)
     body = "".join(f"<tr>{''.join(f'<td>{html.escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<div class='mifo-scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def last_evaluation(site: Site, name: str) -> str:
