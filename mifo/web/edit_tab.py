@@ -43,7 +43,8 @@ def edit_tab(site: Site, demo: gr.Blocks, send: gr.Button, chosen: gr.State,
     draw = gr.Button("Draw", variant="primary", elem_id="edit-draw")
     gallery = gr.Gallery(label="Candidates, the best first", columns=4, object_fit="contain", elem_id="edit-gallery",
                          interactive=False, format="png", buttons=["download", "fullscreen"])  # fmt: skip
-    slider = gr.ImageSlider(label="Before and after", elem_id="edit-slider", type="filepath", format="png")
+    slider = gr.ImageSlider(label="Before and after", elem_id="edit-slider", type="filepath", format="png",
+                            buttons=["download", "fullscreen"])  # fmt: skip
     download = gr.DownloadButton("Download the chosen one", size="sm", interactive=False)
 
     def shown(path: Path) -> tuple[str, Any]:

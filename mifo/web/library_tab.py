@@ -16,6 +16,7 @@ from ..jobs.store import DONE
 from .place_tab import bundle_choices
 from .site import MOST_QUEUED, Site, guarded
 
+BUTTONS = ["download", "fullscreen"]  # of a picture; Gradio's own list would share it with a website
 HEADINGS = ["bundle", "things", "base", "learned", "MiB", "attention inside masks"]
 
 
@@ -28,8 +29,10 @@ def library_tab(site: Site, demo: gr.Blocks, others: list[gr.Dropdown]) -> tuple
         bundle = gr.Dropdown([], label="Bundle", elem_id="library-bundle", min_width=150)
         refresh = gr.Button("Look again", size="sm", min_width=100, elem_id="library-refresh")
     with gr.Row():
-        preview = gr.Image(label="What was learned", type="filepath", interactive=False, elem_id="library-preview", min_width=200)
-        attention = gr.Image(label="Where each word looked", type="filepath", interactive=False, min_width=200)
+        preview = gr.Image(label="What was learned", type="filepath", interactive=False, elem_id="library-preview",
+                           min_width=200, buttons=BUTTONS)  # fmt: skip
+        attention = gr.Image(label="Where each word looked", type="filepath", interactive=False, min_width=200,
+                             buttons=BUTTONS)  # fmt: skip
     facts = gr.Markdown(elem_id="library-facts")
     with gr.Row():
         samples = gr.Slider(1, 16, value=2, step=1, label="Pictures of each prompt", min_width=140, elem_id="library-samples")
@@ -58,7 +61,8 @@ def library_tab(site: Site, demo: gr.Blocks, others: list[gr.Dropdown]) -> tuple
             return None, None, "", ""
         attention = Path(entry.folder) / "attention.png"
         took = f" It took {entry.seconds:.0f} seconds." if entry.seconds else ""
-        said = f"**{entry.name}**: {', '.join(entry.tokens)}, on {entry.base}, {entry.mib} MiB, learned {entry.learned}.{took}"
+        tokens = ", ".join(f"`{token}`" for token in entry.tokens)
+        said = f"**{entry.name}**: {tokens}, on {entry.base}, {entry.mib} MiB, learned {entry.learned}.{took}"
         return entry.preview, str(attention) if attention.is_file() else None, said, last_evaluation(site, entry.name)
 
     @guarded

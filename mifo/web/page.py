@@ -28,7 +28,7 @@ STATE = ".mifo_web"  # beside the folders that are served, in none of them
 MOST_UPLOADED = 1 << 26  # bytes
 STYLE = """
 .gradio-container { max-width: 980px !important; margin: 0 auto !important; }
-.mifo-scroll { overflow-x: auto; max-width: min(900px, calc(100vw - 72px)); }
+.mifo-scroll { overflow-x: auto; width: 0; min-width: 100%; }
 #library-table th, #library-table td { text-align: left; padding: 4px 12px 4px 0; white-space: nowrap; }
 .mifo-job { padding: 8px 12px; border: 1px solid #ccc; border-radius: 6px; font-size: 14px; }
 .mifo-job progress { width: 100%; height: 10px; }

@@ -170,7 +170,7 @@ def test_pictures_of_a_batch_are_those_of_their_seeds(toybox_random_base: BaseMo
 
 
 def test_every_asset_needs_a_box(toybox_random_base: BaseModel, pair: tuple[Bundle, Bundle]) -> None:
-    with pytest.raises(InputError, match="<desk.asset0>, <shelf.asset0> has no box"):
+    with pytest.raises(InputError, match=r"<desk\.asset0>, <shelf\.asset0> has no box"):
         pictures(toybox_random_base, list(pair), "a photo of <asset0> and <shelf.asset0>", None)
     with pytest.raises(InputError, match="leave bounded attention on"):
         pictures(toybox_random_base, list(pair), "a photo of <asset0>", {"<asset0>": LEFT}, bounded=False)
