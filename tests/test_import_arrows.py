@@ -19,6 +19,8 @@ ROWS = (
     ("learning", "synthesis", "editing"),  # the jobs; learning and synthesis meet in the bundle alone
     ("planning", "evaluation"),  # count what the jobs need, and measure what they made
     ("demo", "api"),
+    ("jobs",),  # what the API does, as data, in one process or by a list
+    ("web", "cluster", "serve"),  # who asks for jobs, or spreads them
     ("cli",),
 )
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}

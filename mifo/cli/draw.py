@@ -15,6 +15,7 @@ from ..io.console import Bar, Job, say, waiting
 from ..io.files import check_writable
 from ..io.outputs import PLACE, check_apart, check_output, numbered_folder
 from .app import app
+from .batch import draw_batch
 from .job import job_command
 from .options import (
     Boxes,
@@ -81,8 +82,16 @@ def synthesize(
     prompt: Annotated[str | None, typer.Option(help='Such as "a photo of <asset0> and <asset1> at the beach".')] = None,
     boxes: Boxes = None,
     again: Annotated[Path | None, path("Draw this picture again, from what it says of its making: the same bytes.")] = None,
+    batch_file: Annotated[
+        Path | None, path("Many jobs in one process: a JSON object a line, with bundles, prompt, boxes, seed, output, ...")
+    ] = None,
 ) -> None:
     """Draw the learned assets, each in its box."""
+    if batch_file is not None:
+        if model_id or prompt is not None or boxes is not None or again is not None:
+            raise InputError("--batch-file has bundles, prompts and boxes of its own; leave the others out")
+        draw_batch(job, batch_file, output.output_path, source.output_dir, compute.device, compute.mixed_precision.value)
+        return
     from ..boxes import parse_layout
     from ..prompts import NEGATIVE, assets_in, check_prompt
 

@@ -82,13 +82,17 @@ def learn(
     chosen = choose_device(compute.device)
     dtype = choose_dtype(compute.mixed_precision, chosen)
     attention = choose_attention(compute.attention_backend, chosen, dtype)
-    results = []
+    results: list[dict[str, Any]] = []
+    base: BaseModel | None = None
     for each, target, initial in zip(instances, targets, words, strict=True):
         config = _learn_config(learn_preset(family_of(source.model_path), training.recipe.value), training, compute.seed,
                                precision_name(dtype))  # fmt: skip
         plan = plan_within("learn", source.model_path, chosen, dtype, training.resolution, compute.vram_gib, attention.name,
                            config, assets=each.count)  # fmt: skip
-        base = load_base(source.model_path, chosen, dtype, plan.settings.memory if plan else MemoryConfig())
+        memory = plan.settings.memory if plan else MemoryConfig()
+        if base is None or base.memory != memory:
+            base = None  # let go first: there may be room for one alone
+            base = load_base(source.model_path, chosen, dtype, memory)
         config = plan.settings.learn if plan else config
         if config.resolution is not None:
             base.check_side("the resolution", config.resolution)

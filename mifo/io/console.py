@@ -162,6 +162,10 @@ class Bar:
     def drawing(self, done: int, total: int) -> None:
         self._show("pictures", done, total, {})
 
+    def part(self, label: str, done: int, total: int) -> None:
+        """Of one job among several."""
+        self._show(label, done, total, {})
+
 
 def say(*lines: str) -> None:
     """To standard error, beside progress: one printable line each."""
