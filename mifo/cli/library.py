@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
+import typer
+
 from ..errors import InputError, did_you_mean
 from ..io.console import Job
 from ..io.outputs import PLACE
@@ -57,6 +59,30 @@ def show(
     names = [e.name for e in list_bundles(output_dir)]
     there = f"the bundles are {', '.join(names)}" if names else f"{output_dir} has no bundles"
     raise InputError(f"'{what[:200]}' is neither a bundle nor a picture: {there}{did_you_mean(what, names)}")
+
+
+@job_command(app, "mifo prune --older-than 7 --delete")
+def prune(
+    job: Job,
+    older_than: Annotated[float, typer.Option(min=0, metavar="DAYS", help="Since it was last written.")] = 30.0,
+    larger_than: Annotated[float, typer.Option(min=0, metavar="MIB", help="Leave what is smaller.")] = 0.0,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove what is listed; without it nothing is.")] = False,
+    output_dir: OutputDir = Path("Model_ours"),
+) -> None:
+    """List what can go: interrupted runs' checkpoints, class priors, and bundles in the trash."""
+    from ..bundle.prune import leftovers, remove
+
+    found = leftovers(output_dir, PLACE, older_than, larger_than)
+    removed = [each for each in found if delete and remove(each)]
+    verb = {True: "removed", False: "stays"} if delete else {False: "can go"}
+    rows: list[tuple[str, ...]] = [("what", "where", "MiB", "days", "")]
+    rows += [(e.kind, str(e.path), f"{e.mib:.1f}", f"{e.days:.0f}", verb[e in removed]) for e in found]
+    total = sum(e.mib for e in (removed if delete else found))
+    job.text(*(_table(rows) if found else ["nothing to remove"]))
+    if found:
+        job.text(f"{total:.1f} MiB removed" if delete else f"{total:.1f} MiB; give --delete to remove them")
+    job.json({"found": [{"kind": e.kind, "path": str(e.path), "mib": round(e.mib, 2), "days": round(e.days, 1),
+                         "removed": e in removed} for e in found]})  # fmt: skip
 
 
 def _lines(record: dict[str, Any]) -> list[str]:

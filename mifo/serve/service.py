@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Depends, FastAPI, Header, HTTPException, Request, Response
 from fastapi import Path as InPath
 from fastapi.responses import FileResponse, JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from .. import __version__
 from ..boxes import Box, parse_boxes_alone
@@ -35,9 +35,16 @@ from .access import Rate, whose
 MOST_BYTES = 1 << 26  # of a request
 Name = Annotated[str, Field(min_length=1, max_length=100)]
 Prompt = Annotated[str, Field(min_length=1, max_length=2000)]
-Seed = Annotated[int, Field(ge=0, le=2**53)]
-Count = Annotated[int, Field(ge=1, le=16)]
-Steps = Annotated[int, Field(ge=1, le=1000)]
+
+
+def _whole(value: Any) -> Any:
+    """4.0 is an integer in JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Seed = Annotated[int, Field(ge=0, le=2**53), BeforeValidator(_whole)]
+Count = Annotated[int, Field(ge=1, le=16), BeforeValidator(_whole)]
+Steps = Annotated[int, Field(ge=1, le=1000), BeforeValidator(_whole)]
 Scale = Annotated[float, Field(ge=0, le=100)]
 Corner = Annotated[float, Field(ge=0, le=1)]
 OneBox = Annotated[list[Corner], Field(min_length=4, max_length=4)]
