@@ -23,6 +23,7 @@ from typer.models import OptionInfo, ParameterInfo
 from ..io.console import running
 
 OWN, OTHER = "Input", "Other"
+QUIET = Annotated[bool, typer.Option("--quiet", help="Show no progress; results, notes and errors alone.")]
 AS_JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -42,7 +43,7 @@ class GroupedHelp(TyperCommand):
             if record is not None:
                 heading = getattr(parameter, "rich_help_panel", None)
                 default = "Arguments" if parameter.param_type_name == "argument" else OWN
-                default = OTHER if parameter.name in ("as_json", "help") else default
+                default = OTHER if parameter.name in ("as_json", "quiet", "help") else default
                 sections.setdefault(heading or default, []).append(record)
         last = sections.pop(OTHER, None)
         for heading, records in [*sections.items(), *([(OTHER, last)] if last else [])]:
@@ -64,7 +65,7 @@ def job_command(app: typer.Typer, example: str, name: str | None = None) -> Call
 
         @wraps(function)
         def run(**values: Any) -> None:
-            with running(values.pop("as_json")) as job:
+            with running(values.pop("as_json"), values.pop("quiet")) as job:
                 made = {name: kind(**{f.name: values.pop(f.name) for f in fields(kind)}) for name, kind in groups.items()}
                 function(job, **values, **made)
 
@@ -90,7 +91,7 @@ def _parameters(function: Callable[..., None]) -> tuple[list[inspect.Parameter],
             own += [_parameter(f.name, _under(types[f.name], kind.heading), _default(f)) for f in fields(kind)]  # type: ignore[arg-type]
         else:
             own.append(_parameter(name, kind, parameter.default))
-    own.append(_parameter("as_json", AS_JSON, False))
+    own += [_parameter("quiet", QUIET, False), _parameter("as_json", AS_JSON, False)]
     return own, groups
 
 

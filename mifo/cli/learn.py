@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 from ..io.console import Bar, Job, say, waiting
 from ..io.files import check_writable
-from ..io.outputs import check_apart
+from ..io.outputs import PLACE, check_apart
 from .app import app
 from .job import job_command
-from .options import ComputeOptions, EvaluatorOptions, InstanceName, Keep, LearnInput, LearnOutput, TrainingOptions
+from .options import ComputeOptions, EvaluatorOptions, InstanceName, Keep, LearnInput, LearnOutput, LogWith, TrainingOptions
 from .parts import (
     bundle_name,
     choose_attention,
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from ..bundle.store import Bundle
     from ..config import LearnConfig
     from ..data.instance import Instance
+    from ..learning.trainer import Callback
     from ..model.base import BaseModel
 
 
@@ -107,10 +111,12 @@ def learn(
         if note := check_target(target, each, base.fingerprint, output.overwrite):
             say(f"note: {note}")
         _say_what_is_resumed(target, training.resume)
-        with use_backend(base.unet, attention), Bar() as bar, job.keeping(target if os.path.lexists(target) else None):
+        earlier = target if os.path.lexists(target) else None
+        with _tracking(output.log_with, target.name, each) as callbacks, use_backend(base.unet, attention), Bar() as bar, \
+                job.keeping(earlier):  # fmt: skip
             bundle = run_learn(each, base, target, config, words=initial, overwrite=output.overwrite, resume=training.resume,
                                checkpoint_every=training.checkpoint_every, judge=judge, keep_base_path=output.keep_base_path,
-                               on_progress=bar.learning)  # fmt: skip
+                               on_progress=bar.learning, callbacks=callbacks)  # fmt: skip
         job.kept.append(target)
         if not bundle.base_source:
             say(f"note: the bundle has the base model's name, {bundle.base_name}, and fingerprint, but not where it lies: "
@@ -138,6 +144,24 @@ def _learn_config(config: LearnConfig, training: TrainingOptions, seed: int, pre
     config = override(config, aspect=training.aspect, crop_conditioning=training.crop_conditioning)
     return replace(config, embedding=embedding, lora=lora, prior=prior, keep=keep, resolution=training.resolution, seed=seed,
                    gradient_checkpointing=training.gradient_checkpointing, mixed_precision=precision)  # fmt: skip
+
+
+@contextmanager
+def _tracking(kind: LogWith | None, name: str, instance: Instance) -> Iterator[list[Callback]]:
+    """What reports the run elsewhere; every run has a folder of its own."""
+    if kind is None:
+        yield []
+        return
+    from ..learning.tracking import Tracker
+
+    place = PLACE / "logs"
+    check_writable(place)
+    tracker = Tracker(kind.value, f"{name}-{time.strftime('%Y%m%d-%H%M%S')}", place, instance)
+    say(f"note: {kind.value} writes to {place / tracker.name if kind is LogWith.tensorboard else place}")
+    try:
+        yield [tracker]
+    finally:
+        tracker.finish()
 
 
 def _checkpoint_judge(config: LearnConfig, instance: Instance, base: BaseModel, evaluators: EvaluatorOptions) -> Any:

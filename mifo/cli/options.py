@@ -52,6 +52,11 @@ class LoraPlace(str, Enum):
     boxes = "boxes"
 
 
+class LogWith(str, Enum):
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+
+
 class Attention(str, Enum):
     auto = "auto"
     sdpa = "sdpa"
@@ -315,6 +320,9 @@ class LearnOutput(OptionGroup):
         bool, typer.Option("--overwrite", help="Replace a bundle learned from another photo, other masks or on another base.")
     ] = False
     keep_base_path: KeepBasePath = False
+    log_with: Annotated[
+        LogWith | None, typer.Option(help="Report losses, learning rates, attention and images there; files in output/logs.")
+    ] = None
 
 
 @dataclass(frozen=True)

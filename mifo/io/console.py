@@ -58,10 +58,17 @@ class Job:
         return f"{verb}: nothing half-written is left; {whole}{self.hint()}"
 
 
+class Shown:
+    """Whether progress is shown at all, in this process."""
+
+    progress = True
+
+
 @contextmanager
-def running(as_json: bool) -> Iterator[Job]:
+def running(as_json: bool, quiet: bool = False) -> Iterator[Job]:
     """Keeps standard output for the job's results, and turns what goes wrong into one message and an exit status."""
     job = Job(as_json, sys.stdout)
+    Shown.progress = not quiet
     try:
         with _listening(), redirect_stdout(sys.stderr if speaks_freely() else _Nowhere()):
             yield job
@@ -139,12 +146,15 @@ class Bar:
             self._bar = None
 
     def _show(self, label: str, done: int, total: int, losses: dict[str, float]) -> None:
+        if not Shown.progress:
+            return
         from tqdm import tqdm
 
         if self._bar is None or label != self._label or done <= self._bar.n:
             self._uncounted.close()
             self._close()
-            self._bar, self._label = tqdm(total=total, desc=label, file=sys.stderr, mininterval=0.5), label
+            seconds = 0.5 if sys.stderr.isatty() else 5.0  # a log file needs few lines
+            self._bar, self._label = tqdm(total=total, desc=label, file=sys.stderr, mininterval=seconds), label
         if losses:
             self._bar.set_postfix({k: f"{v:.4f}" for k, v in losses.items()}, refresh=False)
         self._bar.update(done - self._bar.n)
@@ -189,6 +199,9 @@ def _beside_bars() -> Iterator[None]:
 def waiting(label: str) -> Iterator[None]:
     """Shows the seconds that pass within the block, where they cannot be counted in steps; nothing if it ends at once."""
     done = threading.Event()
+    if not Shown.progress:
+        yield
+        return
 
     def show() -> None:
         if done.wait(SHOW_AFTER):
