@@ -56,6 +56,10 @@ def test_the_commands_of_the_pages_have_the_options_that_they_name() -> None:
     assert len(commands()) > 15
     for line in commands():
         words = shlex.split(line, comments=True)[2:]
-        options = {name for parameter in known[words[0]].params for name in (*parameter.opts, *parameter.secondary_opts)}
+        command = known[words[0]]
+        while hasattr(command, "commands"):  # `cluster learn`
+            words = words[1:]
+            command = command.commands[words[0]]
+        options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
         unknown = [word for word in words[1:] if re.fullmatch(r"--[a-z].*", word) and word.split("=")[0] not in options]
         assert not unknown, f"{line}: {unknown}"

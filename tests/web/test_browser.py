@@ -28,11 +28,15 @@ PHOTO = ROOT / "example" / "toy_car" / "img.png"
 ARGUMENTS = ["--no-sandbox", "--disable-quic", "--disable-background-networking"]
 #: Where the photo's cars are, as fractions, and what they are.
 CARS = ((0.27, 0.28, "red car"), (0.72, 0.52, "blue car"), (0.32, 0.83, "green car"))
-WAIT = 150_000  # milliseconds that learning a few steps may take on a busy machine
+SHOTS = os.environ.get("MIFO_SCREENSHOTS")  # a folder: the screenshots and the film are written there, of whole learning
+STEPS = {"learn-steps1": "0", "learn-steps2": "0", "place-steps": "0"} if SHOTS else {
+    "learn-steps1": "60", "learn-steps2": "40", "place-steps": "12"}  # fmt: skip  # 0: the preset's
+FRAMES: list[bytes] = []
+FILM_WIDTH, FILM_SECONDS = 560, 1.2
+WAIT = (400 if SHOTS else 150) * 1000  # milliseconds that learning a few steps may take on a busy machine
 #: What reaches beyond a narrow page, for the message.
 TOO_WIDE = """[...document.querySelectorAll('*')].filter(e => e.getBoundingClientRect().right > 391)
     .map(e => e.tagName + '#' + e.id + '.' + e.className).slice(0, 12)"""
-SHOTS = os.environ.get("MIFO_SCREENSHOTS")  # a folder: the screenshots are written there
 
 
 class Server:
@@ -59,6 +63,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     made = Server(tmp_path_factory.mktemp("site"))
     yield made
     made.close()
+    if SHOTS and FRAMES:
+        save_film(Path(SHOTS) / "film.gif")
+
+
+def save_film(path: Path) -> None:
+    """A newcomer's path from a photo to its things in a new picture; at most 3 MB, for the README."""
+    import io
+
+    images = [Image.open(io.BytesIO(frame)).convert("RGB") for frame in FRAMES]
+    size = FILM_WIDTH, round(images[0].height * FILM_WIDTH / images[0].width)
+    small = [image.resize(size, Image.Resampling.LANCZOS).quantize(64, dither=Image.Dither.NONE) for image in images]
+    small[0].save(path, save_all=True, append_images=small[1:], duration=int(FILM_SECONDS * 1000), loop=0, optimize=True)
+    assert path.stat().st_size <= 3_000_000
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +107,11 @@ class Person:
         if SHOTS:
             Path(SHOTS).mkdir(parents=True, exist_ok=True)
             self.page.screenshot(path=str(Path(SHOTS) / f"{name}.png"), full_page=True)
+
+    def film(self) -> None:
+        """One frame: what is in view now."""
+        if SHOTS:
+            FRAMES.append(self.page.screenshot())
 
     def open(self, tab: str) -> None:
         self.page.get_by_role("tab", name=tab, exact=True).click()
@@ -146,12 +168,16 @@ class Person:
         self.page.locator(".toast-body .toast-close").first.click()
         return text
 
-    def mark_cars(self) -> None:
+    def mark_cars(self, filmed: bool = False) -> None:
         self.drop("learn-photo", PHOTO)
         self.wait_photo()
+        if filmed:
+            self.film()
         for count, (x, y, _) in enumerate(CARS):
             self.page.mouse.click(*self.at("learn-canvas", x, y))
             self.wait_boxes("learn-canvas", count + 1)
+            if filmed:
+                self.film()
         for k, (_, _, words) in enumerate(CARS):
             self.fill(f"word-{k}", words)
 
@@ -164,20 +190,26 @@ def learned(server: Server, browser: Any) -> Server:
     """The server with a bundle that somebody has made on the page: photo, three clicks, three words, Learn."""
     person = Person(browser, server)
     try:
-        person.mark_cars()
+        person.film()
+        person.mark_cars(filmed=True)
+        person.page.locator("#word-2 textarea, #word-2 input").first.scroll_into_view_if_needed()
+        person.film()
         person.shot("learn")
         person.fill("learn-name", "cars")
         person.settings()
-        person.fill("learn-steps1", "60")
-        person.fill("learn-steps2", "40")
+        for name in ("learn-steps1", "learn-steps2"):
+            person.fill(name, STEPS[name])
         person.page.click("#learn-start")
         person.wait_status("phase 1")
+        person.page.evaluate("window.scrollTo(0, 0)")
+        person.film()
         person.shot("learning")
         person.page.reload()  # in the middle of the job
         person.wait_status("Learning cars")
         person.wait_boxes("learn-canvas", 3)  # and the photo's masks are there again
         assert [person.page.input_value(f"#word-{k} textarea, #word-{k} input") for k in range(3)] == [w for _, _, w in CARS]
         person.wait_status("done in")
+        person.film()
         assert person.elsewhere == []
     finally:
         person.close()
@@ -199,13 +231,17 @@ def test_assets_are_placed_by_dragging_and_edited_into_a_picture(learned: Server
     try:
         person.open("Place")
         person.wait_boxes("place-canvas", 2)
+        person.at("place-canvas", 0.5, 0.5)
+        person.film()
         person.page.click("#chip-2")
         person.wait_boxes("place-canvas", 3)
+        person.film()
         assert person.page.input_value("#place-prompt textarea").endswith("and <asset2>")
         before = person.boxes("place-canvas")
         person.drag("place-canvas", (0.17, 0.4), (0.17, 0.2))
         person.page.wait_for_timeout(500)
         moved = person.boxes("place-canvas")
+        person.film()
         assert moved[0] != before[0] and moved[1:] == before[1:]
         person.page.locator("#place-canvas .mifo-box").nth(1).focus()
         for _ in range(3):
@@ -214,15 +250,17 @@ def test_assets_are_placed_by_dragging_and_edited_into_a_picture(learned: Server
         person.page.wait_for_timeout(500)
         assert _edges(person.boxes("place-canvas")[1]) == [a + b for a, b in zip(_edges(moved[1]), (0, 3, 1, 3), strict=True)]
         person.settings()
-        person.fill("place-steps", "12")
+        person.fill("place-steps", STEPS["place-steps"])
         person.page.click("#place-draw")
         person.page.wait_for_selector("#place-gallery img", timeout=WAIT)
         person.page.locator("#place-gallery img").first.click()
         person.page.wait_for_selector("#place-send:not([disabled])")
+        person.page.locator("#place-gallery").scroll_into_view_if_needed()
+        person.film()
         person.shot("place")
         picture = learned.folder / "output" / "cars" / "0001" / "000000.png"
         recipe = Image.open(picture).text["mifo"]  # type: ignore[attr-defined]
-        assert '"<asset2>": [' in recipe and '"steps": 12' in recipe
+        assert '"<asset2>": [' in recipe and (SHOTS or '"steps": 12' in recipe)
 
         person.page.click("#place-send")
         person.page.wait_for_selector("#edit-painter canvas", timeout=WAIT)
