@@ -73,6 +73,53 @@ def _runs(result: dict[str, Any]) -> str:
     return "one learning run" if result.get("runs", 1) == 1 else f"{result['runs']} learning runs"
 
 
+def several_table() -> str:
+    """Assets of several photos in one picture."""
+    result = load("several")
+    if result is None:
+        return "Not measured yet."
+    names = {"by place": "each LoRA in its own boxes", "summed": "all LoRA on everywhere", "joint": "learned from one photo"}
+
+    def cell(entry: dict[str, Any]) -> str:
+        return f"{100 * entry['share']:.0f} % ({100 * entry['low']:.0f}-{100 * entry['high']:.0f})"
+
+    lines = ["| | | pictures | the right thing in its box | all looks right | another's colour in it | background as asked |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    groups = [key for key in result["by place"] if key not in ("all", "where joint was learned")]
+    for group in ("all", *groups, "where joint was learned"):
+        for method, name in names.items():
+            entry = result[method].get(group)
+            if entry is None or (method == "joint" and group != "where joint was learned"):
+                continue
+            lines.append(f"| {group} | {name} | {entry['pictures']} | {cell(entry['right'])} | {cell(entry['all_looks'])} | "
+                         f"{cell(entry['others_color'])} | {cell(entry['background'])} |")  # fmt: skip
+    return "\n".join([*lines, "", source("several", result)])
+
+
+def scale_table() -> str:
+    """Throughput, and what it means for a day."""
+    result = load("scale")
+    if result is None:
+        return "Not measured yet."
+    one, two = (result["workers"][n]["jobs_a_minute"] for n in ("1", "2"))
+    steps = result["steps"] or "the preset's"
+    rows = [
+        (f"{result['jobs']} jobs over {result['bundles']} bundles, a process each",
+         f"{result['separate_processes_seconds']:.0f} s"),
+        ("the same in one process", f"{result['one_process_seconds']:.0f} s, {result['ratio']:.1f} times as fast"),
+        (f"{result['cluster_jobs']} jobs on one Ray worker, once it is warm", f"{one:.1f} a minute"),
+        ("on two workers", f"{two:.1f} a minute, {result['scaling_1_to_2']:.2f} times one"),
+        ("the same bytes from all of these", "yes" if result["same_bytes"] else "no"),
+        ("a job beside drawing (reading, writing, lending the adapters)", f"{result['beside_drawing']:.2f} s"),
+        ("until a worker's first job is done", f"{result['workers']['1']['first_job']:.0f} s"),
+        ("simulated for two workers, and measured", f"{result['simulated_2_workers']['seconds']:.0f} s and "
+         f"{result['measured_2_workers']:.0f} s ({100 * result['off']:+.0f} %)"),
+        ("1,000,000 pictures a day at this rate", f"{1_000_000 / (two / 2 * 60 * 24):.0f} such cores"),
+    ]  # fmt: skip
+    about = f"The toybox at {steps} steps on a CPU, one thread a worker. Nothing here was measured on a GPU."
+    return "\n".join([about, "", "| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows), "", source("scale", result)])
+
+
 def main_job_table() -> str:
     result = load("main_job")
     if result is None:
@@ -439,7 +486,7 @@ def _seconds(entry: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
           "headline": headline_table, "main_job": main_job_table, "base_model": base_model_table, "toybox_xl": xl_table,
-          "samplers": samplers_table, "edit": edit_table,
+          "samplers": samplers_table, "several": several_table, "scale": scale_table, "edit": edit_table,
           "bench": bench_table, "bench_jobs": jobs_table, "bench_growth": growth_table, "memory_goals": goals_table,
           "memory_goals_sdxl": xl_goals_table,
           "memory": memory_table, "bench_families": families_table, "compile": compile_table, "segment": segment_table,

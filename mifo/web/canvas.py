@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..io.sheets import ASSET_COLORS
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent  # canvas.css and canvas.js lie beside
 TEMPLATE = '<div class="mifo-canvas"></div>'
 SHOWN_SIDE = 1024  # pixels of a picture's longer side in the page
 

@@ -27,7 +27,7 @@ from mifo import learn, load_base_model, load_bundle, load_instance, synthesize
 from mifo.attention.bounded import BoundedAttention
 from mifo.boxes import Box
 from mifo.bundle.store import Bundle
-from mifo.io.sheets import caption_below, grid
+from mifo.io.sheets import caption_below, draw_boxes, grid
 from mifo.model.base import BaseModel
 from mifo.toybox.draw import CLASSES, COLORS
 from mifo.toybox.examples import NOWHERE, write_instance
@@ -166,11 +166,32 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def draw_sheet(work: Path, path: Path) -> None:
+    """The first composition of two bundles at each level: both photos, and the new pictures of one thing of each."""
+    base, cells = load_base_model("toybox"), []
+    for level in LEVELS:
+        photos = photo_things(level)
+        chosen, background = next(compositions(level, 2, 1))
+        bundles = [load_bundle(work / "bundles" / f"{level}{p}") for p, _ in chosen]
+        for (p, t), bundle in zip(chosen, bundles, strict=True):
+            photo = Image.open(work / "photos" / f"{level}{p}" / "img.png").convert("RGB").resize((256, 256))
+            thing = photos[p][t]
+            boxed = draw_boxes(photo, [(f"<asset{t}>", Box(*thing.box))])
+            cells.append(caption_below(boxed, f"photo: <{bundle.name}.asset{t}>"))
+        names = " and ".join(f"<{b.name}.asset{t}>" for b, (_, t) in zip(bundles, chosen, strict=True))
+        result = synthesize(base, bundles, f"a photo of {names} {BACKGROUND_PHRASES[background]}",
+                            [list(box) for box in BOXES[2]], num_images=2)  # fmt: skip
+        cells += [caption_below(image.resize((256, 256), Image.Resampling.LANCZOS), f"both, {background}, seed {k}")
+                  for k, image in enumerate(result.images)]  # fmt: skip
+    grid(cells, 4).save(path, optimize=True)
+
+
 def main(
     work: Annotated[Path, typer.Option(help="Bundles and pictures are kept here; a second run goes on.")] = Path("several"),
     count: Annotated[int, typer.Option(help="Compositions of each level and number of bundles.")] = 10,
     joint: Annotated[int, typer.Option(help="Of them, those that are learned from one photo as well.")] = 2,
     seeds: int = 2,
+    sheet: Annotated[Path | None, typer.Option(help="A PNG of the first compositions.")] = None,
 ) -> None:
     rows = [row for level in LEVELS for bundles in BOXES for row in measure(work, level, bundles, count, joint, seeds)]
     methods = list(dict.fromkeys(row["method"] for row in rows))
@@ -187,6 +208,8 @@ def main(
         record[method]["where joint was learned"] = summary(
             [row for row in rows if row["method"] == method and (row["level"], row["bundles"], row["number"]) in with_joint])
     write_result("several", record)
+    if sheet:
+        draw_sheet(work, sheet)
 
 
 if __name__ == "__main__":
