@@ -43,11 +43,12 @@ def _module() -> str:
 
 
 def _options() -> list[str]:
-    """The command's options, without where its pictures went: that changes no number."""
+    """The command's options, without where its pictures and its half-done work went: that changes no number."""
     words = sys.argv[1:]
-    if "--sheet" in words:
-        at = words.index("--sheet")
-        del words[at : at + 2]
+    for name in ("--sheet", "--work"):
+        if name in words:
+            at = words.index(name)
+            del words[at : at + 2]
     return words
 
 
