@@ -11,7 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+import typer
+
+from ..errors import InputError, NotFinite
 from ..io.console import Bar, Job, say, waiting
 from ..io.files import check_writable
 from ..io.outputs import PLACE, check_apart
@@ -87,8 +89,11 @@ def learn(
     dtype = choose_dtype(compute.mixed_precision, chosen)
     attention = choose_attention(compute.attention_backend, chosen, dtype)
     results: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
     base: BaseModel | None = None
-    for each, target, initial in zip(instances, targets, words, strict=True):
+
+    def learn_one(each: Instance, target: Path, initial: list[str | None] | None) -> None:
+        nonlocal base
         config = _learn_config(learn_preset(family_of(source.model_path), training.recipe.value), training, compute.seed,
                                precision_name(dtype))  # fmt: skip
         plan = plan_within("learn", source.model_path, chosen, dtype, training.resolution, compute.vram_gib, attention.name,
@@ -123,7 +128,19 @@ def learn(
                 "give the commands that draw --model-path, or learn with --keep-base-path")  # fmt: skip
         results.append(_learn_summary(bundle))
         job.text(*_learned_text(results[-1]))
-    job.json(results[0] if instance is not None else {"bundles": results})
+
+    for each, target, initial in zip(instances, targets, words, strict=True):
+        try:
+            learn_one(each, target, initial)
+        except (InputError, NotFinite) as error:
+            if len(instances) == 1:
+                raise
+            failed[each.name] = str(error)  # the others may well succeed
+            say(f"{each.name} failed: {error}")
+    job.json(results[0] if instance is not None else {"bundles": results, **({"failed": failed} if failed else {})})
+    if failed:
+        say(f"error: {len(failed)} of {len(instances)} were not learned: {', '.join(failed)}")
+        raise typer.Exit(2)
 
 
 # --- parts --------------------------------------------------------------------------------------

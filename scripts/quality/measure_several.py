@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +30,7 @@ from mifo.boxes import Box
 from mifo.bundle.store import Bundle
 from mifo.io.sheets import caption_below, draw_boxes, grid
 from mifo.model.base import BaseModel
+from mifo.presets import synthesis_preset
 from mifo.toybox.draw import CLASSES, COLORS
 from mifo.toybox.examples import NOWHERE, write_instance
 from mifo.toybox.judge import Judge, judge_images, load_judge
@@ -186,13 +188,38 @@ def draw_sheet(work: Path, path: Path) -> None:
     grid(cells, 4).save(path, optimize=True)
 
 
+def measure_one(work: Path, joint: int, seeds: int) -> dict[str, Any]:
+    """One bundle of the things of a joint photo: its LoRA everywhere against in its boxes alone, on each background."""
+    base, judge = load_base_model("toybox"), load_judge()
+    rows: list[dict[str, Any]] = []
+    for level in LEVELS:
+        photos = photo_things(level)
+        for bundles in BOXES:
+            for number, (chosen, _) in enumerate(compositions(level, bundles, joint)):
+                bundle = load_bundle(work / "bundles" / f"joint-{level}-{bundles}-{number}")
+                things, boxes = [photos[p][t] for p, t in chosen], [list(box) for box in BOXES[bundles]]
+                for background in BACKGROUNDS:
+                    prompt = f"a photo of {' and '.join(bundle.tokens)} {BACKGROUND_PHRASES[background]}"
+                    for place in ("everywhere", "boxes"):
+                        config = replace(synthesis_preset("toybox"), lora=place)
+                        result = synthesize(base, bundle, prompt, boxes, num_images=seeds, config=config)
+                        rows += [{"level": level, "bundles": bundles, "number": number, "method": place, "seed": seed,
+                                  "seconds": result.synthesis.seconds / seeds, **judged(judge, image, things, boxes, background)}
+                                 for seed, image in enumerate(result.images)]  # fmt: skip
+    return {place: summary([row for row in rows if row["method"] == place]) for place in ("everywhere", "boxes")}
+
+
 def main(
     work: Annotated[Path, typer.Option(help="Bundles and pictures are kept here; a second run goes on.")] = Path("several"),
     count: Annotated[int, typer.Option(help="Compositions of each level and number of bundles.")] = 10,
     joint: Annotated[int, typer.Option(help="Of them, those that are learned from one photo as well.")] = 2,
     seeds: int = 2,
+    one: Annotated[bool, typer.Option("--one", help="Where one bundle's LoRA should act, on what a run has learned.")] = False,
     sheet: Annotated[Path | None, typer.Option(help="A PNG of the first compositions.")] = None,
 ) -> None:
+    if one:
+        write_result("lora_place", measure_one(work, joint, seeds))
+        return
     rows = [row for level in LEVELS for bundles in BOXES for row in measure(work, level, bundles, count, joint, seeds)]
     methods = list(dict.fromkeys(row["method"] for row in rows))
     record: dict[str, Any] = {}
