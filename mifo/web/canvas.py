@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,13 +94,13 @@ def picture_address(image: Image.Image | None) -> str:
 
 
 def spread(labels: Sequence[str]) -> tuple[tuple[str, tuple[float, float, float, float]], ...]:
-    """Boxes beside each other for things that have none yet, in rows of at most three."""
-    columns = min(3, max(1, len(labels)))
-    rows = max(1, -(-len(labels) // columns))
-    size = 0.8 / columns, min(0.5, 0.8 / rows)
-    found = []
+    """Square boxes beside each other for things that have none yet, in rows; the last row stands in the middle."""
+    columns = max(1, math.ceil(math.sqrt(len(labels))))
+    rows = max(1, math.ceil(len(labels) / columns))
+    side, found = 0.84 / max(columns, 2), []
     for k, label in enumerate(labels):
-        x, y = (k % columns + 0.5) / columns, (k // columns + 0.5) / rows
-        left, top = x - size[0] / 2, y - size[1] / 2
-        found.append((label, (left, top, left + size[0], top + size[1])))
+        row = k // columns
+        in_row = min(columns, len(labels) - row * columns)
+        x, y = 0.5 + (k % columns - (in_row - 1) / 2) / columns, (row + 0.5) / rows
+        found.append((label, (x - side / 2, y - side / 2, x + side / 2, y + side / 2)))
     return tuple(found)

@@ -238,7 +238,7 @@ def test_assets_are_placed_by_dragging_and_edited_into_a_picture(learned: Server
         person.film()
         assert person.page.input_value("#place-prompt textarea").endswith("and <asset2>")
         before = person.boxes("place-canvas")
-        person.drag("place-canvas", (0.17, 0.4), (0.17, 0.2))
+        person.drag("place-canvas", (0.25, 0.25), (0.25, 0.35))
         person.page.wait_for_timeout(500)
         moved = person.boxes("place-canvas")
         person.film()
