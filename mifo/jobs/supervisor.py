@@ -53,7 +53,7 @@ class Supervisor:
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
         return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
-    def close(self, seconds: float = 60.0) -> None:
+    def close(self, seconds: float = 30.0) -> None:
         self._closing.set()
         process = self._process
         if process is not None and process.poll() is None:

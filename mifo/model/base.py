@@ -82,10 +82,10 @@ class BaseModel:
     """SDXL's second one, a CLIPTextModelWithProjection."""
     padding_2: int = 0
     """With what the second text encoder's tokenizer fills up; else it is as the first one."""
-    local_lora: Any = None
-    """Adapters that act by place, a `local_lora.LocalLora`, while several bundles are lent."""
     zero_negative: bool = False
     """Whether an empty negative prompt stands for zeros instead of its embeds, as SDXL was published."""
+    local_lora: Any = None
+    """Adapters that act by place, a `local_lora.LocalLora`, while several bundles are lent."""
 
     def matches(self, bundle_fingerprint: str) -> bool:
         """Whether a bundle with this fingerprint was learned on this very model. Older bundles have that of the files' bytes."""

@@ -7,7 +7,6 @@
 import base64
 import binascii
 import io
-import json
 import secrets
 import shutil
 from collections.abc import Awaitable, Callable
@@ -27,6 +26,7 @@ from ..data.instance import MAX_ASSETS
 from ..errors import InputError
 from ..io.files import write_file
 from ..io.image_file import open_image
+from ..io.json_text import json_text
 from ..jobs.job import EditJob, Job, LearnJob, SynthesizeJob
 from ..jobs.store import DONE, Entry, JobStore, QueueFull
 from ..jobs.worker import LIST
@@ -260,7 +260,7 @@ def boxes_text(boxes: list[list[float]] | None) -> str | None:
         return None
     for box in boxes:
         Box(*box)
-    text = json.dumps(boxes)
+    text = json_text(boxes)
     parse_boxes_alone(text)
     return text
 

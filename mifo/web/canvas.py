@@ -17,6 +17,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from ..io.json_text import json_text
 from ..io.sheets import ASSET_COLORS
 
 HERE = Path(__file__).parent  # canvas.css and canvas.js lie beside
@@ -40,7 +41,7 @@ class Drawn:
 
     def to_value(self) -> str:
         boxes = [{"label": label, "color": hex_color(k), "box": list(box)} for k, (label, box) in enumerate(self.boxes)]
-        return json.dumps({"mode": self.mode, "aspect": self.aspect, "boxes": boxes, "points": [list(p) for p in self.points]})
+        return json_text({"mode": self.mode, "aspect": self.aspect, "boxes": boxes, "points": [list(p) for p in self.points]})
 
 
 def read_value(value: Any) -> Drawn:

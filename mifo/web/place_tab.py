@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from PIL import Image
 from ..boxes import parse_layout
 from ..bundle.catalogue import Entry, list_bundles
 from ..errors import InputError
+from ..io.json_text import json_text
 from ..io.sheets import draw_boxes, thumbnail
 from ..jobs.job import SynthesizeJob
 from ..prompts import assets_in, check_prompt
@@ -139,8 +139,8 @@ def place_tab(site: Site, demo: gr.Blocks) -> Parts:
         entry = entry_of(site, name)
         check_prompt(text, entry.tokens)
         boxes = {label: list(box) for label, box in read_value(value).boxes if label in assets_in(text)}
-        parse_layout(json.dumps(boxes), assets_in(text))
-        job = SynthesizeJob(text, (name,), json.dumps(boxes) if boxes else None, int(seed), int(count) if not best else 1,
+        parse_layout(json_text(boxes), assets_in(text))
+        job = SynthesizeJob(text, (name,), json_text(boxes) if boxes else None, int(seed), int(count) if not best else 1,
                             int(best) or None, int(steps) or None, float(scale) or None, negative.strip() or None)  # fmt: skip
         return site.store.add(job, most_queued=MOST_QUEUED)
 
@@ -154,7 +154,7 @@ def place_tab(site: Site, demo: gr.Blocks) -> Parts:
     @guarded
     def draw_again(path: str) -> int:
         made = read_recipe(Path(path))
-        boxes = json.dumps(made.layout.to_json()) if made.layout else None
+        boxes = json_text(made.layout.to_json()) if made.layout else None
         config = made.config
         return site.store.add(SynthesizeJob(made.prompt, made.bundles, boxes, made.seed, 1, None,
                                             config.steps, config.guidance_scale, config.negative_prompt or None, config.width,

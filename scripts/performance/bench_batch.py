@@ -10,7 +10,6 @@ workers.
 from __future__ import annotations
 
 import heapq
-import json
 import os
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from mifo.io.json_text import json_text
 from mifo.jobs.batch import items_of
 from mifo.jobs.job import SynthesizeJob
 from scripts.record import write_result
@@ -57,7 +57,7 @@ def separate(place: Path, jobs: list[SynthesizeJob]) -> list[float]:
 
 def together(place: Path, jobs: list[SynthesizeJob]) -> float:
     file = place / "jobs.jsonl"
-    file.write_text("".join(json.dumps(job.to_json()) + "\n" for job in jobs))
+    file.write_text("".join(json_text(job.to_json()) + "\n" for job in jobs))
     started = time.perf_counter()
     subprocess.run([sys.executable, str(ROOT / "cli.py"), "synthesize", "--batch-file", str(file), "--output-path",
                     str(place / "together")], cwd=place, env=environment(), check=True, capture_output=True)  # fmt: skip

@@ -28,6 +28,7 @@ from mifo import learn, load_base_model, load_bundle, load_instance, synthesize
 from mifo.attention.bounded import BoundedAttention
 from mifo.boxes import Box
 from mifo.bundle.store import Bundle
+from mifo.io.json_text import json_text
 from mifo.io.sheets import caption_below, draw_boxes, grid
 from mifo.model.base import BaseModel
 from mifo.presets import synthesis_preset
@@ -146,7 +147,7 @@ def measure(work: Path, level: str, bundles: int, count: int, joint: int, seeds:
                 cells.append(caption_below(image.resize((256, 256), Image.Resampling.LANCZOS), f"{method}, seed {seed}"))
         path.parent.mkdir(parents=True, exist_ok=True)
         grid(cells, seeds).save(path.with_suffix(".png"))
-        path.write_text(json.dumps(rows))
+        path.write_text(json_text(rows))
         print(path.stem, flush=True)
         found += rows
     return found

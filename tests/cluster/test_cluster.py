@@ -46,7 +46,7 @@ def jobs_of(count: int, steps: int = 3) -> list[Any]:
 
 
 def pictures(folder: Path) -> dict[str, bytes]:
-    return {p.parent.name: p.read_bytes() for p in folder.glob("*/[0-9]*.png")}
+    return {p.parent.name: p.read_bytes() for p in folder.glob("[0-9]*/[0-9]*.png")}
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ class Server:
 
     def close(self) -> None:
         self.process.send_signal(signal.SIGINT)
-        self.process.wait(90)
+        self.process.wait(150)  # the worker ends its step first
 
 
 @pytest.fixture(scope="module")
