@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -11,7 +11,7 @@ from ..checked import Checked, Within
 from ..config import AtLeastOne, Count, NotNegative, Seed, Steps, from_dict
 from ..errors import InputError, did_you_mean
 from ..io.json_text import json_text
-from ..io.read_files import UnusableFile, read_regular
+from ..io.read_files import read_regular
 
 MAX_FILE_BYTES = 1 << 26
 MAX_JOBS = 100_000
@@ -26,7 +26,8 @@ class Job(Checked):
 
     def to_json(self) -> dict[str, Any]:
         """What `read_job` reads; defaults are left out."""
-        changed = {k: v for k, v in asdict(self).items() if v != getattr(type(self), k, None)}
+        defaults = {f.name: f.default for f in fields(self)}
+        changed = {k: v for k, v in asdict(self).items() if v != defaults[k]}
         plain: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in changed.items()}
         if "boxes" in plain:
             plain["boxes"] = json.loads(plain["boxes"])
@@ -124,14 +125,10 @@ def read_job(data: Any, where: str = "the job", kind: str = "synthesize") -> Job
         values["bundles"] = [values["bundles"]]
     if values.get("boxes") is not None and not isinstance(values["boxes"], str):
         values["boxes"] = json_text(values["boxes"])
-    missing = [name for name in ("prompt", "image", "mask", "instance", "bundle") if _is_required(wanted, name, values)]
+    missing = [f.name for f in fields(wanted) if f.default is MISSING and f.name not in values]
     if missing:
         raise InputError(f"{where} has no {', no '.join(missing)}, which a job to {named} needs")
     return from_dict(wanted, values, where)
-
-
-def _is_required(kind: type[Job], name: str, values: dict[str, Any]) -> bool:
-    return name in kind.__dataclass_fields__ and name not in values and not hasattr(kind, name)
 
 
 def read_jobs(path: Path, kind: str = "synthesize") -> list[Job]:
@@ -140,8 +137,6 @@ def read_jobs(path: Path, kind: str = "synthesize") -> list[Job]:
         lines = read_regular(path, MAX_FILE_BYTES).decode("utf-8-sig").split("\n")
     except FileNotFoundError:
         raise InputError(f"there is no file {path}; give one with a JSON object a line") from None
-    except UnusableFile as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -101,12 +101,13 @@ class JobStore:
             row = database.execute("SELECT * FROM jobs WHERE id = ?", (number,)).fetchone()
         return _entry(row) if row else None
 
-    def entries(self, states: tuple[str, ...] = (), limit: int = 100, owner: str | None = None) -> list[Entry]:
-        """The newest first."""
-        where = [f"state IN ({', '.join('?' * len(states))})"] if states else []
-        where += ["owner = ?"] if owner is not None else []
+    def entries(self, states: tuple[str, ...] = (), limit: int = 100, owner: str | None = None, **request: str) -> list[Entry]:
+        """The newest first. `request`: what the job itself says, such as kind="learn"."""
+        where = {f"state IN ({', '.join('?' * len(states))})": states} if states else {}
+        where |= {"owner = ?": (owner,)} if owner is not None else {}
+        where |= {f"json_extract(request, '$.{name}') = ?": (value,) for name, value in request.items()}
         text = f"SELECT * FROM jobs {'WHERE ' + ' AND '.join(where) if where else ''} ORDER BY id DESC LIMIT ?"
-        values = [*states, *([owner] if owner is not None else []), limit]
+        values = [*(value for group in where.values() for value in group), limit]
         with self._open() as database:
             return [_entry(row) for row in database.execute(text, values)]
 
@@ -146,11 +147,17 @@ class JobStore:
         return bool(row and row["stop"])
 
     def finish(self, number: int, state: str, result: Mapping[str, Any] | None = None, error: str | None = None) -> None:
-        """`state`: DONE with its result, FAILED with its error, CANCELLED, or QUEUED for one to be done by somebody else."""
+        """`state`: DONE with its result, FAILED with its error, or CANCELLED."""
         with self._open() as database:
             told = record_text(result) if result is not None else None
             database.execute("UPDATE jobs SET state = ?, result = ?, error = ?, ended = ? WHERE id = ?",
                              (state, told, error, time.time(), number))  # fmt: skip
+
+    def put_back(self, number: int) -> None:
+        """For another worker: this one was asked to end, which is not the job's doing."""
+        with self._open() as database:
+            database.execute("UPDATE jobs SET state = ?, attempts = attempts - 1, started = NULL WHERE id = ? AND state = ?",
+                             (QUEUED, number, RUNNING))  # fmt: skip
 
     def recover(self) -> None:
         """To be called where no process works any more: what runs by the list was left by one that ended, and waits again; or

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputError, NotFinite
 from ..io.console import OUT_OF_MEMORY
-from ..io.interrupts import listen
+from ..io.interrupts import interrupt, listen
 from ..io.lock import hold_lock
 from ..io.terminal import guard_streams, quiet_libraries
 from ..io.threads import choose_waiting
 from .job import LearnJob
-from .store import CANCELLED, DONE, FAILED, QUEUED, Entry, JobStore
+from .store import CANCELLED, DONE, FAILED, Entry, JobStore
 
 if TYPE_CHECKING:
     from .workshop import Workshop
@@ -75,7 +75,10 @@ def _do(store: JobStore, workshop: Workshop, entry: Entry, state: Path) -> bool:
         store.finish(entry.id, DONE, workshop.do(job, report, preview))
     except KeyboardInterrupt:
         stopped = store.asked_to_stop(entry.id)
-        store.finish(entry.id, CANCELLED if stopped else QUEUED)
+        if stopped:
+            store.finish(entry.id, CANCELLED)
+        else:
+            store.put_back(entry.id)
         return stopped
     except (InputError, NotFinite) as error:
         store.finish(entry.id, FAILED, error=str(error))
@@ -92,6 +95,7 @@ def main() -> None:
     choose_waiting()
     quiet_libraries()
     guard_streams()
+    signal.signal(signal.SIGINT, interrupt)  # by which a job is stopped, also where a shell's `&` had it ignored
     listen()
     state, bundles, output = map(Path, sys.argv[1:4])
     try:

@@ -190,11 +190,9 @@ def learn_tab(site: Site, demo: gr.Blocks) -> None:
 
 def interrupted(site: Site) -> LearnJob | None:
     """The last learning job, if it was stopped or failed."""
-    for entry in site.store.entries(limit=50):
-        if entry.request.get("kind") == "learn":
-            job = entry.job
-            return job if entry.state in (CANCELLED, FAILED) and isinstance(job, LearnJob) else None
-    return None
+    last = site.store.entries(limit=1, kind=LearnJob.kind)
+    job = last[0].job if last and last[0].state in (CANCELLED, FAILED) else None
+    return job if isinstance(job, LearnJob) else None
 
 
 def mask_notes(site: Site, draft: Draft) -> str:

@@ -116,10 +116,8 @@ def table_html(site: Site) -> str:
 
 def last_evaluation(site: Site, name: str) -> str:
     """The table of the newest evaluation that the page did of it."""
-    for entry in site.store.entries((DONE,), limit=500):
-        if entry.request.get("kind") == "evaluate" and entry.request.get("bundle") == name and entry.result:
-            return str(entry.result["table"])
-    return ""
+    last = site.store.entries((DONE,), limit=1, kind=EvaluateJob.kind, bundle=name)
+    return str(last[0].result["table"]) if last and last[0].result else ""
 
 
 def _entry(site: Site, name: Any) -> Entry | None:

@@ -93,7 +93,7 @@ def _state(site: Site, number: int) -> tuple[int, str]:
 
 
 def _last(site: Site, kind: str, *states: str) -> int:
-    return next((e.id for e in site.store.entries(states, limit=200) if e.request.get("kind") == kind), 0)
+    return next((entry.id for entry in site.store.entries(states, limit=1, kind=kind)), 0)
 
 
 @contextmanager

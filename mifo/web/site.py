@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +31,7 @@ class Site:
     photos: Path
     state: Path
 
-    @property
+    @cached_property
     def store(self) -> JobStore:
         return JobStore(self.state / LIST)
 

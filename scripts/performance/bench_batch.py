@@ -120,11 +120,11 @@ def main(
         at_once = together(place, asked)
         many = jobs_of(cluster_jobs, 4, steps)
         cold1, warm1, times = clustered(place, many, 1)
-        cold2, warm2, times2 = clustered(place, many, 2)
+        cold2, warm2, _ = clustered(place, many, 2)
         same = same_pictures(place, "separate", "together", "workers1", "workers2")
     each1, each2 = warm1 / (cluster_jobs - 1), warm2 / (cluster_jobs - 2)
     overhead = each1 - float(np.mean(times))  # of each job beside drawing: reading, writing, lending
-    predicted = simulate([t + overhead for t in times2], cluster_jobs - 2, 2)
+    predicted = simulate([t + overhead for t in times], cluster_jobs - 2, 2)  # from what one worker alone took
     write_result("scale", {
         "jobs": jobs, "bundles": 4, "steps": steps,
         "separate_processes_seconds": round(sum(one_by_one), 1), "separate_median": round(float(np.median(one_by_one)), 2),

@@ -90,6 +90,23 @@ def test_what_a_lost_worker_left_is_done_again_but_not_for_ever(tmp_path: Path) 
     assert entry and entry.state == FAILED and "ask for less" in str(entry.error)
 
 
+def test_what_a_worker_gave_back_counts_for_nothing(tmp_path: Path) -> None:
+    store = JobStore(tmp_path / "jobs.sqlite3")
+    number = store.add(SynthesizeJob("a"))
+    for _ in range(2 * MAX_ATTEMPTS):
+        assert store.take()
+        store.put_back(number)
+    store.recover()
+    assert store.take() and store.get(number).ended is None  # type: ignore[union-attr]
+
+
+def test_jobs_are_found_by_what_they_say(tmp_path: Path) -> None:
+    store = JobStore(tmp_path / "jobs.sqlite3")
+    wanted = [store.add(job) for job in (EvaluateJob("desk"), EvaluateJob("shelf"), SynthesizeJob("a"), EvaluateJob("desk"))]
+    assert [e.id for e in store.entries(kind="evaluate", bundle="desk")] == [wanted[3], wanted[0]]
+    assert [e.id for e in store.entries((QUEUED,), limit=1, kind="synthesize")] == [wanted[2]]
+
+
 def test_a_full_queue_takes_no_more(tmp_path: Path) -> None:
     store = JobStore(tmp_path / "jobs.sqlite3")
     store.add(SynthesizeJob("a"), most_queued=1)
