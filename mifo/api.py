@@ -16,7 +16,6 @@ expected, what to do.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .boxes import Layout, parse_layout, read_boxes
+from .boxes import Boxes
 from .bundle.instance_copy import kept_crops, kept_instance
-from .bundle.several import Several, attach_by_place
-from .bundle.store import Bundle, attach, find_bundle
+from .bundle.several import Several, lend
+from .bundle.store import Bundle, find_bundle
 from .bundle.store import load_bundle as read_bundle
 from .config import EditConfig, LearnConfig, MemoryConfig, SynthesisConfig
 from .data.instance import Instance, with_background, without_background
@@ -44,7 +43,6 @@ from .evaluation.choose import make_backend
 from .evaluation.report import save_evaluation, table
 from .evaluation.run import Evaluation
 from .evaluation.run import evaluate as run_evaluate
-from .io.json_text import json_text
 from .io.outputs import check_apart
 from .learning.callbacks import CheckpointJudge
 from .learning.checkpoints import Checkpointing
@@ -55,16 +53,14 @@ from .model.base import load_base_model as read_base_model
 from .model.device import choose_device, choose_dtype, precision_name
 from .planning.planner import Plan, Settings, make_plan, read_model
 from .presets import edit_preset, learn_preset, synthesis_preset
-from .prompts import assets_in
+from .prompts import BACKGROUND_TOKEN
 from .synthesis.resumable import Keep, draw_now
 from .synthesis.synthesize import Synthesis, save_synthesis
 from .synthesis.synthesize import synthesize as run_synthesize
 
 PathLike = str | Path
-#: A box per asset in the prompt's order, a mapping of tokens to boxes, JSON text or a file of it, or a Layout.
-Boxes = Layout | Sequence[Sequence[float]] | dict[str, Sequence[float]] | PathLike
 #: One, several for one picture, or none.
-Bundles = Bundle | Sequence[Bundle] | None
+Bundles = Bundle | Sequence[Bundle] | Several | None
 Closed = Mapping[str, str | Path | None]
 #: (steps done, steps in all)
 OnProgress = Callable[[int, int], None]
@@ -120,7 +116,7 @@ def learn(instance: Instance, base: BaseModel, output: PathLike, config: LearnCo
     `callbacks`: called beside the training loop, as `mifo.learning.tracking.Tracker` is.
     """
     folder = Path(output)
-    check_apart(folder, folder, {}, {**_closed(base, None), "the instance": instance.source}, "output")
+    check_apart(folder, folder, {}, {**_closed(base, Several()), "the instance": instance.source}, "output")
     chosen = replace(config or learn_preset(base.family), mixed_precision=precision_name(base.dtype))  # type: ignore[arg-type]
     if seed is not None:
         chosen = replace(chosen, seed=seed)
@@ -168,24 +164,19 @@ def synthesize(base: BaseModel, bundle: Bundles, prompt: str, boxes: Boxes | Non
     """
     chosen = config or synthesis_preset(base.family)
     _check_count(num_images)
-    if several := _by_place(bundle, boxes, chosen.lora, aliases, background_lora):
-        within = several.within(prompt)
-        placed = layout_within(boxes, within, several)
-        with attach_by_place(base, several, chosen.lora_scale, background_lora):
-            drawn = run_synthesize(base, within, placed, several.tokens, chosen, seed, num_images, on_progress)
-        if len(several.bundles) > 1:
-            drawn = replace(drawn, prompt=several.outside(within), layout=several.layout_outside(drawn.layout))
-        return _result_of_several(drawn, base, several, background_lora)
-    one = _one(bundle)
-    layout = layout_of(boxes, prompt)
-    with attach(base, one, chosen.lora_scale) if one else nullcontext():
-        drawn = run_synthesize(base, prompt, layout, one.tokens if one else (), chosen, seed, num_images, on_progress)
-    return synthesis_result(drawn, base, one)
+    several = Several.of(bundle, aliases)
+    within, by_place = several.within(prompt), several.acts_by_place(chosen.lora, boxes is not None, background_lora)
+    layout = several.layout(boxes, within, by_place)
+    with lend(base, several, chosen.lora_scale, by_place, background_lora):
+        drawn = run_synthesize(base, within, layout, several.tokens, chosen, seed, num_images, on_progress)
+    asked = replace(drawn, prompt=several.outside(within), layout=several.layout_outside(drawn.layout))
+    return synthesis_result(asked, base, several, **_background(background_lora))
 
 
-def synthesis_result(synthesis: Synthesis, base: BaseModel, bundle: Bundle | None, **facts: Any) -> SynthesisResult:
+def synthesis_result(synthesis: Synthesis, base: BaseModel, bundle: Bundles, **facts: Any) -> SynthesisResult:
     """For pictures that were drawn by other means, such as the best of several seeds; `facts` go into the record."""
-    return SynthesisResult(synthesis, {**_facts(base, bundle), **facts}, _closed(base, bundle))
+    several = Several.of(bundle)
+    return SynthesisResult(synthesis, {**_facts(base, several), **facts}, _closed(base, several))
 
 
 @dataclass(frozen=True)
@@ -241,21 +232,17 @@ def edit(base: BaseModel, bundle: Bundles, image: PathLike | Image.Image | Sourc
     white, notes = _edit_mask(mask, source, image, mask_orientation)
     files = {name: path for name, path in (("image", image), ("mask", mask)) if isinstance(path, Path | str)}
     read = replace(source, notes=(*source.notes, *notes))
-    if several := _by_place(bundle, None, "everywhere", aliases, background_lora):
-        within = several.within(prompt)
-        named = {name: crop for each in several.bundles for name, crop in _crops_within(several, each).items()}
-        layout = layout_of(_boxes_within(boxes, several), within)
-        request = EditRequest(source.image, white, within, several.tokens, layout, named)
-        with attach_by_place(base, several, chosen.lora_scale, background_lora):
-            drawn = run_edit(base, request, chosen, seed, num_images, on_progress)
-        drawn = replace(drawn, prompt=several.outside(within), layout=several.layout_outside(drawn.layout))
-        return EditResult(drawn, read, _facts_of_several(base, several, background_lora), files, _closed_of(base, several))
-    one = _one(bundle)
-    crops = kept_crops(one.folder, one.tokens, one.instance) if one else {}
-    request = EditRequest(source.image, white, prompt, one.tokens if one else (), layout_of(boxes, prompt), crops)
-    with attach(base, one, chosen.lora_scale) if one else nullcontext():
+    several = Several.of(bundle, aliases)
+    within, by_place = several.within(prompt), several.acts_by_place("everywhere", boxes is not None, background_lora)
+    crops = {several.token_of(each, token): crop for each in several.bundles
+             for token, crop in kept_crops(each.folder, each.tokens, each.instance).items()
+             if token != BACKGROUND_TOKEN or each is several.first}  # fmt: skip
+    request = EditRequest(source.image, white, within, several.tokens, several.layout(boxes, within, by_place=False), crops)
+    with lend(base, several, chosen.lora_scale, by_place, background_lora):
         drawn = run_edit(base, request, chosen, seed, num_images, on_progress)
-    return EditResult(drawn, read, _facts(base, one), files, _closed(base, one))
+    asked = replace(drawn, prompt=several.outside(within), layout=several.layout_outside(drawn.layout))
+    facts = {**_facts(base, several), **_background(background_lora)}
+    return EditResult(asked, read, facts, files, _closed(base, several))
 
 
 @dataclass(frozen=True)
@@ -308,7 +295,7 @@ def evaluate(base: BaseModel, bundle: Bundle, *, instance: Instance | None = Non
                          samples, on_progress or (lambda done, total: None), keep)  # fmt: skip
     if found is None:
         raise NothingDrawnError("no picture could be drawn, so nothing was measured")
-    return EvaluationResult(found, images is None, _closed(base, bundle))
+    return EvaluationResult(found, images is None, _closed(base, Several.of(bundle)))
 
 
 def plan(model: str = "sd2.1", job: str = "learn", vram_gib: float | None = None, *, resolution: int | None = None,
@@ -330,80 +317,19 @@ def plan(model: str = "sd2.1", job: str = "learn", vram_gib: float | None = None
 # --- parts --------------------------------------------------------------------------------------
 
 
-def _one(bundle: Bundles) -> Bundle | None:
-    if bundle is None or isinstance(bundle, Bundle):
-        return bundle
-    return bundle[0] if bundle else None
-
-
-def _by_place(bundle: Bundles, boxes: Boxes | None, lora: str, aliases: Mapping[str, str] | None,
-              background: str | None) -> Several | None:  # fmt: skip
-    """The bundles whose LoRA acts by place; None for one whose LoRA acts everywhere."""
-    given = () if bundle is None else (bundle,) if isinstance(bundle, Bundle) else tuple(bundle)
-    if given and (len(given) > 1 or aliases or background or (lora == "boxes" and boxes is not None)):
-        return Several(given, dict(aliases or {}))
-    return None
-
-
-def _boxes_within(boxes: Boxes | None, several: Several) -> Boxes | None:
-    """Boxes by name, as the picture's own tokens have them."""
-    if isinstance(boxes, Layout):
-        return Layout(tuple(several.within(token) for token in boxes.tokens), boxes.boxes)
-    plain = read_boxes(boxes) if isinstance(boxes, str | Path) else boxes
-    if isinstance(plain, Mapping):
-        return {several.within(_bracketed(str(token))): box for token, box in plain.items()}
-    return plain
-
-
-def _bracketed(token: str) -> str:
-    """`desk.asset0` as `<desk.asset0>`; tokens and numbers as they are."""
-    return f"<{token}>" if "." in token and not token.startswith("<") else token
-
-
-def layout_within(boxes: Boxes | None, prompt: str, several: Several) -> Layout:
-    """A box for each asset of a prompt that has the picture's own tokens; `boxes` may name them as people do.
-
-    Raises InputError where an asset has no box: whose LoRA were to act on it?
-    """
-    layout = layout_of(_boxes_within(boxes, several), prompt)
-    missing = [several.full_name(t) for t in assets_in(prompt) if layout is None or t not in layout.tokens]
-    if missing or layout is None:
-        named = ", ".join(missing) or "the prompt, which names no asset,"
-        raise InputError(f"{named} has no box; with several bundles every asset needs one, within which its own LoRA acts: give "
-                         "--boxes with one for each")  # fmt: skip
-    return layout
-
-
-def _crops_within(several: Several, bundle: Bundle) -> dict[str, Image.Image]:
-    """The bundle's own pictures of its assets, to rank by, under the picture's tokens."""
-    kept = kept_crops(bundle.folder, bundle.tokens, bundle.instance)
-    return {several.within(f"<{bundle.name}.{token.strip('<>')}>"): crop for token, crop in kept.items()
-            if token != "<background>"}  # fmt: skip
-
-
-def _result_of_several(drawn: Synthesis, base: BaseModel, several: Several, background: str | None) -> SynthesisResult:
-    return SynthesisResult(drawn, _facts_of_several(base, several, background), _closed_of(base, several))
-
-
-def _facts_of_several(base: BaseModel, several: Several, background: str | None) -> dict[str, Any]:
-    if len(several.bundles) == 1:
-        return _facts(base, several.bundles[0])
-    more = {"background_lora": background} if background else {}
-    return {"bundles": [bundle.name for bundle in several.bundles], **more, **base.record()}
-
-
-def _closed_of(base: BaseModel, several: Several) -> Closed:
-    return {**_closed(base, None), **{f"the bundle {bundle.name}": bundle.folder for bundle in several.bundles}}
-
-
-def _facts(base: BaseModel, bundle: Bundle | None) -> dict[str, Any]:
+def _facts(base: BaseModel, several: Several) -> dict[str, Any]:
     """What a record says of where its pictures come from; never a path."""
-    return {"bundle": bundle.name if bundle else None, **base.record()}
+    names = [bundle.name for bundle in several.bundles]
+    return {**({"bundles": names} if len(names) > 1 else {"bundle": names[0] if names else None}), **base.record()}
 
 
-def _closed(base: BaseModel, bundle: Bundle | None) -> Closed:
+def _background(lora: str | None) -> dict[str, str]:
+    return {"background_lora": lora} if lora else {}
+
+
+def _closed(base: BaseModel, several: Several) -> Closed:
     """The folders in which nothing may be written, by what they are for people; see `outputs.check_apart`."""
-    return {"the bundle": bundle.folder if bundle else None, "the base model": base.location}
+    return {**{f"the bundle {bundle.name}": bundle.folder for bundle in several.bundles}, "the base model": base.location}
 
 
 def _source_image(image: PathLike | Image.Image | SourceImage, metadata: str) -> SourceImage:
@@ -428,19 +354,3 @@ def _edit_mask(mask: PathLike | BoolArray, source: SourceImage, image: PathLike 
 def _check_count(count: int, name: str = "num_images") -> None:
     if type(count) is not int or count < 1:
         raise InputError(f"{name} is {count!r}, expected a whole number of at least 1")
-
-
-def layout_of(boxes: Boxes | None, prompt: str) -> Layout | None:
-    """`boxes` in any of its forms, checked against the prompt's assets. Raises InputError."""
-    if boxes is None or isinstance(boxes, Layout):
-        return boxes
-    if isinstance(boxes, Path | str):
-        return parse_layout(boxes, assets_in(prompt))
-    plain = np.asarray(boxes).tolist() if isinstance(boxes, np.ndarray) else boxes
-    try:
-        text = json_text({k: list(v) for k, v in plain.items()} if isinstance(plain, dict) else [list(box) for box in plain])
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"boxes is {str(boxes)[:80]!r}, expected one [x0, y0, x1, y1] per asset, from 0 to 1 ({error})"
-        ) from None
-    return parse_layout(text, assets_in(prompt))

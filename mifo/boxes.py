@@ -9,7 +9,7 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import InputError
+from .io.json_text import json_text
 from .io.read_files import read_regular
 
 MAX_LAYOUT_BYTES = 1 << 20
@@ -135,6 +136,26 @@ class Layout:
     def to_json(self) -> dict[str, list[float]]:
         """What `parse_layout` reads: token -> [x0, y0, x1, y1]."""
         return {token: list(box.as_tuple()) for token, box in self}
+
+
+#: A box per asset in the prompt's order, a mapping of tokens to boxes, JSON text or a file of it, or a Layout.
+Boxes = Layout | Sequence[Sequence[float]] | Mapping[str, Sequence[float]] | str | Path
+
+
+def layout_of(boxes: Boxes | None, tokens: Sequence[str]) -> Layout | None:
+    """`boxes` in any of their forms as `parse_layout` gives them; a layout passes as it is. Raises InputError."""
+    if boxes is None or isinstance(boxes, Layout):
+        return boxes
+    if isinstance(boxes, Path | str):
+        return parse_layout(boxes, tokens)
+    plain = np.asarray(boxes).tolist() if isinstance(boxes, np.ndarray) else boxes
+    try:
+        text = json_text({k: list(v) for k, v in plain.items()} if isinstance(plain, Mapping) else [list(box) for box in plain])
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"boxes is {str(boxes)[:80]!r}, expected one [x0, y0, x1, y1] per asset, from 0 to 1 ({error})"
+        ) from None
+    return parse_layout(text, tokens)
 
 
 def parse_layout(source: str | Path, tokens: Sequence[str]) -> Layout:

@@ -26,6 +26,7 @@ from .options import (
     DrawingOptions,
     EvaluatorOptions,
     LayoutOptions,
+    LoraPlace,
     OutputOptions,
     SamplingOptions,
     SeveralOptions,
@@ -33,7 +34,6 @@ from .options import (
     path,
 )
 from .parts import (
-    boxes_together,
     bundles_together,
     check_sampling,
     choose_attention,
@@ -43,6 +43,7 @@ from .parts import (
     end_job,
     family_of,
     import_libraries,
+    layout_together,
     load_base_of,
     measured_by,
     not_to_write_into,
@@ -88,14 +89,17 @@ def synthesize(
 ) -> None:
     """Draw the learned assets, each in its box."""
     if batch_file is not None:
-        if model_id or prompt is not None or boxes is not None or again is not None:
-            raise InputError("--batch-file has bundles, prompts and boxes of its own; leave the others out")
+        machine = DrawingOptions(device=compute.device, mixed_precision=compute.mixed_precision)
+        alone = (sampling, layout_options, together, evaluators, compute, source.model_path, output.overwrite) == (
+            SynthesisOptions(), LayoutOptions(), SeveralOptions(), EvaluatorOptions(), machine, None, False)  # fmt: skip
+        if model_id or prompt is not None or boxes is not None or again is not None or not alone:
+            raise InputError("--batch-file has each job's bundles, prompt, boxes, seed and settings in its lines; leave other "
+                             "options out, but for --output-path, --output-dir, --device, --mixed-precision and --json")  # fmt: skip
         draw_batch(job, batch_file, output.output_path, source.output_dir, compute.device, compute.mixed_precision.value)
         return
-    from ..boxes import parse_layout
-    from ..prompts import NEGATIVE, assets_in, check_prompt
+    from ..prompts import NEGATIVE, check_prompt
 
-    recipe = _recipe(again, prompt, boxes, (sampling, layout_options, compute.seed))
+    recipe = _recipe(again, prompt, boxes, (sampling, layout_options, together, compute.seed))
     prompt = recipe.prompt if recipe else prompt
     names = model_id or (list(recipe.bundles) if recipe else [])
     if not names or prompt is None:
@@ -121,25 +125,24 @@ def synthesize(
     from ..synthesis.synthesize import KIND
 
     best_of = sampling.best_of
-    bundles = [load_bundle(find_bundle(name, source.output_dir)) for name in names]
-    bundle, background = bundles[0], recipe.facts.get("background_lora") if recipe else together.background_lora
-    several = bundles_together(bundles, together.word, background, best_of)
-    place = PLACE / (several.name[:80] if several else bundle.name)
-    for each in bundles:
+    several = bundles_together([load_bundle(find_bundle(name, source.output_dir)) for name in names], together.word)
+    bundle, background = several.bundles[0], recipe.facts.get("background_lora") if recipe else together.background_lora
+    if best_of and len(names) > 1:
+        raise InputError("--best-of ranks by what one bundle has learned; leave it out with several bundles")
+    place = PLACE / several.name
+    for each in several.bundles:
         check_apart(output.output_path, place, {"--boxes": boxes, "--again": again}, not_to_write_into(each, source.model_path))
     check_output(output.output_path, place, KIND, output.overwrite)
-    within = several.within(prompt) if several else prompt
-    tokens = several.tokens if several else bundle.tokens
-    check_prompt(within, tokens)
+    within = several.within(prompt)
+    check_prompt(within, several.tokens)
     negative = recipe.config.negative_prompt if recipe else sampling.negative_prompt
-    check_prompt(negative, tokens, NEGATIVE)
+    check_prompt(negative, several.tokens, NEGATIVE)
     say_weights([prompt])
     say_weights([negative], NEGATIVE)
-    layout: Layout | None = recipe.layout if recipe else None
-    if several:
-        layout = boxes_together(boxes if boxes is not None else layout, within, several)
-    elif boxes is not None:
-        layout = parse_layout(boxes, assets_in(prompt))
+    wanted_boxes = boxes if boxes is not None else recipe.layout if recipe else None
+    lora = recipe.config.lora if recipe else (layout_options.lora_place or LoraPlace.everywhere).value
+    by_place = several.acts_by_place(lora, wanted_boxes is not None, background)
+    layout = layout_together(several, wanted_boxes, within, by_place)
     chosen = choose_device(compute.device)
     dtype, wanted = choose_dtype(compute.mixed_precision, chosen), source.model_path or own_base(bundle)
     attention = choose_attention(compute.attention_backend, chosen, dtype)
@@ -148,7 +151,7 @@ def synthesize(
     check_sampling(wanted, config)
     side = max(config.width or 0, config.height or 0) or None
     plan = plan_within("synthesize", wanted, chosen, dtype, side, compute.vram_gib,
-                       attention.name, bundle.config, config, len(tokens), sampling.batch_size)  # fmt: skip
+                       attention.name, bundle.config, config, len(several.tokens), sampling.batch_size)  # fmt: skip
     base = load_base_of(bundle, source.model_path, chosen, dtype, plan.settings.memory if plan else None)
     judge = measured_by(bundle, base, None, evaluators) if best_of else None
     if recipe and recipe.base_fingerprint not in ("", base.fingerprint):
@@ -164,11 +167,10 @@ def synthesize(
             result = synthesis_result(drawn, base, bundle, **facts)
         else:
             with Bar() as bar:
-                result = run_synthesize(base, bundles if several else bundle, prompt, layout, num_images=sampling.batch_size,
-                                        seed=seed, config=config, aliases=several.aliases if several else None,
+                result = run_synthesize(base, several, prompt, layout, num_images=sampling.batch_size, seed=seed, config=config,
                                         background_lora=background, on_progress=bar.denoising)  # fmt: skip
-            if recipe and not several:
-                result = synthesis_result(result.synthesis, base, bundle, **recipe.facts)
+            if recipe:
+                result = synthesis_result(result.synthesis, base, several, **recipe.facts)
         with numbered_folder(output.output_path, place) as folder, waiting("writing the pictures"):
             paths = result.save(folder, output.overwrite)
         if kept:
@@ -247,7 +249,7 @@ def _recipe(again: Path | None, prompt: str | None, boxes: str | None, options: 
         return None
     from ..synthesis.recipe import read_recipe
 
-    if prompt is not None or boxes is not None or options != (SynthesisOptions(), LayoutOptions(), 0):
+    if prompt is not None or boxes is not None or options != (SynthesisOptions(), LayoutOptions(), SeveralOptions(), 0):
         raise InputError("--again takes prompt, boxes, seed and settings from the picture, but some were given too; leave them "
                          "out, or leave out --again")  # fmt: skip
     recipe = read_recipe(again)

@@ -21,7 +21,6 @@ from .options import (
     SeveralOptions,
 )
 from .parts import (
-    boxes_together,
     bundles_together,
     check_sampling,
     choose_attention,
@@ -30,6 +29,7 @@ from .parts import (
     count_images,
     family_of,
     import_libraries,
+    layout_together,
     load_base,
     load_base_of,
     not_to_write_into,
@@ -60,7 +60,6 @@ def edit(
     """Put a learned asset, or plain words, into the masked part of a picture; leave the rest alone."""
     names = _model_names(model, source.model_id)
     check_writable(output.output_path or PLACE)
-    from ..boxes import parse_layout
     from ..editing.source_image import load_edit_mask, load_source_image
     from ..prompts import NEGATIVE, assets_in, check_prompt
 
@@ -80,25 +79,23 @@ def edit(
     from ..editing.output import KIND
     from ..presets import edit_preset
 
-    bundles = [] if names[0].lower() == "none" else [load_bundle(find_bundle(name, source.output_dir)) for name in names]
-    bundle = bundles[0] if bundles else None
-    several = bundles_together(bundles, together.word, together.background_lora) if bundles else None
-    place = PLACE / (several.name[:80] if several else bundle.name if bundle else "none")
-    for each in (*bundles, *(() if bundles else (None,))):
+    plain = names[0].lower() == "none"
+    bundles = [] if plain else [load_bundle(find_bundle(name, source.output_dir)) for name in names]
+    several, bundle = bundles_together(bundles, together.word), bundles[0] if bundles else None
+    place = PLACE / several.name
+    for each in (*bundles, *((None,) if plain else ())):
         check_apart(output.output_path, place,
                     {"--init-image": source.init_image, "--mask": source.mask, "--boxes": source.boxes},
                     not_to_write_into(each, source.model_path or ("" if each else "toybox")))  # fmt: skip
     check_output(output.output_path, place, KIND, output.overwrite)
-    tokens = several.tokens if several else bundle.tokens if bundle else ()
-    within = several.within(source.prompt) if several else source.prompt
+    tokens, within = several.tokens, several.within(source.prompt)
     check_prompt(within, tokens)
     check_prompt(sampling.negative_prompt, tokens, NEGATIVE)
     say_weights([source.prompt])
     say_weights([sampling.negative_prompt], NEGATIVE)
     assets = assets_in(within)
-    layout = None
-    if source.boxes is not None:
-        layout = boxes_together(source.boxes, within, several) if several else parse_layout(source.boxes, assets)
+    by_place = several.acts_by_place("everywhere", source.boxes is not None, together.background_lora)
+    layout = layout_together(several, source.boxes, within, by_place and source.boxes is not None)
     chosen = choose_device(compute.device)
     dtype = choose_dtype(compute.mixed_precision, chosen)
     wanted = source.model_path or (own_base(bundle) if bundle else "toybox")
@@ -115,10 +112,8 @@ def edit(
     else:
         base = load_base(wanted, chosen, dtype, memory)
     with use_backend(base.unet, attention), compile_blocks(base.unet, compute.compile), Bar() as bar:
-        result = run_edit(base, bundles if several else bundle, photo, mask, source.prompt, layout,
-                          num_images=sampling.batch_size, seed=compute.seed, config=config,
-                          aliases=several.aliases if several else None, background_lora=together.background_lora,
-                          on_progress=bar.denoising)  # fmt: skip
+        result = run_edit(base, several, photo, mask, source.prompt, layout, num_images=sampling.batch_size, seed=compute.seed,
+                          config=config, background_lora=together.background_lora, on_progress=bar.denoising)  # fmt: skip
     for note in result.edit.notes:
         say(f"note: {note}")
     with numbered_folder(output.output_path, place) as folder, waiting("writing the pictures"):

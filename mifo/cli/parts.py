@@ -181,36 +181,28 @@ def measured_by(bundle: Bundle, base: BaseModel, folder: Path | None, evaluators
     return found
 
 
-def bundles_together(bundles: Sequence[Bundle], words: Sequence[str] | None, background: str | None,
-                     best_of: int | None = None) -> Several | None:  # fmt: skip
-    """The bundles of one picture, where their LoRA acts by place; None for one alone. `words`: such as cat=shelf.asset1."""
-    if len(bundles) == 1 and not words and background is None:
-        return None
+def bundles_together(bundles: Sequence[Bundle], words: Sequence[str] | None) -> Several:
+    """The bundles of one picture. `words`: such as cat=shelf.asset1."""
     from ..bundle.several import Several
 
-    if best_of:
-        raise InputError("--best-of ranks by what one bundle has learned; leave it out with several bundles")
     aliases = {}
     for each in words or ():
         word, equals, name = each.partition("=")
         if not equals:
             raise InputError(f"--as is '{each[:80]}'; expected a word, '=' and an asset, such as cat=shelf.asset1")
         aliases[word.strip().strip("<>")] = name.strip().strip("<>")
-    several = Several(tuple(bundles), aliases)
-    several.number_of(background)
-    return several
+    return Several(tuple(bundles), aliases)
 
 
-def boxes_together(boxes: str | Layout | None, prompt: str, several: Several) -> Layout:
-    """The layout, and a note where one box hides another; `prompt` has the picture's own tokens."""
-    from ..api import layout_within
+def layout_together(several: Several, boxes: str | Layout | None, prompt: str, by_place: bool) -> Layout | None:
+    """The layout under the names that people give, and notes where one box hides another; `prompt` has the picture's own."""
     from ..bundle.several import hidden_boxes
 
-    layout = layout_within(boxes, prompt, several)
-    for token, other in hidden_boxes(layout):
-        say(f"note: the box of {several.full_name(token)} lies within that of {several.full_name(other)}, which comes later: "
-            "there the later one's LoRA acts")  # fmt: skip
-    return several.layout_outside(layout) or layout
+    layout = several.layout(boxes, prompt, by_place)
+    for token, other in hidden_boxes(layout) if by_place and layout else ():
+        say(f"note: the box of {several.outside(token)} lies within that of {several.outside(other)}, which comes later: there "
+            "the later one's LoRA acts")  # fmt: skip
+    return several.layout_outside(layout)
 
 
 def bundle_name(name: str) -> str:

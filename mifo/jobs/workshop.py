@@ -12,7 +12,9 @@ from typing import Any
 from PIL import Image
 
 from .. import api
+from ..boxes import layout_of
 from ..bundle.instance_copy import kept_instance
+from ..bundle.several import Several
 from ..bundle.store import Bundle, attach, base_of_bundle, find_bundle, load_bundle
 from ..config import Drawing, LearnConfig, MemoryConfig, with_steps
 from ..data.instance import Instance, load_instance, with_background, without_background
@@ -31,6 +33,7 @@ from ..model.base import BaseModel
 from ..model.device import choose_device, choose_dtype, precision_name
 from ..planning.report import limit_gpu
 from ..presets import edit_preset, learn_preset, synthesis_preset
+from ..prompts import assets_in
 from ..synthesis.synthesize import KIND as SYNTHESIS
 from .job import EditJob, EvaluateJob, Job, LearnJob, SynthesizeJob
 
@@ -85,7 +88,7 @@ class Workshop:
                 raise InputError("best_of chooses one picture of one bundle's things; leave it out, or num_images")
             learned_from = without_background(kept_instance(bundle.folder, bundle.tokens, bundle.instance))
             judge = make_backend("auto", base.family, learned_from, str(base.device))
-            layout = api.layout_of(job.boxes, job.prompt)
+            layout = layout_of(job.boxes, assets_in(job.prompt))
             with attach(base, bundle, config.lora_scale):
                 found = draw_best(base, job.prompt, layout, bundle.tokens, config, job.seed, job.best_of, judge,
                                   _steps(report, "pictures"))  # fmt: skip
@@ -192,7 +195,7 @@ class Workshop:
         return self._base[1]
 
     def _place(self, bundles: list[Bundle]) -> Path:
-        return self.output / ("+".join(bundle.name for bundle in bundles)[:80] or "none")
+        return self.output / Several.of(bundles).name
 
 
 class SavePreview(Callback):

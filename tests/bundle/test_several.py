@@ -114,12 +114,12 @@ def test_lora_changes_its_own_layers_pixels_alone(toybox_random_base: BaseModel,
 
     from mifo.attention.bounded import BoundedAttention, ForwardPass, Owners
     from mifo.boxes import Box, Layout
-    from mifo.bundle.several import attach_by_place
+    from mifo.bundle.several import lend
     from mifo.prompts import tokenize_prompt
 
     base, both = toybox_random_base, several(pair)
     layout = Layout(("<asset0>", "<asset2>"), (Box(*LEFT), Box(*RIGHT)))
-    with attach_by_place(base, both):
+    with lend(base, both, by_place=True):
         prompt = tokenize_prompt(base.tokenizer, "a photo of <asset0> and <asset2>", ["<asset0>", "<asset2>"])
         local = base.local_lora
         control = BoundedAttention(prompt, layout, (16, 16), "cpu", True, sampling=ForwardPass(2, True),

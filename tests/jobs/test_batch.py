@@ -66,8 +66,9 @@ def test_what_stands_at_a_job_s_output_is_not_replaced(place: Path) -> None:
     assert "other things in it (note.txt)" in result.stderr and sorted(p.name for p in Path("mine").iterdir()) == ["note.txt"]
     with pytest.raises(AssertionError, match="both write to mine"):
         mifo("synthesize", "--batch-file", write_jobs(place, job, {**job, "seed": 2}))
-    result = mifo("synthesize", "desk", "--batch-file", write_jobs(place, job), exit_code=2)
-    assert "leave the others out" in result.stderr
+    for other in (["desk"], ["--steps", 3], ["--seed", 1], ["--overwrite"], ["--compile"], ["--vram-gib", 12], ["--lora-place", "boxes"]):
+        result = mifo("synthesize", *other, "--batch-file", write_jobs(place, job), exit_code=2)
+        assert "leave other options out" in result.stderr
 
 
 def test_photos_learned_together_are_those_learned_alone(tmp_path: Path) -> None:
