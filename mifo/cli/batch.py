@@ -31,7 +31,7 @@ def draw_batch(job: Job, batch_file: Path, output_path: Path | None, bundles: Pa
     from ..jobs.batch import do_all, items_of
     from ..jobs.workshop import Workshop
 
-    items = items_of(jobs, output)
+    items = items_of(jobs, output, bundles)
     workshop = Workshop(bundles, device=device, precision=precision)
     outcomes: list[Outcome] = []
     job.hint = lambda: f"; {len(outcomes)} of {len(items)} jobs are behind: the same command goes on from there"

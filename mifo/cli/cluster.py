@@ -47,7 +47,7 @@ def _run(job: Job, kind: str, jobs: Path, output: str, bundles: str, workers: in
         if not is_remote(place):
             check_writable(Path(place))
     output, bundles = (place if is_remote(place) else str(Path(place).resolve()) for place in (output, bundles))
-    items = items_of(read, output)
+    items = items_of(read, output, bundles)
     spread = Workers(workers, gpus, threads=threads, address=address)
     with waiting("starting the workers"):
         connect(spread)

@@ -94,7 +94,7 @@ def synthesize(
             SynthesisOptions(), LayoutOptions(), SeveralOptions(), EvaluatorOptions(), machine, None, False)  # fmt: skip
         if model_id or prompt is not None or boxes is not None or again is not None or not alone:
             raise InputError("--batch-file has each job's bundles, prompt, boxes, seed and settings in its lines; leave other "
-                             "options out, but for --output-path, --output-dir, --device, --mixed-precision and --json")  # fmt: skip
+                             "options out, but for --output-path, --output-dir, --device, --mixed-precision and --json")
         draw_batch(job, batch_file, output.output_path, source.output_dir, compute.device, compute.mixed_precision.value)
         return
     from ..prompts import NEGATIVE, check_prompt

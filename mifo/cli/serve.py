@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Annotated
 
@@ -47,10 +48,15 @@ def serve(
         state, bundles, output = folder / ".mifo_serve", folder / "Model_ours", folder / "output"
         service = make_service(state, bundles, output, model_path, known,
                                Limits(most_queued=most_queued, most_a_minute=most_a_minute))  # fmt: skip
-    with working(state, bundles, output):
-        server = uvicorn.Server(uvicorn.Config(service, host, port, log_level="warning", access_log=False))
+    with _listening(host, port) as taken, working(state, bundles, output):
         job.text(f"mifo serves at http://{host}:{port}; Ctrl-C ends it, and jobs that wait are done when it is started again")
         job.json({"address": f"http://{host}:{port}"})
-        server.run()
-        if not server.started:
-            raise InputError(f"port {port} of {host} cannot be had; choose another --port")
+        uvicorn.Server(uvicorn.Config(service, log_level="warning", access_log=False)).run(sockets=[taken])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """The port, before anything is said of it. Raises InputError where it cannot be had."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise InputError(f"port {port} of {host} cannot be had ({error.strerror}); choose another --port") from None

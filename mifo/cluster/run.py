@@ -39,11 +39,11 @@ class Workers:
 class Worker:
     """What runs in an actor: a workshop, and copies of the bundles that it was asked for."""
 
-    def __init__(self, bundles: str, output: str, threads: int, device: str = "", precision: str = "auto"):
+    def __init__(self, bundles: str, threads: int, device: str = "", precision: str = "auto"):
         import torch
 
         torch.set_num_threads(threads)
-        self.bundles, self.output = bundles, output
+        self.bundles = bundles
         self._holder = tempfile.TemporaryDirectory(prefix="mifo-worker-")
         own = Path(self._holder.name) if is_remote(bundles) else Path(bundles)
         self.workshop = Workshop(own, device=device, precision=precision)
@@ -63,11 +63,11 @@ class Worker:
             place = item.job.output if isinstance(item.job, DRAWS) else None
             if place is None or not is_remote(place):
                 return do_item(self.workshop, item)
-            if is_whole(place):
+            if item.own_place and is_whole(place):
                 return Outcome(item.index, "there", {"folder": place})
             with tempfile.TemporaryDirectory(prefix="mifo-item-") as holder:
                 local = Path(holder) / "item"
-                outcome = do_item(self.workshop, Item(item.index, replace(item.job, output=str(local))))  # type: ignore[call-arg]
+                outcome = do_item(self.workshop, replace(item, job=replace(item.job, output=str(local))))  # type: ignore[call-arg]
                 if outcome.state == "failed":
                     return outcome
                 put(local, place)
@@ -102,7 +102,7 @@ def run(items: Sequence[Item], workers: Workers, bundles: str, device: str = "",
     if workers.gpus:
         options["num_gpus"] = workers.gpus
     made = ray.remote(Worker).options(**options)
-    actors = [made.remote(bundles, "", workers.threads, device, precision) for _ in range(min(workers.count, max(1, len(items))))]
+    actors = [made.remote(bundles, workers.threads, device, precision) for _ in range(min(workers.count, max(1, len(items))))]
     waiting, flying = list(items)[::-1], {}
     try:
         for actor in actors * IN_FLIGHT:

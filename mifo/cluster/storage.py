@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +52,6 @@ def put(folder: Path, place: str) -> None:
         system.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
         system.put_file(str(folder / name), target)
     system.put_file(str(folder / MANIFEST), f"{path}/{MANIFEST}")
-
-
-@contextmanager
-def fetched(place: str) -> Iterator[Path]:
-    """A copy of such a folder on this machine, for as long as the block lasts. Raises InputError where it is not whole."""
-    with tempfile.TemporaryDirectory(prefix="mifo-") as holder:
-        folder = Path(holder) / place.rstrip("/").rsplit("/", 1)[-1]
-        fetch(place, folder)
-        yield folder
 
 
 def fetch(place: str, folder: Path) -> None:

@@ -58,17 +58,21 @@ class Job:
         return f"{verb}: nothing half-written is left; {whole}{self.hint()}"
 
 
-class Shown:
-    """Whether progress is shown at all, in this process."""
+@dataclass
+class Display:
+    """What this process shows beside results and messages."""
 
-    progress = True
+    progress: bool = True
+
+
+display = Display()
 
 
 @contextmanager
 def running(as_json: bool, quiet: bool = False) -> Iterator[Job]:
     """Keeps standard output for the job's results, and turns what goes wrong into one message and an exit status."""
     job = Job(as_json, sys.stdout)
-    Shown.progress = not quiet
+    display.progress = not quiet
     try:
         with _listening(), redirect_stdout(sys.stderr if speaks_freely() else _Nowhere()):
             yield job
@@ -146,7 +150,7 @@ class Bar:
             self._bar = None
 
     def _show(self, label: str, done: int, total: int, losses: dict[str, float]) -> None:
-        if not Shown.progress:
+        if not display.progress:
             return
         from tqdm import tqdm
 
@@ -199,7 +203,7 @@ def _beside_bars() -> Iterator[None]:
 def waiting(label: str) -> Iterator[None]:
     """Shows the seconds that pass within the block, where they cannot be counted in steps; nothing if it ends at once."""
     done = threading.Event()
-    if not Shown.progress:
+    if not display.progress:
         yield
         return
 

@@ -40,7 +40,8 @@ class Manifest:
 def write_manifest(folder: Path, kind: str, without: str = "") -> None:
     """Lists all files below `folder`, but for the one named `without`. Raises OSError when it cannot be written."""
     names = [name for name in _entries(folder) if name not in (MANIFEST, without)]
-    files = {name: (size, digest) for name in names if (size := _size(folder / name)) >= 0 and (digest := _digest(folder / name))}
+    found = {name: (_size(folder / name), file_digest(folder / name)) for name in names}
+    files = {name: (size, digest) for name, (size, digest) in found.items() if size >= 0 and digest}
     (folder / MANIFEST).write_bytes(Manifest(kind, files).to_bytes())
 
 
@@ -79,7 +80,7 @@ def foreign_entries(folder: Path, limit: int = 6) -> list[str]:
             break
         if manifest is None or (name != MANIFEST and name not in manifest.files):
             found.append(name)
-        elif name != MANIFEST and (_size(folder / name), _digest(folder / name)) != manifest.files[name]:
+        elif name != MANIFEST and (_size(folder / name), file_digest(folder / name)) != manifest.files[name]:
             found.append(f"{name} (changed)")
     return found
 
@@ -102,7 +103,7 @@ def remove_ours(folder: Path) -> None:
         return
     for name, listed in manifest.files.items():
         with suppress(OSError):
-            if (_size(folder / name), _digest(folder / name)) == listed:
+            if (_size(folder / name), file_digest(folder / name)) == listed:
                 (folder / name).unlink()
     inside = {parent for name in manifest.files for parent in Path(name).parents} - {Path(".")}
     with suppress(OSError):
@@ -136,7 +137,7 @@ def _size(path: Path) -> int:
     return -1
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
     """SHA-256 of a regular file; empty for anything else."""
     if _size(path) < 0:
         return ""

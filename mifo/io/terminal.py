@@ -21,6 +21,15 @@ CURSOR_UP = re.compile("(\x1b\\[A)+")  # what tqdm writes between several bars, 
 DEBUG = "MIFO_DEBUG"  # set: libraries say all that they have to say
 
 
+#: The folders of an absolute path, POSIX or Windows; no address of the web.
+FOLDERS = re.compile(r"(?<![\w.:/\\])(?:[A-Za-z]:)?[\\/](?:[^\\/\s'\"]+[\\/])+")
+
+
+def without_folders(message: str) -> str:
+    """For what is passed on, or shown to somebody else: of absolute paths the last part alone."""
+    return FOLDERS.sub("", message)
+
+
 def shown(message: str, limit: int | None = MAX_MESSAGE) -> str:
     """One printable line of at most `limit` characters: names from files may hold escapes for terminals, or be huge."""
     if limit is not None and len(message) > limit:

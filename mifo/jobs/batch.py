@@ -1,7 +1,9 @@
 """Many jobs in one process, or what one worker of a cluster does of them: each item whole or not at all, a failed one reported at
 the end, and only what is missing done by a second run.
 
-    <output>/<item>/        item 3 is 0003-<digest of the job and of what it reads>, unless the job names its own output
+    <output>/0003-<digest>/     of item 3: the digest is of the job and of the files that it reads, bundles included
+
+A job that names its own output is there already only if the record in it says the very same of its making.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..errors import InputError, NotFinite
 from ..io.console import OUT_OF_MEMORY
 from ..io.json_text import json_text
+from ..io.manifest import MANIFEST, file_digest
 from ..io.read_files import read_regular
 from .job import EditJob, EvaluateJob, Job, LearnJob, SynthesizeJob
 from .workshop import Report, Workshop, report_nothing
@@ -32,9 +36,8 @@ class Item:
 
     index: int
     job: Job
-
-    def to_json(self) -> dict[str, Any]:
-        return {"index": self.index, "job": self.job.to_json()}
+    own_place: bool = False
+    """Its output is named after all that decides its result, so what stands there is that result."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,12 @@ class Outcome:
         return {"item": self.index, "state": self.state, **({"error": self.error} if self.error else self.result)}
 
 
-def items_of(jobs: Sequence[Job], output: str | Path) -> list[Item]:
-    """Each with its place below `output`, a folder or an address such as s3://bucket/results.
-
-    Raises InputError for two jobs that would write to one place.
+def items_of(jobs: Sequence[Job], output: str | Path, bundles: str | Path) -> list[Item]:
+    """Each with its place below `output`. Both may be addresses, such as s3://bucket/results; a bundle at an address goes by its
+    name. Raises InputError for two jobs that would write to one place.
     """
-    found = [Item(k, _with_output(job, output, k)) for k, job in enumerate(jobs)]
+    known: dict[str, str] = {}
+    found = [_placed(Item(k, job), str(output), str(bundles), known) for k, job in enumerate(jobs)]
     places: dict[str, int] = {}
     for item in found:
         place = _place(item.job)
@@ -71,11 +74,17 @@ def items_of(jobs: Sequence[Job], output: str | Path) -> list[Item]:
     return found
 
 
-def _with_output(job: Job, output: str | Path, index: int) -> Job:
+def _placed(item: Item, output: str, bundles: str, known: dict[str, str]) -> Item:
+    job = item.job
     if not isinstance(job, DRAWS) or job.output:
-        return job
-    digest = hashlib.sha256(json_text(job.to_json(), sort_keys=True).encode()).hexdigest()[:12]
-    return replace(job, output=f"{str(output).rstrip('/')}/{index:04d}-{digest}")
+        return item
+    names = (job.bundle,) if isinstance(job, EvaluateJob) else job.bundles
+    files = [f"{bundles}/{name}/{MANIFEST}" for name in names] + ([job.image, job.mask] if isinstance(job, EditJob) else [])
+    for file in files:
+        known.setdefault(file, file_digest(Path(file)))  # empty where nothing is, of which the job will speak
+    read = [known[file] for file in files]
+    digest = hashlib.sha256(json_text([__version__, job.to_json(), read], sort_keys=True).encode()).hexdigest()[:12]
+    return replace(item, job=replace(job, output=f"{output.rstrip('/')}/{item.index:04d}-{digest}"), own_place=True)
 
 
 def _place(job: Job) -> str | None:
@@ -85,7 +94,7 @@ def _place(job: Job) -> str | None:
 def do_item(workshop: Workshop, item: Item, report: Report = report_nothing) -> Outcome:
     """Does it unless it is there. What is wrong with it becomes its outcome; Ctrl-C and a full disk go on."""
     try:
-        there = finished(item.job)
+        there = finished(workshop, item)
         if there is not None:
             return Outcome(item.index, "there", there)
         return Outcome(item.index, "done", workshop.do(item.job, report))
@@ -97,30 +106,26 @@ def do_item(workshop: Workshop, item: Item, report: Report = report_nothing) -> 
         return Outcome(item.index, "failed", {}, told[:1000], False)
 
 
-def finished(job: Job) -> dict[str, Any] | None:
-    """What an earlier run of the same job has left, if it is just that: the folder's record says the same of its making.
-
-    None where nothing is there, or something else, which the job will refuse to replace.
-    """
-    if isinstance(job, LearnJob) or not isinstance(job, DRAWS) or not job.output:
+def finished(workshop: Workshop, item: Item) -> dict[str, Any] | None:
+    """What an earlier run has left of this very item. None where nothing is there, or anything else, which the job will refuse to
+    replace."""
+    job = item.job
+    if isinstance(job, LearnJob):
+        return workshop.learned_already(job)
+    if not isinstance(job, DRAWS) or not job.output or not (item.own_place or isinstance(job, SynthesizeJob)):
         return None
     folder = Path(job.output)
+    path = folder / RECORDS[job.kind]
     try:
-        record = json.loads(read_regular(folder / RECORDS[job.kind], MAX_RECORD_BYTES))
-        if isinstance(job, EvaluateJob):
-            return {"folder": str(folder), "json": str(folder / RECORDS[job.kind])}
-        names = record.get("bundles") or ([record["bundle"]] if record.get("bundle") else [])
-        count = 1 if isinstance(job, SynthesizeJob) and job.best_of else job.num_images
-        same = names == [Path(name).name for name in job.bundles] and record["batch_size"] == count
-        if isinstance(job, SynthesizeJob) and not job.best_of:
-            same = same and record["seed"] == job.seed
-        if not same or (len(names) < 2 and record["prompt"] != job.prompt):
-            return None
+        record = json.loads(read_regular(path, MAX_RECORD_BYTES))
+        written = os.stat(path).st_mtime
         images = [str(folder / (each if isinstance(each, str) else each["image"]))
                   for each in record.get("images") or record.get("candidates", [])]  # fmt: skip
-        return {"folder": str(folder), "images": images, "json": str(folder / RECORDS[job.kind])}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+    if not item.own_place and isinstance(job, SynthesizeJob) and not workshop.would_write(job, record, written):
+        return None
+    return {"folder": str(folder), "images": images, "json": str(path)}
 
 
 def in_order(items: Sequence[Item]) -> list[Item]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -13,10 +14,13 @@ from PIL import Image
 
 from .. import api
 from ..boxes import layout_of
+from ..bundle.catalogue import RECORD
 from ..bundle.instance_copy import kept_instance
 from ..bundle.several import Several
-from ..bundle.store import Bundle, attach, base_of_bundle, find_bundle, load_bundle
-from ..config import Drawing, LearnConfig, MemoryConfig, with_steps
+from ..bundle.shelf import check_name
+from ..bundle.store import Bundle, attach, base_of_bundle, find_bundle, is_bundle, load_bundle
+from ..bundle.target import photo_digest
+from ..config import Drawing, LearnConfig, MemoryConfig, to_dict, with_steps
 from ..data.instance import Instance, load_instance, with_background, without_background
 from ..editing.output import KIND as EDIT
 from ..errors import InputError
@@ -24,12 +28,13 @@ from ..evaluation.best_of import draw_best
 from ..evaluation.choose import make_backend
 from ..evaluation.report import KIND as EVALUATION
 from ..io.files import write_file
+from ..io.json_text import json_text
 from ..io.outputs import PLACE, check_apart, check_output, numbered_folder
 from ..io.sheets import sheets_in
 from ..learning.report import draw_attention_sheet
 from ..learning.state import PhaseRun
 from ..learning.trainer import Callback, Trainer
-from ..model.base import BaseModel
+from ..model.base import BaseModel, family_of
 from ..model.device import choose_device, choose_dtype, precision_name
 from ..planning.report import limit_gpu
 from ..presets import edit_preset, learn_preset, synthesis_preset
@@ -122,25 +127,20 @@ class Workshop:
                 "seconds": round(result.edit.seconds, 2), "peak_gib": round(result.edit.peak_gib, 3)}  # fmt: skip
 
     def _learn(self, job: LearnJob, report: Report, preview: Path | None) -> dict[str, Any]:
-        instance = load_instance(Path(job.instance))
-        if job.background:
-            instance = with_background(instance)
-        name = job.name or Path(job.instance).name
+        instance = self._instance(job)
         config, memory = self._learn_config(job, instance.count)
         base = self.base(job.model, memory)
         callbacks = [SavePreview(preview, instance)] if preview else []
-        bundle = api.learn(instance, base, self.bundles / name, config, resume=True, overwrite=job.overwrite,
+        bundle = api.learn(instance, base, self.bundles / _bundle_name(job), config, resume=True, overwrite=job.overwrite,
                            callbacks=callbacks,
                            on_progress=lambda p: report(PHASES[p.phase], p.step, p.total, p.losses))  # fmt: skip
-        shares = bundle.metadata["attention_inside_mask"]
-        return {"bundle": bundle.name, "folder": str(bundle.folder), "tokens": list(bundle.tokens),
-                "images": [str(bundle.folder / "preview.png"), str(bundle.folder / "attention.png")],
-                "attention_inside_mask": shares, "seconds": bundle.metadata["seconds"],
-                "peak_gib": bundle.metadata["peak_gib"]}  # fmt: skip
+        return _learned(bundle)
+
+    def _instance(self, job: LearnJob) -> Instance:
+        instance = load_instance(Path(job.instance))
+        return with_background(instance) if job.background else instance
 
     def _learn_config(self, job: LearnJob, assets: int) -> tuple[LearnConfig, MemoryConfig]:
-        from ..model.base import family_of
-
         config = learn_preset(family_of(job.model))
         device = choose_device(self.device)
         dtype = choose_dtype(self.precision, device)
@@ -169,12 +169,42 @@ class Workshop:
             paths = result.save(folder)
         return {"folder": str(folder), "images": [paths["contact_sheet"]], "json": paths["json"], "table": str(result)}
 
+    # --- what is there already ------------------------------------------------------------------
+
+    def learned_already(self, job: LearnJob) -> dict[str, Any] | None:
+        """The bundle that stands there, if it was learned from this very photo with these very settings."""
+        folder = self.bundles / _bundle_name(job)
+        if not is_bundle(folder):
+            return None
+        bundle, instance = load_bundle(folder), self._instance(job)
+        config, _ = self._learn_config(job, instance.count)
+        wanted = replace(config, mixed_precision=bundle.config.mixed_precision)
+        same = bundle.metadata.get("photo_digest") == photo_digest(instance) and bundle.config == wanted
+        return _learned(bundle) if same else None
+
+    def would_write(self, job: SynthesizeJob, record: Mapping[str, Any], written: float) -> bool:
+        """Whether a record, of that time, is what the job would write; and no bundle has been learned again since."""
+        if job.best_of:
+            return False  # its seed is found by drawing
+        several = Several.of([self.bundle(name) for name in job.bundles])
+        name = self._base_name(several.first, job.model)
+        config = _drawing(synthesis_preset(family_of(name)), job, width=job.width, height=job.height)
+        within = several.within(job.prompt)
+        by_place = several.acts_by_place(config.lora, job.boxes is not None, None)
+        layout = several.layout_outside(several.layout(job.boxes, within, by_place))
+        mine = {"prompt": several.outside(within), "boxes": layout.to_json() if layout else None, "seed": job.seed,
+                "batch_size": job.num_images, "config": to_dict(config)}  # fmt: skip
+        names = record.get("bundles") or [n for n in [record.get("bundle")] if n]
+        learned = [os.stat(bundle.folder / RECORD).st_mtime for bundle in several.bundles]
+        same = json.loads(json_text(mine)) == {key: record.get(key) for key in mine}
+        return same and names == [b.name for b in several.bundles] and all(time <= written for time in learned)
+
     # --- what is held ---------------------------------------------------------------------------
 
     def bundle(self, name: str) -> Bundle:
         """Read again when its record has been written again."""
         folder = find_bundle(name, self.bundles)
-        written = os.stat(folder / "bundle.json").st_mtime
+        written = os.stat(folder / RECORD).st_mtime
         if folder in self._read and self._read[folder][0] == written:
             return self._read[folder][1]
         bundle = load_bundle(folder)
@@ -185,7 +215,10 @@ class Workshop:
 
     def base_of(self, bundle: Bundle | None, model: str | None) -> BaseModel:
         """The base model that was asked for, or the bundle's own, or the one that comes with mifo."""
-        return self.base(model or (base_of_bundle(bundle) if bundle else "toybox"), MemoryConfig())
+        return self.base(self._base_name(bundle, model), MemoryConfig())
+
+    def _base_name(self, bundle: Bundle | None, model: str | None) -> str:
+        return model or (base_of_bundle(bundle) if bundle else "toybox")
 
     def base(self, name: str, memory: MemoryConfig) -> BaseModel:
         """Loaded when it is another than the last job's; the last one is let go first, for there may be room for one alone."""
@@ -226,6 +259,17 @@ def _drawing(config: Drawing, job: SynthesizeJob | EditJob, **sizes: int | None)
     changed = with_steps(config, job.steps)
     given: dict[str, Any] = {"guidance_scale": job.guidance_scale, "negative_prompt": job.negative_prompt, **sizes}
     return replace(changed, **{k: v for k, v in given.items() if v is not None})
+
+
+def _bundle_name(job: LearnJob) -> str:
+    """Raises InputError for what can name none."""
+    return check_name(job.name or Path(job.instance).name)
+
+
+def _learned(bundle: Bundle) -> dict[str, Any]:
+    measured = {name: bundle.metadata[name] for name in ("attention_inside_mask", "seconds", "peak_gib")}
+    return {"bundle": bundle.name, "folder": str(bundle.folder), "tokens": list(bundle.tokens),
+            "images": [str(bundle.folder / "preview.png"), str(bundle.folder / "attention.png")], **measured}  # fmt: skip
 
 
 def _steps(report: Report, what: str) -> Callable[[int, int], None]:

@@ -6,7 +6,6 @@
 
 import base64
 import binascii
-import io
 import secrets
 import shutil
 from collections.abc import Awaitable, Callable
@@ -27,6 +26,7 @@ from ..errors import InputError
 from ..io.files import write_file
 from ..io.image_file import open_image
 from ..io.json_text import json_text
+from ..io.terminal import without_folders
 from ..jobs.job import EditJob, Job, LearnJob, SynthesizeJob
 from ..jobs.store import DONE, Entry, JobStore, QueueFull
 from ..jobs.worker import LIST
@@ -131,6 +131,7 @@ class Limits(BaseModel):
 
 REFUSED: dict[int | str, dict[str, Any]] = {
     401: {"model": Told, "description": "The key is missing or wrong."},
+    411: {"model": Told, "description": "The request does not say how long it is."},
     413: {"model": Told, "description": "The request is too large."},
     429: {"model": Told, "description": "Too many requests, or too many jobs wait."},
 }
@@ -165,7 +166,7 @@ def make_service(state: Path, bundles: Path, output: Path, model: str | None = N
         length = request.headers.get("content-length", "")
         if request.method in ("POST", "PUT", "PATCH"):
             if not length.isdigit():
-                return JSONResponse({"detail": "say how long the request is, in Content-Length"}, 413)
+                return JSONResponse({"detail": "say how long the request is, in Content-Length"}, 411)
             if int(length) > limits.most_bytes:
                 return JSONResponse({"detail": f"at most {limits.most_bytes} bytes are taken"}, 413)
         return await proceed(request)
@@ -173,7 +174,7 @@ def make_service(state: Path, bundles: Path, output: Path, model: str | None = N
     @service.exception_handler(InputError)
     async def refuse(request: Request, error: InputError) -> JSONResponse:
         status = 429 if isinstance(error, QueueFull) else 409
-        return JSONResponse({"detail": str(error)}, status, {"Retry-After": "30"} if status == 429 else None)
+        return JSONResponse({"detail": without_folders(str(error))}, status, {"Retry-After": "30"} if status == 429 else None)
 
     def add(job: Job, owner: str) -> Accepted:
         return Accepted(id=store.add(job, owner, limits.most_queued))
@@ -251,7 +252,7 @@ def shown(entry: Entry) -> Shown:
     images = [f"/jobs/{entry.id}/images/{k}" for k in range(len(result.get("images", [])))] if entry.state == DONE else []
     progress = Progress(**{k: entry.progress[k] for k in ("what", "done", "total")}) if entry.progress else None
     return Shown(id=entry.id, kind=entry.request["kind"], state=entry.state, progress=progress, images=images,  # type: ignore[arg-type]
-                 bundle=result.get("bundle"), error=entry.error)  # fmt: skip
+                 bundle=result.get("bundle"), error=without_folders(entry.error) if entry.error else None)  # fmt: skip
 
 
 def boxes_text(boxes: list[list[float]] | None) -> str | None:
@@ -280,7 +281,7 @@ def keep_upload(state: Path, data: str, what: str) -> Path:
         open_image(path)
     except InputError as error:
         path.unlink()
-        raise InputError(f"{what} cannot be used: {str(error).replace(str(path), 'it')}") from None
+        raise InputError(f"{what} cannot be used: {error}") from None
     return path
 
 
@@ -300,12 +301,5 @@ def keep_instance_upload(state: Path, asked: ToLearn) -> Path:
         load_instance(folder)
     except InputError as error:
         shutil.rmtree(folder)
-        raise InputError(str(error).replace(str(folder), "the photo")) from None
+        raise InputError(f"the photo and its masks cannot be used: {error}") from None
     return folder
-
-
-def picture_text(image: Any) -> str:
-    """A Pillow image as the service takes it."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,10 +26,9 @@ from ..io.files import write_file
 from ..io.json_text import json_text
 from ..io.lock import checkpoint_folder, open_folder
 from ..io.tensor_file import Damaged, read_state, remove_state, write_state
+from ..io.terminal import without_folders
 from ..model.base import BaseModel
 
-#: The folders of an absolute path, POSIX or Windows; no address of the web.
-FOLDERS = re.compile(r"(?<![\w.:/\\])(?:[A-Za-z]:)?[\\/](?:[^\\/\s'\"]+[\\/])+")
 Draw = Callable[[], list[Image.Image]]
 #: (name for people, recipe, number of pictures, how to draw them) -> the pictures, or None where drawing them failed
 Keep = Callable[[str, Mapping[str, Any], int, Draw], "Sequence[Image.Image] | None"]
@@ -108,8 +106,7 @@ class ImageJob:
 
     def failed(self) -> dict[str, str]:
         """`failures` for a record that is passed on: of paths in the reasons, the last part alone."""
-        own = re.compile("|".join(re.escape(f"{place}{os.sep}") for place in (Path.cwd(), Path.home())))
-        return {name: FOLDERS.sub("", own.sub("", reason)) for name, reason in self.failures.items()}
+        return {name: without_folders(reason) for name, reason in self.failures.items()}
 
     @property
     def status(self) -> int:

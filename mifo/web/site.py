@@ -12,12 +12,11 @@ from typing import Any, TypeVar
 import gradio as gr
 
 from ..errors import InputError, NotFinite
+from ..io.terminal import without_folders
 from ..jobs.store import JobStore
 from ..jobs.worker import LIST
 
 T = TypeVar("T")
-#: The folders of an absolute path, or of one below a folder of ours.
-FOLDERS = re.compile(r"(?<![\w.:/\\])(?:[A-Za-z]:)?[\\/]?(?:[^\\/\s'\"(]+[\\/])+(?=[^\\/\s])")
 OPTION = re.compile(r"--([a-z])([a-z-]*)")
 MOST_QUEUED = 20
 
@@ -46,7 +45,7 @@ class Site:
 
 def told(error: Exception | str) -> str:
     """The message for a page: no folders, and options as words."""
-    return OPTION.sub(lambda m: m[1] + m[2].replace("-", " "), FOLDERS.sub("", str(error)))
+    return OPTION.sub(lambda m: m[1] + m[2].replace("-", " "), without_folders(str(error)))
 
 
 def guarded(function: Callable[..., T]) -> Callable[..., T]:

@@ -69,7 +69,7 @@ def clustered(place: Path, jobs: list[SynthesizeJob], workers: int) -> tuple[flo
     from mifo.cluster.run import Workers, connect, run
 
     ray = connect(Workers(workers))
-    items = items_of(jobs, place / f"workers{workers}")
+    items = items_of(jobs, place / f"workers{workers}", place / "Model_ours")
     started, ends, drawn = time.perf_counter(), [], []
     for outcome in run(items, Workers(workers), str(place / "Model_ours")):
         assert outcome.state == "done", outcome

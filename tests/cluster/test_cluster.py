@@ -54,7 +54,7 @@ def in_one_process(place: Path) -> dict[str, bytes]:
     from mifo.jobs.batch import do_all, items_of
     from mifo.jobs.workshop import Workshop
 
-    items = items_of(jobs_of(8), place / "one")
+    items = items_of(jobs_of(8), place / "one", place / "Model_ours")
     assert [o.state for o in do_all(Workshop(place / "Model_ours"), items)] == ["done"] * 8
     return pictures(place / "one")
 
@@ -68,7 +68,7 @@ def run_on(place: Path, items: list[Any], bundles: str) -> list[Any]:
 def test_a_killed_worker_loses_nothing(cluster: Any, place: Path, in_one_process: dict[str, bytes]) -> None:
     from mifo.jobs.batch import items_of
 
-    items = items_of(jobs_of(8), place / "killed")
+    items = items_of(jobs_of(8), place / "killed", place / "Model_ours")
     victims: list[int] = []
 
     def kill_one() -> None:
@@ -100,7 +100,7 @@ def test_a_node_comes_and_goes(cluster: Any, place: Path, in_one_process: dict[s
     node = cluster.add_node(num_cpus=1)
     leave = threading.Timer(6, lambda: cluster.remove_node(node))
     leave.start()
-    outcomes = run_on(place, items_of(jobs_of(8), place / "nodes"), str(place / "Model_ours"))
+    outcomes = run_on(place, items_of(jobs_of(8), place / "nodes", place / "Model_ours"), str(place / "Model_ours"))
     leave.join()
     assert sorted(o.index for o in outcomes) == list(range(8)) and {o.state for o in outcomes} <= {"done", "there"}
     assert pictures(place / "nodes") == in_one_process
@@ -110,7 +110,7 @@ def test_addresses_hold_bundles_and_results(cluster: Any, place: Path, in_one_pr
     """Any fsspec address; here file://, which every machine has."""
     from mifo.jobs.batch import items_of
 
-    items = items_of(jobs_of(3), f"file://{place}/remote")
+    items = items_of(jobs_of(3), f"file://{place}/remote", place / "Model_ours")
     outcomes = run_on(place, items, f"file://{place}/Model_ours")
     assert [o.state for o in outcomes] == ["done"] * 3
     found = pictures(place / "remote")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,33 @@ def test_only_what_is_missing_or_changed_is_drawn_again(place: Path) -> None:
     assert sorted(states) == [(0, "there"), (1, "done")]
 
 
+def test_an_output_of_its_own_is_believed_only_if_all_is_the_same(place: Path) -> None:
+    """Whatever of a job is changed, the picture that stands there is another's: it is neither taken for this one nor replaced."""
+    job = {"bundles": ["desk"], "prompt": "a photo of <asset0>", "boxes": json.loads(BOX), "output": "mine"}
+    mifo("synthesize", "--batch-file", write_jobs(place, job))
+    before = Path("mine/000000.png").read_bytes()
+    assert '"there"' in mifo("synthesize", "--batch-file", write_jobs(place, job), "--json").stdout
+    changes = ({"boxes": [[0, 0, 0.5, 0.5]]}, {"boxes": None}, {"steps": 3}, {"guidance_scale": 3.5}, {"bundles": ["shelf"]},
+               {"seed": 1}, {"num_images": 2}, {"negative_prompt": "blurry"}, {"prompt": "a photo of <asset1>"})  # fmt: skip
+    for change in changes:
+        result = mifo("synthesize", "--batch-file", write_jobs(place, {**job, **change}), exit_code=2)
+        assert "holds an earlier run's synthesis" in result.stderr, change
+    os.utime("Model_ours/desk/bundle.json")  # as if it had been learned again
+    mifo("synthesize", "--batch-file", write_jobs(place, job), exit_code=2)
+    assert Path("mine/000000.png").read_bytes() == before
+
+
+def test_a_bundle_that_was_learned_again_draws_again(place: Path) -> None:
+    import shutil
+
+    job = {"bundles": ["desk"], "prompt": "a photo of <asset0>"}
+    mifo("synthesize", "--batch-file", write_jobs(place, job))
+    shutil.rmtree("Model_ours/desk")
+    mifo(*learn_arguments(write_instance(place / "cups"), place / "Model_ours", "--name", "desk", "--seed", 5))
+    result = mifo("synthesize", "--batch-file", write_jobs(place, job), "--json")
+    assert '"done"' in result.stdout and len(list(Path("output/jobs").glob("0000-*"))) == 2
+
+
 def test_what_stands_at_a_job_s_output_is_not_replaced(place: Path) -> None:
     Path("mine").mkdir()
     Path("mine/note.txt").write_text("keep")
@@ -66,7 +94,9 @@ def test_what_stands_at_a_job_s_output_is_not_replaced(place: Path) -> None:
     assert "other things in it (note.txt)" in result.stderr and sorted(p.name for p in Path("mine").iterdir()) == ["note.txt"]
     with pytest.raises(AssertionError, match="both write to mine"):
         mifo("synthesize", "--batch-file", write_jobs(place, job, {**job, "seed": 2}))
-    for other in (["desk"], ["--steps", 3], ["--seed", 1], ["--overwrite"], ["--compile"], ["--vram-gib", 12], ["--lora-place", "boxes"]):
+    others = (["desk"], ["--steps", 3], ["--seed", 1], ["--overwrite"], ["--compile"], ["--vram-gib", 12],
+              ["--lora-place", "boxes"])  # fmt: skip
+    for other in others:
         result = mifo("synthesize", *other, "--batch-file", write_jobs(place, job), exit_code=2)
         assert "leave other options out" in result.stderr
 
@@ -92,6 +122,6 @@ def test_jobs_of_one_bundle_stand_behind_each_other() -> None:
 
     wanted = (("b", None), ("a", "m"), ("b", "m"), ("a", None), ("b", None))
     jobs = [SynthesizeJob("x", (name,), model=model) for name, model in wanted]
-    assert [item.index for item in in_order(items_of(jobs, "out"))] == [3, 0, 4, 1, 2]
+    assert [item.index for item in in_order(items_of(jobs, "out", "Model_ours"))] == [3, 0, 4, 1, 2]
     with pytest.raises(InputError, match=r"both write to \./here"):
-        items_of([SynthesizeJob("x", output="here"), SynthesizeJob("y", output="./here")], "out")
+        items_of([SynthesizeJob("x", output="here"), SynthesizeJob("y", output="./here")], "out", "Model_ours")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import signal
@@ -86,9 +88,9 @@ def client(tmp_path: Path) -> Any:
 
 
 def encoded(image: Image.Image) -> str:
-    from mifo.serve.service import picture_text
-
-    return picture_text(image)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def test_a_key_is_needed_and_jobs_are_their_owners(client: Any) -> None:
@@ -264,3 +266,20 @@ def test_others_are_not_served_without_keys(tmp_path: Path) -> None:
 
     result = mifo("serve", "--host", "0.0.0.0", "--folder", tmp_path, exit_code=2)
     assert "give --keys too" in result.stderr
+
+
+def test_a_port_that_is_taken_is_said_before_anything_starts(tmp_path: Path) -> None:
+    from _tiny import mifo
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = mifo("serve", "--port", taken.getsockname()[1], "--folder", tmp_path, exit_code=2)
+    assert "cannot be had" in result.stderr and "serves at" not in result.stdout
+
+
+def test_a_failed_job_names_no_folder_of_the_machine(client: Any, tmp_path: Path) -> None:
+    from mifo.jobs.store import FAILED, JobStore
+    from mifo.jobs.worker import LIST
+
+    number = client.post("/synthesize", json={"prompt": "a car"}).json()["id"]
+    JobStore(tmp_path / "state" / LIST).finish(number, FAILED, error=f"{tmp_path}/Model_ours/desk is damaged; learn it again")
+    assert client.get(f"/jobs/{number}").json()["error"] == "desk is damaged; learn it again"
