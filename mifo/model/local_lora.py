@@ -49,25 +49,18 @@ class LentBundle:
     """By the text encoder's part of the base model."""
 
 
+@dataclass(frozen=True)
 class _Layer:
-    """The adapters of one layer: `down` (R, in, ...) and `up` (out, R, ...) with the ranks stacked, `owner` (R) of each rank."""
+    """The adapters of one layer, their ranks stacked to R."""
 
-    def __init__(self, name: str, module: nn.Module):
-        self.name, self.module = name, module
-        self.downs: list[torch.Tensor] = []
-        self.ups: list[torch.Tensor] = []
-        self.owners: list[int] = []
-        self.down = self.up = torch.empty(0)
-
-    def add(self, owner: int, down: torch.Tensor, up: torch.Tensor, scale: float) -> None:
-        self.downs.append(down.float())
-        self.ups.append(up.float() * scale)
-        self.owners += [owner] * len(down)
-
-    def ready(self, device: torch.device) -> None:
-        self.down, self.up = torch.cat(self.downs).to(device), torch.cat(self.ups, 1).to(device)
-        self.owner = torch.tensor(self.owners, device=device)
-        self.downs, self.ups = [], []
+    name: str
+    module: nn.Module
+    down: torch.Tensor
+    """(R, in), or of a convolution (R, in, k, k); fp32"""
+    up: torch.Tensor
+    """(out, R), or (out, R, 1, 1); fp32, times each adapter's scale"""
+    owner: torch.Tensor
+    """(R,): the adapter's number of each rank"""
 
 
 class LocalLora:
@@ -82,29 +75,31 @@ class LocalLora:
         self.parts, self.bundles, self.owners, self.background, self.scale = parts, bundles, owners, background, scale
         self.layers = self._stack(parts["unet"])
         self._gates: Gates | None = None
-        self._made: dict[Any, torch.Tensor] = {}
 
-    def _stack(self, unet: nn.Module) -> list[_Layer]:
-        layers: dict[str, _Layer] = {}
+    def _stack(self, unet: Any) -> list[_Layer]:
+        """Raises InputError for weights that are not this UNet's layers', or that nothing here would use."""
+        found: dict[str, list[tuple[int, torch.Tensor, torch.Tensor]]] = {}
         for owner, bundle in enumerate(self.bundles):
             if bundle.unet is None:
                 continue
-            config, weights = bundle.unet.config, bundle.unet.weights
-            strength = self.scale * config.lora_alpha / config.r
-            for key, down in weights.items():
-                if not key.endswith(DOWN):
-                    continue
-                name, up = key.removeprefix(PREFIX).removesuffix(DOWN), weights.get(key.removesuffix(DOWN) + UP)
+            weights, strength = bundle.unet.weights, self.scale * bundle.unet.config.lora_alpha / bundle.unet.config.r
+            names = {key.removeprefix(PREFIX).removesuffix(DOWN).removesuffix(UP) for key in weights}
+            if len(weights) != 2 * len(names):
+                raise _misfit(bundle, "a layer's two matrices are not both there, or there is more")
+            for name in sorted(names):
+                down, up = (weights.get(f"{PREFIX}{name}{end}") for end in (DOWN, UP))
                 module = _find(unet, name)
-                if module is None or up is None or not _fits(module, down, up):
-                    raise InputError(f"{bundle.folder / LORA_WEIGHTS} does not fit the base model's layers ({name}); {AGAIN}")
+                if module is None or down is None or up is None or not _fits(module, down, up):
+                    raise _misfit(bundle, name)
                 if "time_emb" in name:
                     raise InputError(f"the bundle '{bundle.name}' changes how the model reads the time ({name}), which has no "
                                      "place in a picture; use it alone")  # fmt: skip
-                layers.setdefault(name, _Layer(name, module)).add(owner, down, up, strength)
-        for layer in layers.values():
-            layer.ready(unet.conv_in.weight.device)  # type: ignore[union-attr, arg-type]
-        return list(layers.values())
+                found.setdefault(name, []).append((owner, down.float(), up.float() * strength))
+        device = unet.conv_in.weight.device
+        return [_Layer(name, unet.get_submodule(name), torch.cat([down for _, down, _ in each]).to(device),
+                       torch.cat([up for *_, up in each], 1).to(device),
+                       torch.tensor([owner for owner, down, _ in each for _ in down], device=device))
+                for name, each in found.items()]  # fmt: skip
 
     def owners_of(self, tokens: Sequence[str]) -> tuple[int, ...]:
         """The bundle's number of each asset."""
@@ -170,6 +165,10 @@ def _find(unet: nn.Module, name: str) -> nn.Module | None:
         return unet.get_submodule(name)
     except AttributeError:
         return None
+
+
+def _misfit(bundle: LentBundle, what: str) -> InputError:
+    return InputError(f"{bundle.folder / LORA_WEIGHTS} does not fit the base model's layers ({what}); {AGAIN}")
 
 
 def _fits(module: nn.Module, down: torch.Tensor, up: torch.Tensor) -> bool:

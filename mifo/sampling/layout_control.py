@@ -90,25 +90,25 @@ def read_texts(base: BaseModel, control: BoundedAttention | None, prompt: Sequen
     if not local or control is None or control.owners is None:
         positive, empty = encode_texts(base, texts, negative, size)
         return Texts(positive, empty, positive.first_tokens(len(prompt)))
-    of_prompt, wanted = control.owners.background, [control.owners.background, *control.owners.of_subjects]
-    read: dict[int | None, tuple[PromptEmbeds, PromptEmbeds]] = {}
-    for owner in dict.fromkeys([*wanted, *(o for o in control.prompt_owners if o >= 0)]):
+    owners, length = [control.owners.background, *control.owners.of_subjects], len(prompt)  # of each text
+    of_prompt: dict[int | None, PromptEmbeds] = {}
+    of_nothing: dict[int | None, PromptEmbeds] = {}
+    own: dict[int, torch.Tensor] = {}  # of each text, (1, L, D)
+    for owner in dict.fromkeys([*owners, *(o for o in control.prompt_owners if o >= 0)]):
+        theirs = [k for k, each in enumerate(owners) if each == owner and k]
         with local.reading_as(owner):
-            own = [prompt, *(text for text, each in zip(texts[1:], wanted[1:], strict=True) if each == owner)]
-            positive, empty = encode_texts(base, own, negative, size)
-            read[owner] = positive, empty.first_tokens(len(negative))
-    length, taken, parts = len(prompt), dict.fromkeys(read, 1), [read[of_prompt][0].first_tokens(len(prompt))]
-    for owner in wanted[1:]:
-        states = read[owner][0].states[:, taken[owner] * length : (taken[owner] + 1) * length]
-        parts.append(replace(parts[0], states=states))
-        taken[owner] += 1
-    guiding = parts[0].states.clone()
-    for position, number in enumerate(control.prompt_owners):
-        if number >= 0:
-            guiding[:, position] = read[number][0].states[:, position]
-    return Texts(replace(parts[0], states=torch.cat([p.states for p in parts], 1)),
-                 replace(read[of_prompt][1], states=torch.cat([read[owner][1].states for owner in wanted], 1)),
-                 replace(parts[0], states=guiding))  # fmt: skip
+            read, empty = encode_texts(base, [prompt, *(texts[k] for k in theirs)], negative, size)
+        of_prompt[owner], of_nothing[owner] = read.first_tokens(length), empty.first_tokens(length)
+        for k, states in zip(theirs, read.states.split(length, 1)[1:], strict=True):
+            own[k] = states
+    first = of_prompt[owners[0]]
+    own[0], guiding = first.states, first.states.clone()
+    for position, owner in enumerate(control.prompt_owners):
+        if owner >= 0:
+            guiding[:, position] = of_prompt[owner].states[:, position]
+    said, unsaid = [own[k] for k in range(len(texts))], [of_nothing[owner].states for owner in owners]
+    return Texts(replace(first, states=torch.cat(said, 1)), replace(of_nothing[owners[0]], states=torch.cat(unsaid, 1)),
+                 replace(first, states=guiding))  # fmt: skip
 
 
 def encode_texts(base: BaseModel, texts: Sequence[Sequence[int]], negative: Sequence[int],

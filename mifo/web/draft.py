@@ -27,7 +27,7 @@ from ..io.json_text import json_text
 from ..io.read_files import read_regular
 from ..segmentation.grabcut import GrabCut, hint_at
 from ..segmentation.hints import Hint
-from ..segmentation.instance_folder import overview, save_instance, without_overlaps
+from ..segmentation.instance_folder import save_instance, without_overlaps
 from ..segmentation.segment import read_photo
 
 BoolArray = npt.NDArray[np.bool_]
@@ -76,11 +76,6 @@ class Draft:
     def _painted(self, thing: Thing, size: tuple[int, int]) -> BoolArray:
         with Image.open(self.folder / thing.painted) as mask:
             return np.asarray(mask.convert("L").resize(size, Image.Resampling.NEAREST)) > 127
-
-    def picture(self) -> Image.Image:
-        """The photo with every mask in its colour, its number on it."""
-        image = self.open()[1]
-        return overview(image, self.masks(image)) if self.things else image
 
     # --- changes --------------------------------------------------------------------------------
 
@@ -138,18 +133,22 @@ class Draft:
 
     def save(self, folder: Path) -> dict[str, str]:
         """The instance folder. Raises InputError where something stands there, and where nothing is marked."""
-        if not self.things:
-            raise InputError("nothing is marked yet; click on a thing in the photo, or drag a box around it")
         stored, image = self.open()
-        words = [thing.word for thing in self.things]
+        masks, words = self.masks(image), [thing.word for thing in self.things]
+        check_masks_of(masks)
         if any(words) and not all(words):
             missing = ", ".join(str(k) for k, word in enumerate(words) if not word)
             raise InputError(f"say what thing {missing} is in a word or two, such as 'red car'")
-        masks = self.masks(image)
-        for index, mask in enumerate(masks):
-            if not mask.any():
-                raise InputError(f"thing {index} has no pixel left: others cover it; take it away, or paint it")
         return save_instance(folder, stored, image, masks, words if all(words) else [])
+
+
+def check_masks_of(masks: Sequence[BoolArray]) -> None:
+    """Raises InputError where nothing is marked, or nothing is left of a thing."""
+    if not masks:
+        raise InputError("nothing is marked yet; click on a thing in the photo, or drag a box around it")
+    for index, mask in enumerate(masks):
+        if not mask.any():
+            raise InputError(f"thing {index} has no pixel left: others cover it; take it away, or paint it")
 
 
 def new_draft(place: Path, upload: Path) -> Draft:

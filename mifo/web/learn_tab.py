@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ from PIL import Image
 
 from ..bundle.shelf import check_name
 from ..errors import InputError
+from ..io.image_file import StoredImage
 from ..jobs.job import LearnJob
 from ..jobs.store import CANCELLED, FAILED
+from ..segmentation.instance_folder import overview, save_instance
 from .canvas import Drawn, canvas, canvas_update, hex_color, picture_address, read_value
-from .draft import MAX_THINGS, Draft, new_draft, open_draft
+from .draft import MAX_THINGS, BoolArray, Draft, check_masks_of, new_draft, open_draft
 from .site import MOST_QUEUED, Site, guarded, told
 
 PAINTED_SIDES = 256, 512  # pixels of the longer side of a picture that is painted on: a browser without a GPU is slow at more
@@ -74,20 +78,20 @@ def learn_tab(site: Site, demo: gr.Blocks) -> None:
 
     shown = [draft_name, remembered, marks, which, notes, *words]
 
-    def present(draft: Draft | None, with_notes: bool = True) -> list[Any]:
+    def present(draft: Draft | None, base: str = "toybox") -> list[Any]:
         if draft is None:
             hidden = [gr.update(visible=False)] * MAX_THINGS
             return ["", "", canvas_update(Drawn("mark"), ""), gr.update(choices=[], value=None), "", *hidden]
-        image = draft.open()[1]
-        picture = draft.picture()
+        stored, image = draft.open()
+        masks = draft.masks(image)
         boxes = tuple((str(k), thing.box) for k, thing in enumerate(draft.things))
         points = tuple(point for thing in draft.things for point in thing.points)
         drawn = Drawn("mark", image.width / image.height, boxes, points)
         things = [(f"thing {k} ({NAMED_COLORS[k]})", k) for k in range(len(draft.things))]
         boxes_of_words = [gr.update(visible=k < len(draft.things), value=draft.things[k].word if k < len(draft.things) else "")
                           for k in range(MAX_THINGS)]  # fmt: skip
-        said = mask_notes(site, draft) if with_notes and draft.things else ""
-        return [draft.name, draft.name, canvas_update(drawn, picture_address(picture)),
+        said = mask_notes(stored, image, masks, base) if masks else ""
+        return [draft.name, draft.name, canvas_update(drawn, picture_address(overview(image, masks))),
                 gr.update(choices=things, value=things[-1][1] if things else None), said, *boxes_of_words]  # fmt: skip
 
     def of(name: str) -> Draft:
@@ -101,7 +105,7 @@ def learn_tab(site: Site, demo: gr.Blocks) -> None:
         return present(new_draft(site.drafts, Path(path)) if path else None)
 
     @guarded
-    def mark(name: str, value: str, *said: str) -> list[Any]:
+    def mark(name: str, base: str, value: str, *said: str) -> list[Any]:
         draft, added = of(name).name_things(said), read_value(value).added
         if "box" in added:
             draft = draft.add_box(_floats(added["box"]))
@@ -110,12 +114,12 @@ def learn_tab(site: Site, demo: gr.Blocks) -> None:
             draft = draft.add_point((x, y))
         elif isinstance(added.get("removed"), int):
             draft = draft.remove(added["removed"])
-        return present(draft)
+        return present(draft, base)
 
     @guarded
-    def take_away(name: str, index: int | None, *said: str) -> list[Any]:
+    def take_away(name: str, base: str, index: int | None, *said: str) -> list[Any]:
         draft = of(name).name_things(said)
-        return present(draft.remove(_chosen(draft, index)))
+        return present(draft.remove(_chosen(draft, index)), base)
 
     @guarded
     def load_mask(name: str, index: int | None) -> Any:
@@ -130,13 +134,13 @@ def learn_tab(site: Site, demo: gr.Blocks) -> None:
         return {"background": image, "layers": [layer], "composite": None}
 
     @guarded
-    def store_mask(name: str, index: int | None, painted: dict[str, Any] | None, *said: str) -> list[Any]:
+    def store_mask(name: str, base: str, index: int | None, painted: dict[str, Any] | None, *said: str) -> list[Any]:
         draft = of(name).name_things(said)
         chosen = _chosen(draft, index)
         mask = painted_mask(painted)
         if mask is None:
             raise InputError("nothing is painted; choose 'Show its mask here' first")
-        return present(draft.paint(chosen, mask))
+        return present(draft.paint(chosen, mask), base)
 
     @guarded
     def begin(name: str, called: str, base: str, seed: float, first: float, second: float, background: bool, gib: float,
@@ -170,10 +174,10 @@ def learn_tab(site: Site, demo: gr.Blocks) -> None:
         return plan_text(base, len(draft.things) if draft and draft.things else 3, gib)
 
     upload.upload(take_photo, upload, shown)
-    marks.input(mark, [draft_name, marks, *words], shown, show_progress="hidden")
-    remove.click(take_away, [draft_name, which, *words], shown)
+    marks.input(mark, [draft_name, model, marks, *words], shown, show_progress="hidden")
+    remove.click(take_away, [draft_name, model, which, *words], shown)
     show_mask.click(load_mask, [draft_name, which], painter)
-    use_mask.click(store_mask, [draft_name, which, painter, *words], shown)
+    use_mask.click(store_mask, [draft_name, model, which, painter, *words], shown)
     budget.release(show_plan, [draft_name, model, budget], planned)
     start.click(begin, [draft_name, name, model, seed, tokens_steps, lora_steps, background, budget, *words], [begun, resume])
     resume.click(go_on, None, [begun, resume])
@@ -195,10 +199,8 @@ def interrupted(site: Site) -> LearnJob | None:
     return job if isinstance(job, LearnJob) else None
 
 
-def mask_notes(site: Site, draft: Draft) -> str:
-    """What `mifo check` would say of the masks, before anything starts."""
-    import tempfile
-
+def mask_notes(photo: StoredImage, image: Image.Image, masks: Sequence[BoolArray], base: str) -> str:
+    """What `mifo check` would say of the masks on that base model, before anything starts."""
     from ..data.instance import load_instance
     from ..data.mask_check import check_masks
     from ..learning.supervision import sizes_by_name
@@ -206,10 +208,9 @@ def mask_notes(site: Site, draft: Draft) -> str:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "photo"
         try:
-            unnamed = draft if all(t.word for t in draft.things) else Draft(draft.folder, draft.photo, tuple(
-                type(t)(t.box, t.points, "", t.painted) for t in draft.things))  # fmt: skip
-            unnamed.save(folder)
-            report = check_masks(load_instance(folder), sizes_by_name("toybox", None))
+            check_masks_of(masks)
+            save_instance(folder, photo, image, masks, [])
+            report = check_masks(load_instance(folder), sizes_by_name(base.strip() or "toybox", None))
         except InputError as error:
             return f"**{told(error)}**"
     lines = [MASK_FILE.sub(r"thing \1", told(line)) for line in (*report.notes, *report.warnings)]

@@ -169,6 +169,21 @@ def test_pictures_of_a_batch_are_those_of_their_seeds(toybox_random_base: BaseMo
     assert abs(np.asarray(both[1]).astype(int) - np.asarray(alone[0]).astype(int)).max() <= 2  # sums of another shape
 
 
+def test_adapters_that_do_not_fit_are_refused(toybox_random_base: BaseModel, pair: tuple[Bundle, Bundle]) -> None:
+    """Whatever would be left out in silence is named instead."""
+    import torch
+
+    adapter = pair[1].lora["unet_lora"]
+    name = next(key for key in adapter.weights if key.endswith("to_q.lora_A.weight"))
+    layer = name.removesuffix(".lora_A.weight")
+    spoilt = ({name: adapter.weights[name][:, :3]}, {f"{layer}.lora_magnitude_vector": torch.ones(4)},
+              {f"base_model.model.nowhere.lora_{m}.weight": torch.ones(2, 2) for m in "AB"})  # fmt: skip
+    for changes in spoilt:
+        other = replace(pair[1], lora={**pair[1].lora, "unet_lora": replace(adapter, weights={**adapter.weights, **changes})})
+        with pytest.raises(InputError, match="does not fit the base model's layers"):
+            pictures(toybox_random_base, [pair[0], other], "a photo of <asset0>", {"<asset0>": LEFT})
+
+
 def test_every_asset_needs_a_box(toybox_random_base: BaseModel, pair: tuple[Bundle, Bundle]) -> None:
     with pytest.raises(InputError, match=r"<desk\.asset0>, <shelf\.asset0> has no box"):
         pictures(toybox_random_base, list(pair), "a photo of <asset0> and <shelf.asset0>", None)
