@@ -1,6 +1,7 @@
 """The instance kept inside a bundle, at the model's resolution, so that a bundle can be evaluated by itself.
 
-    <bundle>/instance/  img.png, mask0.png .., words.txt and truth.json where the instance had them
+    <bundle>/instance/  img.png, mask0.png .., words.txt and truth.json where the instance had them,
+                        img1.png, img1_mask0.png .. of further photos
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from PIL import Image
 
 from ..data.asset_crops import cut_out
 from ..data.instance import (
-    IMAGE_NAME_PATTERN,
-    MASK_PATTERN,
     MAX_ASSETS,
+    MAX_PHOTOS,
     MAX_TRUTH_BYTES,
     FittedInstance,
     Instance,
+    is_instance_picture,
     load_instance,
     with_background,
 )
@@ -40,6 +41,10 @@ def keep_instance(bundle: Path, instance: Instance, fitted: FittedInstance) -> N
     things = instance.count - instance.has_background  # the background's mask follows from the others
     for index, mask in enumerate(fitted.masks[:things]):
         mask.convert("1").save(folder / f"mask{index}.png", "PNG")
+    for photo in fitted.others:
+        photo.image.save(folder / f"{photo.name}.png", "PNG")
+        for index in (i for i in photo.shown if i < things):
+            photo.masks[index].convert("1").save(folder / f"{photo.name}_mask{index}.png", "PNG")  # type: ignore[union-attr]
     if instance.words:
         (folder / "words.txt").write_text("\n".join(instance.words[:things]) + "\n", encoding="utf-8")
     if truth := _truth_of(Path(instance.source)):  # of a drawn scene: what was drawn
@@ -63,9 +68,8 @@ def instance_digest(bundle: Path) -> str | None:
     """
     folder, digest = bundle / FOLDER, hashlib.sha256()
     try:
-        names = sorted(n for n in os.listdir(folder) if n.lower() in ("words.txt", TRUTH) or IMAGE_NAME_PATTERN.fullmatch(n)
-                       or MASK_PATTERN.fullmatch(n))  # fmt: skip
-        if len(names) > MAX_ASSETS + 8:
+        names = sorted(n for n in os.listdir(folder) if n.lower() in ("words.txt", TRUTH) or is_instance_picture(n))
+        if len(names) > (MAX_ASSETS + 1) * (MAX_PHOTOS + 1) + 8:
             return None
         for name in names:
             content = read_regular(folder / name, MAX_IMAGE_BYTES)

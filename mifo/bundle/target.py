@@ -18,10 +18,14 @@ from .store import KIND
 
 
 def photo_digest(instance: Instance) -> str:
-    """Of the photo's and the masks' pixels."""
+    """Of the photo's and the masks' pixels, and of further photos'."""
     pixels = hashlib.sha256(f"{instance.image.size}".encode() + instance.image.tobytes())
     for mask in instance.masks:
         pixels.update(mask.tobytes())
+    for photo in instance.others:
+        pixels.update(f"{photo.name} {photo.image.size} {photo.shown}".encode() + photo.image.tobytes())
+        for index in photo.shown:
+            pixels.update(photo.masks[index].tobytes())  # type: ignore[union-attr]
     return pixels.hexdigest()[:32]
 
 

@@ -1,6 +1,7 @@
-"""An instance folder, read and checked: one image and one mask for each asset in it.
+"""An instance folder, read and checked: one image and one mask for each asset in it, and further photos of the same assets.
 
     folder/ img.jpg, mask0.png, mask1.png, ..., words.txt (optional)  ->  Instance  ->  FittedInstance
+            img1.jpg, img1_mask0.png, ... (optional; an asset that this photo does not show has no mask there)
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -33,12 +34,32 @@ MAX_MASK_MEGAPIXELS = 500  # of all masks together
 MAX_WORDS_BYTES = 1 << 16
 MAX_OVERLAP = 0.5
 MAX_ASSETS = 64
+MAX_PHOTOS = 32  # besides the first
 MAX_TRUTH_BYTES = 1 << 20  # of what a drawn scene says of itself
 IMAGE_NAME_PATTERN = re.compile(r"img\.(jpe?g|png|webp)", re.IGNORECASE)
 MASK_PATTERN = re.compile(r"mask([0-9]+)\.png", re.IGNORECASE)
+FURTHER_IMAGE_PATTERN = re.compile(r"img([1-9][0-9]{0,3})\.(?:jpe?g|png|webp)", re.IGNORECASE)
+FURTHER_MASK_PATTERN = re.compile(r"img([1-9][0-9]{0,3})_mask([0-9]{1,4})\.png", re.IGNORECASE)
 LOOSE_MASK_PATTERN = re.compile(r"mask.*\.(png|jpe?g|webp|gif|bmp|tiff?)", re.IGNORECASE)
 
 BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A further photo of an instance's assets."""
+
+    name: str
+    """Of its files: "img1" """
+    image: Image.Image
+    """RGB, upright, sRGB."""
+    masks: tuple[Image.Image | None, ...]
+    """One an asset: L, 0 or 255, the image's size; None where the photo does not show the asset."""
+
+    @property
+    def shown(self) -> tuple[int, ...]:
+        """The assets in it."""
+        return tuple(i for i, mask in enumerate(self.masks) if mask is not None)
 
 
 @dataclass(frozen=True)
@@ -59,6 +80,8 @@ class Instance:
     """How the files were read, where that is not plain."""
     has_background: bool = False
     """The last mask is the complement of the others, and its token is `<background>`."""
+    others: tuple[Photo, ...] = ()
+    """Further photos of the same assets, to learn from as well. Pictures and figures of the bundle are about the first."""
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -82,6 +105,8 @@ class FittedInstance:
     """L, 255 on the image and 0 in the padding."""
     tokens: tuple[str, ...]
     """Of each mask."""
+    others: tuple[Photo, ...] = ()
+    """At the same size."""
 
 
 def load_instance(folder: Path, mask_orientation: str = "auto") -> Instance:
@@ -92,32 +117,64 @@ def load_instance(folder: Path, mask_orientation: str = "auto") -> Instance:
     """
     names = _list_folder(folder)
     _check_files(folder, names)
-    image_path = folder / _find_image(folder, names)
-    mask_paths = [folder / name for name in _find_masks(folder, names)]
-    photo = open_image(image_path)
+    masks = dict(enumerate(_find_masks(folder, names)))
+    further = _find_further(folder, names, len(masks))
+    first = _read_photo(folder, _find_image(folder, names), masks, mask_orientation)
+    rest: list[_Read] = []
+    for image, files in further:
+        rest.append(_read_photo(folder, image, files, mask_orientation, sum(r.megapixels for r in (first, *rest))))
+    others = (Photo(_stem(name), read.image, tuple(read.masks.get(i) for i in masks))
+              for (name, _), read in zip(further, rest, strict=True))  # fmt: skip
+    return Instance(
+        name=folder.resolve().name,
+        image=first.image,
+        masks=tuple(first.masks.values()),
+        words=_load_words(folder, names, len(masks)),
+        source=folder,
+        warnings=(*_ignored_files(folder, names), *(line for read in (first, *rest) for line in read.warnings)),
+        notes=tuple(note for read in (first, *rest) for note in read.notes),
+        others=tuple(others),
+    )
+
+
+@dataclass(frozen=True)
+class _Read:
+    image: Image.Image
+    masks: dict[int, Image.Image]
+    """By asset"""
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def megapixels(self) -> float:
+        """Of all masks."""
+        return len(self.masks) * self.image.width * self.image.height / 1e6
+
+
+def _read_photo(folder: Path, image_name: str, mask_names: dict[int, str], mask_orientation: str, before: float = 0) -> _Read:
+    """A photo and the masks on it. `before`: megapixels of the masks that were read already."""
+    photo = open_image(folder / image_name)
     image = to_srgb(photo)
     if min(image.size) < MIN_SIDE:
         raise InputError(
-            f"{image_path} is {_size(image)} pixels, but each side needs at least {MIN_SIDE}; use a larger image."
+            f"{folder / image_name} is {_size(image)} pixels, but each side needs at least {MIN_SIDE}; use a larger image."
         )
-    megapixels = len(mask_paths) * image.width * image.height / 1e6
-    if megapixels > MAX_MASK_MEGAPIXELS:
+    megapixels = len(mask_names) * image.width * image.height / 1e6
+    if before + megapixels > MAX_MASK_MEGAPIXELS:
+        if before:
+            total = f"{before + megapixels:.0f} megapixels"
+            raise InputError(f"with those of {image_name} the masks of {folder} have {total}, but at most "
+                             f"{MAX_MASK_MEGAPIXELS} are read; make the photos and the masks smaller.")  # fmt: skip
         raise InputError(
-            f"{folder} has {len(mask_paths)} masks of {_size(image)} pixels, {megapixels:.0f} megapixels together, but at most "
+            f"{folder} has {len(mask_names)} masks of {_size(image)} pixels, {megapixels:.0f} megapixels together, but at most "
             f"{MAX_MASK_MEGAPIXELS} are read; make the image and the masks smaller."
         )
-    files = [_sized_mask(path, image, image_path.name, photo.orientation) for path in mask_paths]
-    greys, turns = upright_masks(image, image_path.name, photo.orientation, files, mask_orientation)
-    masks = [_mask_inside(file, grey) for file, grey in zip(files, greys, strict=True)]
-    return Instance(
-        name=folder.resolve().name,
-        image=image,
-        masks=tuple(Image.fromarray(mask.astype(np.uint8) * 255) for mask in masks),
-        words=_load_words(folder, names, len(masks)),
-        source=folder,
-        warnings=(*_ignored_files(folder, names), *_overlaps(folder, masks)),
-        notes=(*photo.notes(), *turns, *(note for file in files for note in file.notes)),
-    )
+    files = [_sized_mask(folder / name, image, image_name, photo.orientation) for name in mask_names.values()]
+    greys, turns = upright_masks(image, image_name, photo.orientation, files, mask_orientation)
+    inside = [_mask_inside(file, grey) for file, grey in zip(files, greys, strict=True)]
+    masks = {asset: Image.fromarray(each.astype(np.uint8) * 255) for asset, each in zip(mask_names, inside, strict=True)}
+    return _Read(image, masks, tuple(_overlaps(folder, list(mask_names.values()), inside)),
+                 (*photo.notes(), *turns, *(note for file in files for note in file.notes)))  # fmt: skip
 
 
 def fit(image: Image.Image, resolution: int | tuple[int, int], fill: int | tuple[int, ...],
@@ -153,19 +210,25 @@ def fit_instance(instance: Instance, resolution: int | tuple[int, int]) -> Fitte
     everything = Image.new("L", instance.image.size, 255)
     return FittedInstance(
         image=fit(instance.image, resolution, mean, Image.Resampling.LANCZOS),
-        masks=tuple(_fit_mask(instance, i, resolution) for i in range(instance.count)),
+        masks=tuple(_fit_mask(mask, instance.source / f"mask{i}.png", resolution) for i, mask in enumerate(instance.masks)),
         valid=fit(everything, resolution, 0, Image.Resampling.BOX),
         tokens=instance.tokens,
+        others=tuple(_fit_photo(photo, instance.source, resolution) for photo in instance.others),
     )
 
 
-def _fit_mask(instance: Instance, index: int, resolution: int | tuple[int, int]) -> Image.Image:
-    """A pixel is the asset's if at least half of its area is."""
-    mask = instance.masks[index]
+def _fit_photo(photo: Photo, folder: Path, resolution: int | tuple[int, int]) -> Photo:
+    mean = tuple(round(channel) for channel in ImageStat.Stat(photo.image).mean)
+    masks = (mask and _fit_mask(mask, folder / f"{photo.name}_mask{i}.png", resolution) for i, mask in enumerate(photo.masks))
+    return Photo(photo.name, fit(photo.image, resolution, mean, Image.Resampling.LANCZOS), tuple(masks))
+
+
+def _fit_mask(mask: Image.Image, path: Path, resolution: int | tuple[int, int]) -> Image.Image:
+    """A pixel is the asset's if at least half of its area is. `path` is for the message."""
     fitted = fit(mask, resolution, 0, Image.Resampling.BOX).point(lambda value: 255 if value >= 128 else 0)
     if fitted.getbbox() is None:
         raise InputError(
-            f"{instance.source / f'mask{index}.png'} covers {np.count_nonzero(np.asarray(mask))} pixels of "
+            f"{path} covers {np.count_nonzero(np.asarray(mask))} pixels of "
             f"{_size(mask)} and none at {_size(fitted)}, the model's resolution; "
             "crop the image closer to the assets, or draw the mask larger."
         )
@@ -196,17 +259,26 @@ def is_system_name(name: str) -> bool:
     return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
+def is_instance_picture(name: str) -> bool:
+    """True for the name of a photo or a mask of an instance folder."""
+    return any(p.fullmatch(name) for p in (IMAGE_NAME_PATTERN, MASK_PATTERN, FURTHER_IMAGE_PATTERN, FURTHER_MASK_PATTERN))
+
+
 def _check_files(folder: Path, names: list[str]) -> None:
     """Before anything is done for each mask, and before any file is opened: the folder may come from a stranger.
 
     Raises InputError for more masks than MAX_ASSETS, and for a file that is none, is too large, or leads out of the folder.
     """
     count = sum(1 for name in names if MASK_PATTERN.fullmatch(name))
+    photos = sum(1 for name in names if FURTHER_IMAGE_PATTERN.fullmatch(name))
+    if photos > MAX_PHOTOS:
+        raise InputError(f"{folder} has {photos} further photos (img1.jpg, img2.jpg, ...), but at most {MAX_PHOTOS} are read; "
+                         "keep the best ones.")  # fmt: skip
     if count > MAX_ASSETS:
         raise InputError(f"{folder} has {count} masks, but at most {MAX_ASSETS} are read; keep those of the assets you want.")
     for name in names:
         is_text = name.lower() in ("words.txt", "truth.json")
-        if not (is_text or IMAGE_NAME_PATTERN.fullmatch(name) or MASK_PATTERN.fullmatch(name)):
+        if not (is_text or is_instance_picture(name)):
             continue
         path = folder / name
         if leads_out(folder, path):
@@ -262,7 +334,42 @@ def _find_masks(folder: Path, names: list[str]) -> list[str]:
     return [name for _, name in numbered]
 
 
+def _find_further(folder: Path, names: list[str], count: int) -> list[tuple[str, dict[int, str]]]:
+    """The names of further photos and of their masks by asset, in the order of the photos' numbers. A photo without any mask is
+    left out (and `_ignored_files` says so)."""
+    masks: dict[int, dict[int, str]] = {}
+    for name in names:
+        if found := FURTHER_MASK_PATTERN.fullmatch(name):
+            photo, asset = int(found[1]), int(found[2])
+            if asset >= count:
+                raise InputError(f"{folder} has {name} but no mask{asset}.png: the first photo, img, shows every asset; add that "
+                                 "mask, or take the photo that shows them all as the first.")  # fmt: skip
+            if other := masks.setdefault(photo, {}).get(asset):
+                raise InputError(f"{folder} has two masks of asset {asset} for photo {photo} ({other}, {name}); keep one.")
+            masks[photo][asset] = name
+    images: dict[int, str] = {}
+    for name in names:
+        if found := FURTHER_IMAGE_PATTERN.fullmatch(name):
+            number = int(found[1])
+            if number in masks and number in images:
+                raise InputError(f"{folder} has several images of number {number} ({images[number]}, {name}); keep one of them.")
+            images[number] = name
+    for number in sorted(masks):
+        if number not in images:
+            mask = next(iter(masks[number].values()))
+            raise InputError(f"{folder} has {mask} but no img{number}.jpg (or .png, .webp): put the photo there, or "
+                             "remove its masks.")  # fmt: skip
+    return [(images[number], dict(sorted(masks[number].items()))) for number in sorted(masks)]
+
+
 def _ignored_files(folder: Path, names: list[str]) -> list[str]:
+    masked = {int(m[1]) for name in names if (m := FURTHER_MASK_PATTERN.fullmatch(name))}
+    photos = [name for name in names if (m := FURTHER_IMAGE_PATTERN.fullmatch(name)) and int(m[1]) not in masked]
+    bare = [f"{folder / name} is not learned from: it has no masks ({_stem(name)}_mask0.png, ...)" for name in photos]
+    return bare + _ignored_masks(folder, names)
+
+
+def _ignored_masks(folder: Path, names: list[str]) -> list[str]:
     ignored = [name for name in names if LOOSE_MASK_PATTERN.fullmatch(name) and not MASK_PATTERN.fullmatch(name)]
     return [f"{folder / name} is ignored: masks are named mask0.png, mask1.png, ..." for name in ignored]
 
@@ -295,13 +402,13 @@ def _size(image: Image.Image) -> str:
     return f"{image.width}x{image.height}"
 
 
-def _overlaps(folder: Path, masks: list[BoolArray]) -> Iterable[str]:
+def _overlaps(folder: Path, names: Sequence[str], masks: Sequence[BoolArray]) -> Iterable[str]:
     areas = [int(mask.sum()) for mask in masks]
     for i, j in combinations(range(len(masks)), 2):
         share = int((masks[i] & masks[j]).sum()) / min(areas[i], areas[j])
         if share > MAX_OVERLAP:
             yield (
-                f"In {folder}, mask{i}.png and mask{j}.png share {share:.0%} of the smaller one; "
+                f"In {folder}, {names[i]} and {names[j]} share {share:.0%} of the smaller one; "
                 "the two assets will be hard to tell apart."
             )
 
@@ -339,7 +446,8 @@ def _read_lines(path: Path) -> list[str]:
 
 
 def with_background(instance: Instance) -> Instance:
-    """The instance with one more asset, `<background>`: all that no mask covers (Break-A-Scene, section 5).
+    """The instance with one more asset, `<background>`: all that no mask covers (Break-A-Scene, section 5). It is that of
+    the first photo: other photos may show the assets elsewhere.
 
     Raises InputError when the masks leave nothing over.
     """
@@ -348,7 +456,8 @@ def with_background(instance: Instance) -> Instance:
         raise InputError(f"The masks of {instance.source} cover the whole image: there is no background to learn.")
     rest = Image.fromarray((~things).astype(np.uint8) * 255)
     words = (*instance.words, "background") if instance.words else None
-    return replace(instance, masks=(*instance.masks, rest), words=words, has_background=True)
+    others = tuple(replace(photo, masks=(*photo.masks, None)) for photo in instance.others)
+    return replace(instance, masks=(*instance.masks, rest), words=words, has_background=True, others=others)
 
 
 def without_background(instance: Instance) -> Instance:
@@ -356,4 +465,5 @@ def without_background(instance: Instance) -> Instance:
     if not instance.has_background:
         return instance
     words = instance.words[:-1] if instance.words else None
-    return replace(instance, masks=instance.masks[:-1], words=words, has_background=False)
+    others = tuple(replace(photo, masks=photo.masks[:-1]) for photo in instance.others)
+    return replace(instance, masks=instance.masks[:-1], words=words, has_background=False, others=others)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ..io.sheets import ASSET_COLORS, caption_below, grid, outline
-from .instance import MASK_PATTERN, MAX_OVERLAP, FittedInstance, Instance, fit_instance
+from .instance import FURTHER_MASK_PATTERN, MASK_PATTERN, MAX_OVERLAP, FittedInstance, Instance, fit, fit_instance
 from .mask_file import islands_in_words, open_mask, without_islands
 from .mask_sizes import MaskSizes, filled_shares, mask_at_latents, mask_at_map
 
@@ -45,17 +45,19 @@ def check_masks(instance: Instance, sizes: MaskSizes) -> MaskReport:
     """
     fitted = fit_instance(instance, sizes.resolution)
     warnings: list[str] = list(instance.warnings)
-    masks = []
-    files = _mask_files(instance)
-    for index, mask in enumerate(fitted.masks[: instance.count - instance.has_background]):
-        name = files.get(index, f"mask{index}.png")
-        entry = {"mask": name, **_areas(mask, fitted.valid, sizes)}
-        warnings += _area_warnings(entry, sizes)
-        if _looks_inverted(instance.masks[index]):
-            warnings.append(f"{name} looks inverted: it covers the picture's border and most of its area; paint the asset white "
-                            "and the rest black")  # fmt: skip
-        warnings += [*_file_warnings(Path(instance.source) / name), *_island_warnings(name, instance.masks[index])]
-        masks.append(entry)
+    masks, further = [], []
+    files, things = _mask_files(instance), instance.count - instance.has_background
+    for index, mask in enumerate(fitted.masks[:things]):
+        name = files.get(("", index), f"mask{index}.png")
+        masks.append({"mask": name, **_areas(mask, fitted.valid, sizes)})
+        warnings += _mask_warnings(instance, name, instance.masks[index], masks[-1], sizes)
+    for photo, small in zip(instance.others, fitted.others, strict=True):
+        valid = fit(Image.new("L", photo.image.size, 255), sizes.resolution, 0, Image.Resampling.BOX)
+        for index, (whole, mask_there) in enumerate(zip(photo.masks, small.masks, strict=True)):
+            if whole is not None and mask_there is not None:
+                name = files.get((photo.name, index), f"{photo.name}_mask{index}.png")
+                further.append({"mask": name, **_areas(mask_there, valid, sizes)})
+                warnings += _mask_warnings(instance, name, whole, further[-1], sizes)
     overlaps = _overlaps(instance)
     for pair in overlaps:
         if SHARED < pair["share_of_smaller"] <= MAX_OVERLAP:
@@ -64,8 +66,18 @@ def check_masks(instance: Instance, sizes: MaskSizes) -> MaskReport:
             warnings.append(f"mask{first}.png and mask{second}.png share {share}; both tokens will learn what is there")
     facts = {"instance": instance.name, "image": list(instance.image.size), "resolution": sizes.resolution,
              "latent_size": sizes.latent, "supervised_map_sizes": list(sizes.maps), "masks": masks, "overlaps": overlaps,
+             **({"further_masks": further} if further else {}),
              "warnings": warnings, "notes": list(instance.notes)}  # fmt: skip
     return MaskReport(sizes, fitted, facts, tuple(warnings), instance.notes)
+
+
+def _mask_warnings(instance: Instance, name: str, mask: Image.Image, areas: dict[str, Any], sizes: MaskSizes) -> list[str]:
+    """`name` is of the mask's file, `areas` what is known of its cells."""
+    found = _area_warnings(areas, sizes)
+    if _looks_inverted(mask):
+        found.append(f"{name} looks inverted: it covers the picture's border and most of its area; paint the asset white "
+                     "and the rest black")  # fmt: skip
+    return [*found, *_file_warnings(Path(instance.source) / name), *_island_warnings(name, mask)]
 
 
 def resized(mask: Image.Image, size: int, sizes: MaskSizes) -> torch.Tensor:
@@ -124,8 +136,11 @@ def _overlaps(instance: Instance) -> list[dict[str, Any]]:
     return found
 
 
-def _mask_files(instance: Instance) -> dict[int, str]:
-    return {int(m[1]): name for name in sorted(os.listdir(instance.source)) if (m := MASK_PATTERN.fullmatch(name))}
+def _mask_files(instance: Instance) -> dict[tuple[str, int], str]:
+    """(further photo's name, or "" for the first; asset) -> the mask's file."""
+    names = sorted(os.listdir(instance.source))
+    first = {("", int(m[1])): name for name in names if (m := MASK_PATTERN.fullmatch(name))}
+    return first | {(f"img{int(m[1])}", int(m[2])): name for name in names if (m := FURTHER_MASK_PATTERN.fullmatch(name))}
 
 
 def _file_warnings(path: Path) -> list[str]:
@@ -174,7 +189,7 @@ def _cell(image: Image.Image) -> Image.Image:
 def check_lines(report: MaskReport, warnings: Sequence[str]) -> list[str]:
     """For people."""
     lines = []
-    for entry in report.facts["masks"]:
+    for entry in (*report.facts["masks"], *report.facts.get("further_masks", ())):
         at = ", ".join(f"{found['cells']} cells at {size}x{size}" for size, found in entry["at"].items())
         lines.append(f"{entry['mask']}: {100 * entry['share_of_picture']:.1f} % of the picture, {at}")
     lines += [f"note: {note}" for note in report.notes]

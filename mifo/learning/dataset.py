@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ..data.instance import FittedInstance
 from ..data.mask_sizes import union_at_latents
@@ -33,7 +35,7 @@ class Batch:
     """(1, 1, h, w) of 0 and 1 at latent size"""
     asset_masks: torch.Tensor
     """(len(assets), 1, H, W) in [0, 1] at pixel size, in the order of `assets`"""
-    crop: tuple[int, int] = (0, 0)
+    size: ImageSize | None = None
     """As in `View`"""
 
 
@@ -48,42 +50,48 @@ class View:
     """(N, 1, H, W) in [0, 1]"""
     whole: frozenset[int]
     """The assets that lie inside the picture as they did before the shift"""
-    crop: tuple[int, int] = (0, 0)
-    """(top, left): pixels of the picture that lie outside, as SDXL counts them"""
+    size: ImageSize
+    """What the UNet is told of the picture: its crop is how many pixels lie outside, as SDXL counts them"""
+
+
+@dataclass(frozen=True)
+class PhotoViews:
+    """One photo as it is, and shifted."""
+
+    shown: tuple[int, ...]
+    """The assets in it"""
+    views: dict[bool, list[View]]
+    """By flip; the unshifted one first"""
 
 
 class InstanceData:
-    """Both flips of one instance, encoded once; the VAE can be freed afterwards.
+    """Both flips of an instance's photos, encoded once; the VAE can be freed afterwards.
 
     The VAE's distribution is kept, not one sample of it: each step draws afresh, as encoding every step would.
     `placements` shifted copies per asset keep a token from learning where in the photo its asset stood: a step takes one of
     the views in which all of its assets are whole.
+    Of several photos a step draws one first, and then of the assets that it shows.
     Where `<background>` is learned by union sampling, most of its steps are about it alone, on a clean plate and in the whole
     picture: the masked loss says nothing about the places where the things stood, and the model would put things there.
     """
 
     def __init__(self, fitted: FittedInstance, base: BaseModel, placements: int = 0, seed: int = 0,
-                 photo_size: tuple[int, int] | None = None):  # fmt: skip
-        """`photo_size`: (width, height) before fitting; by default it was fitted from its own size."""
+                 photo_size: tuple[int, int] | None = None, other_sizes: Sequence[tuple[int, int]] = ()):  # fmt: skip
+        """`photo_size`, `other_sizes`: (width, height) before fitting, of the photo and of further ones; by default each was
+        fitted from its own size."""
         learned_at = fitted.image.size[::-1]
         self.size = ImageSize(photo_size[::-1] if photo_size else learned_at, learned_at)
         self.drawn_size = ImageSize(learned_at, learned_at)  # of pictures that the model drew at that size
         self.count = len(fitted.masks)
         self.tokens = fitted.tokens
-        image = pixels_to_tensor(fitted.image)
-        masks = torch.stack([torch.from_numpy(np.asarray(m).copy()).float() / 255 for m in fitted.masks])[:, None]
-        self.masks = {False: masks.to(base.device), True: masks.flip(-1).to(base.device)}  # (N, 1, H, W)
-        self.moments = {False: base.encode(image), True: base.encode(image.flip(-1))}
-        everything = frozenset(range(self.count))
-        self.views = {flip: [View(*self.moments[flip], self.masks[flip], everything)] for flip in (False, True)}
-        for dx, dy in random_shifts(masks, placements, np.random.default_rng([seed, 1])):
-            moved, moved_masks = shift(image, dx, dy), shift(masks, dx, dy, fill=0.0)
-            whole = frozenset(i for i in everything if float(moved_masks[i].sum()) == float(masks[i].sum()))
-            for flip in (False, True):
-                turned, their_masks = (x.flip(-1) if flip else x for x in (moved, moved_masks))
-                left = max(0, dx) if flip else max(0, -dx)  # a flip turns the right side to the left
-                crop = (max(0, -dy), left)
-                self.views[flip].append(View(*base.encode(turned), their_masks.to(base.device), whole, crop))
+        first = _views(fitted.image, fitted.masks, base, placements, np.random.default_rng([seed, 1]), self.size)
+        self.masks = {flip: views[0].masks for flip, views in first.views.items()}  # (N, 1, H, W), of the first photo
+        self.moments = {flip: (views[0].mean, views[0].std) for flip, views in first.views.items()}
+        self.photos = [first]
+        for k, photo in enumerate(fitted.others):
+            size = ImageSize(other_sizes[k][::-1] if other_sizes else learned_at, learned_at)
+            rng = np.random.default_rng([seed, 1, k + 1])
+            self.photos.append(_views(photo.image, photo.masks, base, placements, rng, size))
 
         self.background = self.tokens.index(BACKGROUND_TOKEN) if BACKGROUND_TOKEN in self.tokens else None
         self.plate = None if self.background is None else self._plate(fitted, base)
@@ -93,26 +101,47 @@ class InstanceData:
         pixels, views = pixels_to_tensor(clean_plate(fitted.image, fitted.masks[: self.background])), {}
         for flip in (False, True):
             valid = self.masks[flip].amax(0, keepdim=True).expand_as(self.masks[flip])
-            views[flip] = View(*base.encode(pixels.flip(-1) if flip else pixels), valid, frozenset())
+            views[flip] = View(*base.encode(pixels.flip(-1) if flip else pixels), valid, frozenset(), self.size)
         return views
 
     def sample(self, rng: np.random.Generator, generator: torch.Generator, draws: int, union_sampling: bool,
                flip_probability: float) -> Batch:  # fmt: skip
-        """Draws a subset (size uniform in 1..N, random order), a flip, and `draws` latents."""
-        size = int(rng.integers(1, self.count + 1)) if union_sampling else self.count
-        assets = tuple(int(i) for i in rng.permutation(self.count)[:size])
+        """Draws a photo, a subset of its assets (size uniform in 1..N, random order), a flip, and `draws` latents."""
+        photo = self.photos[int(rng.integers(len(self.photos))) if len(self.photos) > 1 else 0]
+        count = len(photo.shown)
+        size = int(rng.integers(1, count + 1)) if union_sampling else count
+        assets = tuple(photo.shown[int(i)] for i in rng.permutation(count)[:size])
         flip = bool(rng.random() < flip_probability)
         if self.plate and union_sampling and self.background in assets and rng.random() < PLATE_SHARE:
             assets, view = (self.background,), self.plate[flip]
         else:
-            fitting = [view for view in self.views[flip] if view.whole.issuperset(assets)]
+            fitting = [view for view in photo.views[flip] if view.whole.issuperset(assets)]
             view = fitting[int(rng.integers(len(fitting)))] if len(fitting) > 1 else fitting[0]
         mean, std = view.mean, view.std
         noise = torch.randn((draws, *mean.shape[1:]), generator=generator).to(mean)
         masks = view.masks[list(assets)]
         union = union_at_latents(masks, (mean.shape[-2], mean.shape[-1]))
         tokens = tuple(self.tokens[i] for i in assets)
-        return Batch(assets, tokens, join_assets(tokens), mean + std * noise, union, masks, view.crop)
+        return Batch(assets, tokens, join_assets(tokens), mean + std * noise, union, masks, view.size)
+
+
+def _views(picture: Image.Image, masks_of: Sequence[Image.Image | None], base: BaseModel, placements: int,
+           rng: np.random.Generator, size: ImageSize) -> PhotoViews:  # fmt: skip
+    """A photo and its shifted copies, encoded; an asset without a mask is not in it."""
+    image, empty = pixels_to_tensor(picture), Image.new("L", picture.size)
+    masks = torch.stack([torch.from_numpy(np.asarray(m or empty).copy()).float() / 255 for m in masks_of])[:, None]
+    shown = tuple(i for i, mask in enumerate(masks_of) if mask is not None)
+    views = {flip: [View(*base.encode(image.flip(-1) if flip else image), (masks.flip(-1) if flip else masks).to(base.device),
+                         frozenset(shown), size)] for flip in (False, True)}  # fmt: skip
+    for dx, dy in random_shifts(masks[list(shown)], placements, rng):
+        moved, moved_masks = shift(image, dx, dy), shift(masks, dx, dy, fill=0.0)
+        whole = frozenset(i for i in shown if float(moved_masks[i].sum()) == float(masks[i].sum()))
+        for flip in (False, True):
+            turned, their_masks = (x.flip(-1) if flip else x for x in (moved, moved_masks))
+            left = max(0, dx) if flip else max(0, -dx)  # a flip turns the right side to the left
+            cropped = replace(size, crop=(max(0, -dy), left))
+            views[flip].append(View(*base.encode(turned), their_masks.to(base.device), whole, cropped))
+    return PhotoViews(shown, views)
 
 
 def random_shifts(masks: torch.Tensor, per_asset: int, rng: np.random.Generator) -> list[tuple[int, int]]:

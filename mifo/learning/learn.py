@@ -108,7 +108,8 @@ def prepare(instance: Instance, base: BaseModel, config: LearnConfig, prior_cach
     _check_longest_prompt(base, tokens)
     width, height = size = learned_size(base, config, instance.image.size)
     fitted = fit_instance(instance, size)
-    data = InstanceData(fitted, base, config.placements, config.seed, instance.image.size)
+    data = InstanceData(fitted, base, config.placements, config.seed, instance.image.size,
+                        [photo.image.size for photo in instance.others])  # fmt: skip
     prior = None
     if config.prior.enabled and config.lora.train_steps:
         prior = make_prior(base, config.prior, (height, width), config.seed, prior_cache,

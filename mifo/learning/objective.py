@@ -123,7 +123,8 @@ class Objective:
 
     def size_of(self, batch: Batch) -> ImageSize:
         """What the UNet is told of the picture's size, and of its crop where that is asked for."""
-        return replace(self.data.size, crop=batch.crop) if self.config.crop_conditioning else self.data.size
+        size = batch.size or self.data.size
+        return size if self.config.crop_conditioning else replace(size, crop=self.data.size.crop)
 
     def gradients(self, phase: EmbeddingPhase | LoraPhase, step: int, sites: Sequence[Site], recorder: AttentionRecorder,
                   prior: PriorData | None, parameters: Sequence[torch.Tensor], pool: Executor) -> StepLosses:  # fmt: skip

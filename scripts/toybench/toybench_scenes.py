@@ -54,7 +54,7 @@ def bench_scene(cell: Cell) -> Scene:
     looks = _looks(cell.level, cell.count, rng)
     background = str(rng.choice(BACKGROUNDS))
     things = tuple(placed(Thing(*look, (0.0, 0.0, 1.0, 1.0), bool(rng.random() < 0.5)), center, longer)
-                   for look, (center, longer) in zip(looks, _places(cell.count, rng), strict=True))  # fmt: skip
+                   for look, (center, longer) in zip(looks, places(cell.count, rng), strict=True))  # fmt: skip
     return Scene(things, background, int(rng.integers(2**31)))
 
 
@@ -79,7 +79,7 @@ def _looks(level: str, count: int, rng: np.random.Generator) -> list[tuple[str, 
     return [(names[k % len(names)], main, second, str(rng.choice(PATTERNS))) for k, main in enumerate(mains)]
 
 
-def _places(count: int, rng: np.random.Generator) -> list[tuple[tuple[float, float], float]]:
+def places(count: int, rng: np.random.Generator) -> list[tuple[tuple[float, float], float]]:
     """(centre, longer side) in cells of a grid, in random order, shaken as far as they stay apart."""
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)

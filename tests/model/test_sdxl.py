@@ -116,13 +116,14 @@ def test_a_shifted_copy_says_how_far_it_was_cropped(xl: BaseModel, tmp_path: Pat
     shifts = [(-10, -6), (10, 6)]  # right and down, in pixels: what leaves on the left leaves on the right in the flipped copy
     monkeypatch.setattr(dataset, "random_shifts", lambda *_: shifts)
     data = InstanceData(fit_instance(instance, (128, 96)), xl, 3, 0, instance.image.size)
-    assert [view.crop for view in data.views[False]] == [(0, 0), (6, 10), (0, 0)]
-    assert [view.crop for view in data.views[True]] == [(0, 0), (6, 0), (0, 10)]
-    shown = data.views[False][1].masks
+    assert [view.size.crop for view in data.photos[0].views[False]] == [(0, 0), (6, 10), (0, 0)]
+    assert [view.size.crop for view in data.photos[0].views[True]] == [(0, 0), (6, 0), (0, 10)]
+    shown = data.photos[0].views[False][1].masks
     assert torch.equal(shown[..., :-6, :-10], data.masks[False][..., 6:, 10:])
     objective = Objective(xl, data, config, np.random.default_rng(0), torch.Generator().manual_seed(0))
-    batch = next(b for b in (data.sample(objective.rng, objective.generator, 1, True, 0.5) for _ in range(99)) if any(b.crop))
-    assert objective.size_of(batch).numbers == (64, 96, *batch.crop, 96, 128)
+    drawn = (data.sample(objective.rng, objective.generator, 1, True, 0.5) for _ in range(99))
+    batch = next(b for b in drawn if b.size and any(b.size.crop))
+    assert objective.size_of(batch).numbers == (64, 96, *batch.size.crop, 96, 128)
     objective.config = replace(config, crop_conditioning=False)
     assert objective.size_of(batch).numbers == (64, 96, 0, 0, 96, 128)
 
