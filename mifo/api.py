@@ -15,6 +15,7 @@ expected, what to do.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,6 +48,7 @@ from .io.outputs import check_apart
 from .learning.callbacks import CheckpointJudge
 from .learning.checkpoints import Checkpointing
 from .learning.learn import learn as run_learn
+from .learning.relearn import relearn_config, start_from
 from .learning.trainer import Callback, Progress
 from .model.base import BaseModel
 from .model.base import load_base_model as read_base_model
@@ -104,7 +106,8 @@ def load_bundle(folder: PathLike) -> Bundle:
 def learn(instance: Instance, base: BaseModel, output: PathLike, config: LearnConfig | None = None, *, seed: int | None = None,
           words: Sequence[str | None] | None = None, overwrite: bool = False, resume: bool | None = None,
           checkpoint_every: int = 50, judge: CheckpointJudge | None = None, keep_base_path: bool = False,
-          on_progress: Callable[[Progress], None] | None = None, callbacks: Sequence[Callback] = ()) -> Bundle:  # fmt: skip
+          on_progress: Callable[[Progress], None] | None = None, callbacks: Sequence[Callback] = (),
+          into: Bundle | None = None, only: Sequence[str] = ()) -> Bundle:  # fmt: skip
     """Learns each masked thing of `instance` as its own token, `<asset0>`, `<asset1>`, ...: token embeddings, then LoRA
     (MIFO, arXiv 2511.00542, section 3). Writes the bundle to `output`, whole or not at all.
 
@@ -114,14 +117,24 @@ def learn(instance: Instance, base: BaseModel, output: PathLike, config: LearnCo
     run (None). `checkpoint_every`: steps; 0 keeps no state. `judge`: scores checkpoints where `config.keep` is enabled, as
     `mifo.evaluation.checkpoints.checkpoint_judge` makes one. `keep_base_path`: write into the bundle where a local base lies.
     `callbacks`: called beside the training loop, as `mifo.learning.tracking.Tracker` is.
+
+    `into`, `only`: learns the assets `only` ("asset1", ...) again, or for the first time, into the bundle `into`, whose other
+    assets stay as they are; in half the steps, unless `config` says otherwise. If it stands in `output` it is replaced.
     """
     folder = Path(output)
+    start = start_from(into, only, instance) if into is not None else None
+    if start is None and only:
+        raise InputError(f"only {', '.join(only)} would be learned, but into which bundle? Give into=, or leave only= out")
+    if start is not None and Path(os.path.realpath(folder)) == Path(os.path.realpath(start.bundle.folder)):
+        overwrite = True  # that is what was asked for
     check_apart(folder, folder, {}, {**_closed(base, Several()), "the instance": instance.source}, "output")
-    chosen = replace(config or learn_preset(base.family), mixed_precision=precision_name(base.dtype))  # type: ignore[arg-type]
+    preset = relearn_config(learn_preset(base.family), start.bundle) if start else learn_preset(base.family)
+    chosen = replace(config or preset, mixed_precision=precision_name(base.dtype))  # type: ignore[arg-type]
     if seed is not None:
         chosen = replace(chosen, seed=seed)
     return run_learn(instance, base, chosen, folder, on_progress or (lambda progress: None), words,
-                     Checkpointing(checkpoint_every, resume=resume), judge, overwrite, keep_base_path, callbacks)  # fmt: skip
+                     Checkpointing(checkpoint_every, resume=resume), judge, overwrite, keep_base_path, callbacks,
+                     start)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ..bundle.store import Bundle
     from ..config import LearnConfig
     from ..data.instance import Instance
+    from ..learning.relearn import Start
     from ..learning.trainer import Callback
     from ..model.base import BaseModel
 
@@ -57,6 +58,8 @@ def learn(
     from ..data.instance import load_instance, with_background
     from ..prompts import check_class_prompt
 
+    if output.only and output.into is None:
+        raise InputError(f"--only {output.only[0]} would be learned, but into which bundle? Add --into NAME")
     if training.class_prompt is not None and training.prior_preservation:
         say_weights(check_class_prompt(training.class_prompt), "class prompt")
     folders = instance_folders(instance, source.folder_path)
@@ -69,7 +72,11 @@ def learn(
     if source.background_asset:
         words = [[*(initial or [None] * each.count), "background"] for initial, each in zip(words, instances, strict=True)]
         instances = [with_background(each) for each in instances]
+    start = _start(output, instances)
     targets = [output.output_dir / bundle_name(output.name or each.name) for each in instances]
+    if start is not None and output.name is None:
+        targets = [start.bundle.folder]
+    overwrite = output.overwrite or (start is not None and output.name is None)  # --into asks for just that
     for target in targets:
         _check_target(target, folders, source.model_path)
 
@@ -79,12 +86,13 @@ def learn(
     from ..bundle.target import check_target
     from ..config import MemoryConfig
     from ..data.mask_check import check_masks
+    from ..learning.relearn import check_start, relearn_config
     from ..learning.supervision import learned_size, sizes_of
     from ..model.device import precision_name
     from ..presets import learn_preset
 
     for each, target in zip(instances, targets, strict=True):
-        check_target(target, each, None, output.overwrite)
+        check_target(target, each, None, overwrite)
     chosen = choose_device(compute.device)
     dtype = choose_dtype(compute.mixed_precision, chosen)
     attention = choose_attention(compute.attention_backend, chosen, dtype)
@@ -94,8 +102,9 @@ def learn(
 
     def learn_one(each: Instance, target: Path, initial: list[str | None] | None) -> None:
         nonlocal base
-        config = _learn_config(learn_preset(family_of(source.model_path), training.recipe.value), training, compute.seed,
-                               precision_name(dtype))  # fmt: skip
+        preset = learn_preset(family_of(source.model_path), training.recipe.value)
+        preset = relearn_config(preset, start.bundle) if start else preset
+        config = _learn_config(preset, training, compute.seed, precision_name(dtype))
         plan = plan_within("learn", source.model_path, chosen, dtype, training.resolution, compute.vram_gib, attention.name,
                            config, assets=each.count)  # fmt: skip
         memory = plan.settings.memory if plan else MemoryConfig()
@@ -103,6 +112,8 @@ def learn(
             base = None  # let go first: there may be room for one alone
             base = load_base(source.model_path, chosen, dtype, memory)
         config = plan.settings.learn if plan else config
+        if start is not None:
+            check_start(start, base, config)
         if config.resolution is not None:
             base.check_side("the resolution", config.resolution)
         if config.aspect == "photo":
@@ -113,15 +124,16 @@ def learn(
             say(f"note: {line}")
         judge = _checkpoint_judge(config, each, base, evaluators)
         job.hint = partial(_resume_hint, target)
-        if note := check_target(target, each, base.fingerprint, output.overwrite):
+        if note := check_target(target, each, base.fingerprint, overwrite):
             say(f"note: {note}")
         _say_what_is_resumed(target, training.resume)
         earlier = target if os.path.lexists(target) else None
         with _tracking(output.log_with, target.name, each) as callbacks, use_backend(base.unet, attention), Bar() as bar, \
                 job.keeping(earlier):  # fmt: skip
-            bundle = run_learn(each, base, target, config, words=initial, overwrite=output.overwrite, resume=training.resume,
+            bundle = run_learn(each, base, target, config, words=initial, overwrite=overwrite, resume=training.resume,
                                checkpoint_every=training.checkpoint_every, judge=judge, keep_base_path=output.keep_base_path,
-                               on_progress=bar.learning, callbacks=callbacks)  # fmt: skip
+                               on_progress=bar.learning, callbacks=callbacks,
+                               into=start and start.bundle, only=start.only if start else ())  # fmt: skip
         job.kept.append(target)
         if not bundle.base_source:
             say(f"note: the bundle has the base model's name, {bundle.base_name}, and fingerprint, but not where it lies: "
@@ -146,6 +158,19 @@ def learn(
 # --- parts --------------------------------------------------------------------------------------
 
 
+def _start(output: LearnOutput, instances: list[Instance]) -> Start | None:
+    """What --into and --only say; None without them."""
+    if output.into is None:
+        return None
+    if len(instances) > 1:
+        raise InputError(f"--into {output.into} takes one instance, but {len(instances)} would be learned; name the INSTANCE too")
+    import_libraries()
+    from ..bundle.store import find_bundle, load_bundle
+    from ..learning.relearn import start_from
+
+    return start_from(load_bundle(find_bundle(output.into, output.output_dir)), output.only or [], instances[0])
+
+
 def _learn_config(config: LearnConfig, training: TrainingOptions, seed: int, precision: Any) -> LearnConfig:
     """The preset with the options that were given."""
     embedding = override(config.embedding, train_steps=training.phase1_train_steps, learning_rate=training.phase1_learning_rate)
@@ -158,8 +183,9 @@ def _learn_config(config: LearnConfig, training: TrainingOptions, seed: int, pre
     prior = override(config.prior, class_prompt=training.class_prompt, num_class_images=training.num_class_images,
                      enabled=training.prior_preservation)  # fmt: skip
     keep = replace(config.keep, enabled=training.keep is Keep.best)
-    config = override(config, aspect=training.aspect, crop_conditioning=training.crop_conditioning)
-    return replace(config, embedding=embedding, lora=lora, prior=prior, keep=keep, resolution=training.resolution, seed=seed,
+    config = override(config, aspect=training.aspect, crop_conditioning=training.crop_conditioning,
+                      resolution=training.resolution)  # fmt: skip
+    return replace(config, embedding=embedding, lora=lora, prior=prior, keep=keep, seed=seed,
                    gradient_checkpointing=training.gradient_checkpointing, mixed_precision=precision)  # fmt: skip
 
 

@@ -319,6 +319,10 @@ class LearnOutput(OptionGroup):
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a bundle learned from another photo, other masks or on another base.")
     ] = False
+    into: Annotated[
+        str | None, typer.Option(help="An existing bundle: --only is learned into it, the others in it stay. Half the steps.")
+    ] = None
+    only: Annotated[list[str] | None, typer.Option(help="With --into: asset1, or an asset that it lacks; repeatable.")] = None
     keep_base_path: KeepBasePath = False
     log_with: Annotated[
         LogWith | None, typer.Option(help="Report losses, learning rates, attention and images there; files in output/logs.")

@@ -76,9 +76,10 @@ class InstanceData:
     """
 
     def __init__(self, fitted: FittedInstance, base: BaseModel, placements: int = 0, seed: int = 0,
-                 photo_size: tuple[int, int] | None = None, other_sizes: Sequence[tuple[int, int]] = ()):  # fmt: skip
+                 photo_size: tuple[int, int] | None = None, other_sizes: Sequence[tuple[int, int]] = (),
+                 about: Sequence[str] = ()):  # fmt: skip
         """`photo_size`, `other_sizes`: (width, height) before fitting, of the photo and of further ones; by default each was
-        fitted from its own size."""
+        fitted from its own size. `about`: tokens of which each step has one at least; all by default."""
         learned_at = fitted.image.size[::-1]
         self.size = ImageSize(photo_size[::-1] if photo_size else learned_at, learned_at)
         self.drawn_size = ImageSize(learned_at, learned_at)  # of pictures that the model drew at that size
@@ -93,6 +94,9 @@ class InstanceData:
             rng = np.random.default_rng([seed, 1, k + 1])
             self.photos.append(_views(photo.image, photo.masks, base, placements, rng, size))
 
+        self.about = frozenset(self.tokens.index(token) for token in about)
+        if self.about:
+            self.photos = [photo for photo in self.photos if self.about.intersection(photo.shown)]
         self.background = self.tokens.index(BACKGROUND_TOKEN) if BACKGROUND_TOKEN in self.tokens else None
         self.plate = None if self.background is None else self._plate(fitted, base)
 
@@ -111,6 +115,9 @@ class InstanceData:
         count = len(photo.shown)
         size = int(rng.integers(1, count + 1)) if union_sampling else count
         assets = tuple(photo.shown[int(i)] for i in rng.permutation(count)[:size])
+        if self.about and not self.about.intersection(assets):
+            wanted = [i for i in photo.shown if i in self.about]
+            assets = (wanted[int(rng.integers(len(wanted)))], *assets[1:])
         flip = bool(rng.random() < flip_probability)
         if self.plate and union_sampling and self.background in assets and rng.random() < PLATE_SHARE:
             assets, view = (self.background,), self.plate[flip]

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,16 @@ from ..data.instance import FittedInstance, Instance, fit_instance
 from ..errors import InputError
 from ..io.threads import one_thread_an_operation
 from ..model.base import BaseModel
-from ..model.embedding import initial_vectors, use_assets
-from ..model.lora import add_adapters, remove_adapter
+from ..model.embedding import AssetEmbedding, initial_vectors, use_assets
+from ..model.half_precision import follow_input_dtype
+from ..model.lora import add_adapters, filled_adapter, remove_adapter
 from ..model.peak_memory import PeakMemory
 from ..prompts import add_asset_tokens, join_assets, tokenize_prompt
 from .callbacks import CheckpointJudge, EarlyStopping, SaveCheckpoints, Snapshots
 from .checkpoints import Checkpointing, Checkpoints, open_checkpoints
 from .dataset import InstanceData
 from .prior import PriorData, make_prior
+from .relearn import HoldOthers, Start, check_start, prior_of_the_others, relearned, starting_vectors
 from .report import attention_shares, draw_attention_sheet, draw_preview, environment, save_attention_film
 from .state import TrainerState, identity_of
 from .supervision import learned_size
@@ -39,7 +42,7 @@ from .trainer import Callback, Progress, Report, Trainer
 def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path, report: Report = lambda _: None,
           initializer_words: Sequence[str | None] | None = None, checkpointing: Checkpointing | None = None,
           judge: CheckpointJudge | None = None, overwrite: bool = False, keep_base_path: bool = False,
-          callbacks: Sequence[Callback] = ()) -> Bundle:  # fmt: skip
+          callbacks: Sequence[Callback] = (), start: Start | None = None) -> Bundle:  # fmt: skip
     """Learns `instance` on `base` and writes the bundle to `folder`. The base model is handed back as it was.
 
     A bundle that stands there is replaced, in the end and whole, if it was learned from the same photo and masks on the same base
@@ -47,39 +50,54 @@ def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path
 
     State is kept beside `folder` as `checkpointing` says, until the bundle is written. Ctrl-C and SIGTERM take effect after
     the step that runs, and the state is kept then too. `judge` scores checkpoints where `config.keep` is enabled.
+    `start`: the bundle to go on from, and which tokens are learned into it (`relearn`).
     `keep_base_path` writes into the bundle where a local base model lies.
     Raises InputError for input that cannot be learned from (too many assets for a prompt, masks that vanish), when another
     process learns to `folder`, when a checkpoint that should be resumed is another run's, and when `folder` holds anything that
     may not be replaced.
     """
     check_target(folder, instance, base.fingerprint, overwrite)
-    identity = identity_of(instance, base, config, initializer_words)
+    if start is not None:
+        check_start(start, base, config)
+    identity = identity_of(instance, base, config, initializer_words, start and (start.bundle.digest, start.only))
     state = TrainerState.start(config.seed)
     with (open_checkpoints(folder, identity, checkpointing or Checkpointing()) as checkpoints, PeakMemory(base.device) as peak,
           one_thread_an_operation(base.is_small)):  # fmt: skip
         resumed = checkpoints.load()
         state.last_saved = checkpoints.last_saved
-        parts = prepare(instance, base, config, folder.parent / ".prior", report)
+        parts = prepare(instance, base, config, folder.parent / ".prior", report, start.only if start else ())
         words = initializer_words or [None] * instance.count
         rows = initial_vectors(base.text_encoders, base.tokenizer, words)
-        with use_assets(base.text_encoders, parts.token_ids, rows) as embedding, \
-                gradient_checkpointing(base, config.gradient_checkpointing):  # fmt: skip
-            beside = [*_callbacks(config, checkpoints, judge), *callbacks]
-            trainer = Trainer(base, parts.data, config, embedding, parts.prior, beside, state, report, checkpoint=resumed)
+        rows = starting_vectors(start, instance.tokens, rows) if start else rows
+        with ExitStack() as lent:
+            embedding = lent.enter_context(use_assets(base.text_encoders, parts.token_ids, rows))
+            lent.enter_context(gradient_checkpointing(base, config.gradient_checkpointing))
+            beside, prior, adapters = [*_callbacks(config, checkpoints, judge), *callbacks], parts.prior, {}
+            if start is not None:  # phase 1 sees the bundle's LoRA too
+                adapters = lent.enter_context(lend_again(base, start.bundle, embedding))
+                beside.insert(0, HoldOthers(embedding, start, instance.tokens))
+                prior = prior_of_the_others(base, start, config, prior, parts.fitted.image.size[::-1],
+                                            lambda k, n: report(Progress("prior", k, n)))  # fmt: skip
+            trainer = Trainer(base, parts.data, config, embedding, prior, beside, state, report, checkpoint=resumed)
             trainer.train_embedding()
-            with lend_adapters(base, config.lora, config.seed) as adapters:
-                trainer.train_lora(adapters)
-                found = _report(trainer, instance, peak, report)
+            if start is None:
+                adapters = lent.enter_context(lend_adapters(base, config.lora, config.seed))
+            trainer.train_lora(adapters)
+            found = _report(trainer, instance, peak, report)
 
-                def write_images(target: Path) -> None:
-                    found.preview.save(target / "preview.png")
-                    found.attention.save(target / "attention.png")
-                    if state.snapshots:
-                        save_attention_film(target / "attention.webp", state.snapshots, instance, instance.tokens)
-                    keep_instance(target, instance, parts.fitted)
+            def write_images(target: Path) -> None:
+                found.preview.save(target / "preview.png")
+                found.attention.save(target / "attention.png")
+                if state.snapshots:
+                    save_attention_film(target / "attention.webp", state.snapshots, instance, instance.tokens)
+                keep_instance(target, instance, parts.fitted)
 
-                bundle = save_bundle(folder, base, instance.tokens, instance.words, embedding.vectors, adapters, config,
-                                     found.metadata, write_images, overwrite=True, keep_base_path=keep_base_path)  # fmt: skip
+            if start is not None:
+                found.metadata["relearned"] = relearned(start, config, found.metadata["seconds"])
+                keep_base_path = keep_base_path or os.path.isabs(start.bundle.base_source)
+            bundle = save_bundle(folder, base, instance.tokens, instance.words, embedding.vectors, adapters,
+                                 start.bundle.config if start else config, found.metadata, write_images, overwrite=True,
+                                 keep_base_path=keep_base_path)  # fmt: skip
         checkpoints.clear()
     return bundle
 
@@ -95,8 +113,9 @@ class Prepared:
 
 
 def prepare(instance: Instance, base: BaseModel, config: LearnConfig, prior_cache: Path | None,
-            report: Report = lambda _: None) -> Prepared:  # fmt: skip
-    """Makes the tokens known, fits and encodes the instance, and draws the class prior's images.
+            report: Report = lambda _: None, about: Sequence[str] = ()) -> Prepared:  # fmt: skip
+    """Makes the tokens known, fits and encodes the instance, and draws the class prior's images. `about`: tokens of
+    which each step has one at least.
 
     Raises InputError for a resolution that cannot be, and for more assets than a prompt can hold.
     """
@@ -109,7 +128,7 @@ def prepare(instance: Instance, base: BaseModel, config: LearnConfig, prior_cach
     width, height = size = learned_size(base, config, instance.image.size)
     fitted = fit_instance(instance, size)
     data = InstanceData(fitted, base, config.placements, config.seed, instance.image.size,
-                        [photo.image.size for photo in instance.others])  # fmt: skip
+                        [photo.image.size for photo in instance.others], about)  # fmt: skip
     prior = None
     if config.prior.enabled and config.lora.train_steps:
         prior = make_prior(base, config.prior, (height, width), config.seed, prior_cache,
@@ -157,6 +176,21 @@ def lend_adapters(base: BaseModel, phase: LoraPhase, seed: int) -> Iterator[dict
     """LoRA in the base model's modules for as long as the block lasts; none when phase 2 is switched off."""
     adapters = add_adapters(base, phase.rank, phase.text_encoder, seed) if phase.train_steps else {}
     try:
+        yield adapters
+    finally:
+        for adapter in adapters.values():
+            remove_adapter(adapter)
+
+
+@contextmanager
+def lend_again(base: BaseModel, bundle: Bundle, embedding: AssetEmbedding) -> Iterator[dict[str, PeftModel]]:
+    """A bundle's LoRA in the base model's modules, frozen until `Trainer.train_lora`, for as long as the block lasts."""
+    adapters: dict[str, PeftModel] = {}
+    try:
+        for name in bundle.adapters:
+            adapters[name] = filled_adapter(base.parts[base.layout.adapters[name]], bundle.lora[name], bundle.folder / name)
+            follow_input_dtype(adapters[name])
+        embedding.vectors.requires_grad_(True)  # freezing the base for LoRA froze them with it
         yield adapters
     finally:
         for adapter in adapters.values():

@@ -88,7 +88,7 @@ class Objective:
         timesteps = torch.randint(0, int(self.base.scheduler.config["num_train_timesteps"]), (len(latents),),
                                   generator=self.generator).to(latents.device)  # fmt: skip
         noise = torch.randn(latents.shape, generator=self.generator).to(latents)
-        tokenized = [tokenize_prompt(self.base.tokenizer, p, _assets_of(p, batch)) for p in prompts]
+        tokenized = [tokenize_prompt(self.base.tokenizer, p, [t for t in self.data.tokens if t in p]) for p in prompts]
         return Draws(batch, tokenized, latents, timesteps, noise)
 
     def compute(self, drawn: Draws, phase: EmbeddingPhase | LoraPhase, step: int, sites: Sequence[Site],
@@ -166,10 +166,6 @@ class Objective:
             prompt_embeds = self.base.encode_prompt(torch.tensor([ids]), self.size_of(batch)).expand(len(noisy))
             without = predict(self.base.unet, noisy, timesteps, prompt_embeds)
         return share * masked_diffusion_loss(prediction, without, 1 - batch.union_mask, self.config.masked_loss_by_area)
-
-
-def _assets_of(prompt: str, batch: Batch) -> list[str]:
-    return list(batch.tokens) if prompt == batch.prompt else []
 
 
 def diffusion_target(scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

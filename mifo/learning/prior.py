@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -54,15 +54,31 @@ def make_prior(base: BaseModel, config: PriorConfig, resolution: int | tuple[int
     key = json_text([base.fingerprint, asdict(config), named, seed, weights, base.device.type,
                      named_infinities(sampler)], sort_keys=True, default=str)  # fmt: skip
     cached = cache_folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors" if cache_folder else None
-    image_size = ImageSize(pixels, pixels)
     shape = (int(base.unet.config["in_channels"]), pixels[0] // base.vae_factor, pixels[1] // base.vae_factor)
     known = _read_cache(cached, key, (config.num_class_images, *shape))
     if known is not None:
         return PriorData(prompts, known.to(base.device))
-    ids = [tokenize_prompt(base.tokenizer, p, [], "class prompt").input_ids for p in prompts]
-    rows = []
-    for first in range(0, config.num_class_images, base.memory.max_batch):
-        count = min(base.memory.max_batch, config.num_class_images - first)
+    latents = draw_latents(base, config, prompts, (), config.num_class_images, pixels, seed, on_progress)
+    if cached:
+        with write_file(cached, overwrite=True) as temporary:
+            write_state(temporary, latents, "prior", key)
+    return PriorData(prompts, latents)
+
+
+def draw_latents(base: BaseModel, config: PriorConfig, prompts: Sequence[str], tokens: Sequence[str], count: int,
+                 size: tuple[int, int], seed: int,
+                 on_progress: Callable[[int, int], None] | None = None) -> torch.Tensor:  # fmt: skip
+    """(count, C, h, w): picture k is of prompts[k % len(prompts)], which may name `tokens`, drawn as `config` says.
+
+    `size`: (height, width) in pixels. Raises InputError where the base model draws no picture.
+    """
+    image_size = ImageSize(size, size)
+    shape = (int(base.unet.config["in_channels"]), size[0] // base.vae_factor, size[1] // base.vae_factor)
+    named = [[token for token in tokens if token in prompt] for prompt in prompts]
+    ids = [tokenize_prompt(base.tokenizer, p, own, "class prompt").input_ids for p, own in zip(prompts, named, strict=True)]
+    scheduler, rows, whole = base.sampler("ddim"), [], count
+    for first in range(0, whole, base.memory.max_batch):
+        count = min(base.memory.max_batch, whole - first)
         with torch.no_grad():
             chosen = [ids[k % len(ids)] for k in range(first, first + count)]
             prompt_embeds = base.encode_prompt(torch.tensor(chosen), image_size)
@@ -70,13 +86,10 @@ def make_prior(base: BaseModel, config: PriorConfig, resolution: int | tuple[int
         noise = initial_latents(shape, seed + first, count, base.device)
         rows.append(denoise(base.unet, scheduler, noise, prompt_embeds, empty, config.sampling_steps, config.guidance_scale))
         if on_progress:
-            on_progress(first + count, config.num_class_images)
+            on_progress(first + count, whole)
     latents = torch.cat(rows)
     check_latents(latents, base.parts)
-    if cached:
-        with write_file(cached, overwrite=True) as temporary:
-            write_state(temporary, latents, "prior", key)
-    return PriorData(prompts, latents)
+    return latents
 
 
 def class_prompts(config: PriorConfig) -> tuple[str, ...]:

@@ -69,13 +69,18 @@ class PhaseRun:
         return self.steps_done == self.config.train_steps
 
 
-def identity_of(instance: Instance, base: BaseModel, config: LearnConfig, words: Sequence[str | None] | None) -> dict[str, Any]:
-    """Everything that decides what is learned; a run is resumed only where all of it is the same."""
+def identity_of(instance: Instance, base: BaseModel, config: LearnConfig, words: Sequence[str | None] | None,
+                start: tuple[str, Sequence[str]] | None = None) -> dict[str, Any]:  # fmt: skip
+    """Everything that decides what is learned; a run is resumed only where all of it is the same.
+
+    `start`: the digest of the bundle that it goes on from, and the tokens that are learned.
+    """
     return {
         "config": to_dict(config),
         "base": {"fingerprint": base.fingerprint, "dtype": str(base.dtype), "device": base.device.type},
         "instance": photo_digest(instance),
         "initializer_tokens": list(words) if words else None,
+        **({"start": {"bundle": start[0], "only": list(start[1])}} if start else {}),
     }
 
 

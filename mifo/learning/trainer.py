@@ -93,7 +93,9 @@ class Trainer:
         phase = self.config.lora
         if not phase.train_steps:
             return
-        weights = [p for a in adapters.values() for p in a.parameters() if p.requires_grad and p is not self.embedding.vectors]
+        weights = [p for adapter in adapters.values() for name, p in adapter.named_parameters() if "lora_" in name]
+        for weight in weights:  # a bundle's own come frozen
+            weight.requires_grad_(True)
         self.embedding.vectors.requires_grad_(True)  # freezing the base for LoRA froze them with it
         groups = [
             {"params": weights, "lr": phase.learning_rate},

@@ -10,7 +10,6 @@ command goes on.
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +21,7 @@ from mifo import learn, load_base_model, load_bundle, load_instance
 from mifo.bundle.store import Bundle, attach
 from mifo.io.json_text import json_text
 from mifo.model.base import BaseModel
-from mifo.presets import learn_preset, synthesis_preset
+from mifo.presets import synthesis_preset
 from mifo.toybox.draw import BACKGROUNDS
 from mifo.toybox.examples import write_instance
 from mifo.toybox.judge import load_judge
@@ -53,10 +52,9 @@ def learned(work: Path, name: str, cell: Cell, count: int, base: BaseModel) -> B
     folder, photos = work / "bundles" / name, work / "instances" / name
     if (folder / "bundle.json").exists():
         return load_bundle(folder)
-    if photos.exists():
-        shutil.rmtree(photos)
-    write_photos(cell, count, photos)
-    return learn(load_instance(photos), base, folder, learn_preset(base.family))
+    if not photos.exists():
+        write_photos(cell, count, photos)
+    return learn(load_instance(photos), base, folder, resume=True)
 
 
 def measure(work: Path, cell: Cell, count: int, base: BaseModel, judge: Any, seeds: int, images: int) -> dict[str, Any]:
@@ -90,7 +88,7 @@ def main(
             print(json_text(items[-1]), flush=True)
     by_count = {str(count): {part: pooled([item[part] for item in items if item["photos"] == count])
                              for part in ("alone", "in_boxes")} for count in COUNTS}  # fmt: skip
-    print(f"written: {write_result(name, {'scenes': [cell.name for cell in CELLS[:scenes]], 'by_photos': by_count, 'items': items})}")
+    print(write_result(name, {"scenes": [cell.name for cell in CELLS[:scenes]], "by_photos": by_count, "items": items}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,144 @@
+"""One asset learned again, or one more, into a bundle whose other assets stay."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from _tiny import copy_bundle, learn_arguments, load_base, mifo, snapshot, tiny_base_folder, write_instance
+
+import mifo as api
+from mifo.bundle.store import attach, load_bundle
+from mifo.data.instance import fit_instance, load_instance
+from mifo.errors import InputError
+from mifo.learning.dataset import InstanceData
+from mifo.learning.prior import PriorData
+from mifo.learning.relearn import prior_of_the_others, start_from
+from mifo.learning.trainer import Callback, PhaseRun, Trainer
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A bundle of two assets, and instance folders of two and of three."""
+    copy_bundle(tmp_path / "out", "desk")
+    write_instance(tmp_path / "desk")
+    write_instance(tmp_path / "wider" / "desk", assets=3)
+    return tmp_path
+
+
+def relearn(place: Path, folder: str, *more: object, exit_code: int = 0) -> str:
+    arguments = [*learn_arguments(place / folder, place / "out"), "--lora-rank", 16, "--into", "desk", *more]
+    return mifo(*arguments, exit_code=exit_code).output
+
+
+def test_the_others_embeddings_stay_and_its_own_is_new(place: Path) -> None:
+    before = load_bundle(place / "out" / "desk")
+    relearn(place, "desk", "--only", "asset1")
+    after = load_bundle(place / "out" / "desk")
+    assert torch.equal(after.token_embeddings[0], before.token_embeddings[0])
+    assert not torch.allclose(after.token_embeddings[1], before.token_embeddings[1])
+    # the LoRA goes on from the bundle's: it changed, and is nearer to it than to none
+    for name in before.adapters:
+        old, new = (torch.cat([b.lora[name].weights[key].float().flatten() for key in before.lora[name].weights])
+                    for b in (before, after))  # fmt: skip
+        assert 0 < (new - old).norm() < new.norm()
+    assert [entry["tokens"] for entry in after.metadata["relearned"]] == [["<asset1>"]]
+    assert after.config == before.config
+    relearn(place, "desk", "--only", "<asset0>", "--seed", "3")
+    twice = load_bundle(place / "out" / "desk")
+    assert [entry["tokens"] for entry in twice.metadata["relearned"]] == [["<asset1>"], ["<asset0>"]]
+    assert torch.equal(twice.token_embeddings[1], after.token_embeddings[1])
+
+
+def test_an_asset_is_added(place: Path) -> None:
+    before = load_bundle(place / "out" / "desk")
+    relearn(place, "wider/desk", "--only", "asset2")
+    after = load_bundle(place / "out" / "desk")
+    assert after.tokens == ("<asset0>", "<asset1>", "<asset2>")
+    assert torch.equal(after.token_embeddings[:2], before.token_embeddings)
+
+
+def test_under_another_name_the_bundle_stays(place: Path) -> None:
+    before = snapshot(place / "out" / "desk")
+    relearn(place, "desk", "--only", "asset1", "--name", "desk2")
+    assert snapshot(place / "out" / "desk") == before
+    first, second = (load_bundle(place / "out" / name) for name in ("desk", "desk2"))
+    assert torch.equal(first.token_embeddings[0], second.token_embeddings[0])
+
+
+def test_an_interrupted_relearning_goes_on_to_the_same_bytes(place: Path) -> None:
+    shutil.copytree(place / "out", place / "whole")
+    instance, bundle = load_instance(place / "desk"), load_bundle(place / "whole" / "desk")
+    config = replace(bundle.config, prior=replace(bundle.config.prior, every_steps=1))  # as few steps as the bundle had
+    base = load_base()
+    done = api.learn(instance, base, place / "whole" / "desk", config, into=bundle, only=["asset1"])
+
+    class Stop(Callback):
+        def on_step_end(self, trainer: Trainer, phase: PhaseRun) -> bool:
+            if phase.name == "lora" and phase.steps_done == 1:
+                raise KeyboardInterrupt
+            return False
+
+    bundle = load_bundle(place / "out" / "desk")
+    with pytest.raises(KeyboardInterrupt):
+        api.learn(instance, base, place / "out" / "desk", config, into=bundle, only=["asset1"], callbacks=[Stop()],
+                  checkpoint_every=1)  # fmt: skip
+    again = api.learn(instance, base, place / "out" / "desk", config, into=bundle, only=["asset1"], checkpoint_every=1,
+                      resume=True)  # fmt: skip
+    assert again.digest == done.digest
+
+
+def test_each_step_is_about_what_is_learned(place: Path) -> None:
+    base = load_base()
+    data = InstanceData(fit_instance(load_instance(place / "wider" / "desk"), 64), base, about=["<asset2>"])
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    drawn = [data.sample(rng, generator, 1, True, 0.0).assets for _ in range(60)]
+    assert all(2 in assets for assets in drawn) and {len(assets) for assets in drawn} == {1, 2, 3}
+
+
+def test_the_others_pictures_take_turns_with_the_class_prior(place: Path) -> None:
+    base, bundle = load_base(), load_bundle(place / "out" / "desk")
+    start = start_from(bundle, ["asset1"], load_instance(place / "desk"))
+    latents = torch.zeros(2, base.unet.config["in_channels"], 8, 8)
+    with attach(base, bundle):
+        prior = prior_of_the_others(base, start, bundle.config, PriorData(("a photo",), latents), (64, 64), lambda k, n: None)
+        alone = prior_of_the_others(base, start, bundle.config, None, (64, 64), lambda k, n: None)
+    assert prior is not None and alone is not None
+    assert prior.prompts[:4] == ("a photo", "a photo of <asset0>") * 2 and set(alone.prompts) == {"a photo of <asset0>"}
+    assert torch.equal(prior.latents[1::2], alone.latents) and float(alone.latents.std()) > 0.1
+
+
+@pytest.mark.parametrize(("folder", "options", "said"), [
+    ("desk", ["--only", "asset5"], "has no <asset5>: its assets are <asset0>, <asset1>"),
+    ("desk", [], "say which asset is learned into desk"),
+    ("desk", ["--only", "asset0", "--only", "asset1"], "no asset of desk would stay"),
+    ("wider/desk", ["--only", "asset1"], "has no <asset2> yet"),
+    ("desk", ["--only", "asset1", "--lora-rank", "3"], "LoRA of rank"),
+    ("desk", ["--only", "asset1", "--into", "dask"], "no learned bundle 'dask'"),
+])  # fmt: skip
+def test_what_cannot_be_is_said_and_nothing_is_lost(place: Path, folder: str, options: list[str], said: str) -> None:
+    before = snapshot(place / "out")
+    assert said in " ".join(relearn(place, folder, *options, exit_code=2).split())
+    assert snapshot(place / "out") == before
+
+
+def test_only_needs_a_bundle(place: Path) -> None:
+    arguments = [*learn_arguments(place / "desk", place / "out"), "--only", "asset1"]
+    assert "Add --into NAME" in mifo(*arguments, exit_code=2).output
+    with pytest.raises(InputError, match="into which bundle"):
+        api.learn(load_instance(place / "desk"), load_base(), place / "x", only=["asset1"])
+    assert not (place / "x").exists()
+
+
+def test_another_base_is_refused(place: Path) -> None:
+    other = Path(shutil.copytree(tiny_base_folder(1), place / "base"))
+    arguments = learn_arguments(place / "desk", place / "out", "--into", "desk", "--only", "asset1",
+                                "--lora-rank", 16)  # fmt: skip
+    changed = [str(other) if str(a) == str(tiny_base_folder()) else a for a in arguments]
+    assert "base model" in mifo(*changed, exit_code=2).output
+    assert json.loads((place / "out" / "desk" / "bundle.json").read_text()).get("relearned") is None
