@@ -20,7 +20,9 @@ import typer
 from typer.core import TyperCommand
 from typer.models import OptionInfo, ParameterInfo
 
+from ..errors import InputError
 from ..io.console import running
+from ..io.processes import process_count
 
 OWN, OTHER = "Input", "Other"
 QUIET = Annotated[bool, typer.Option("--quiet", help="Show no progress; results, notes and errors alone.")]
@@ -66,6 +68,9 @@ def job_command(app: typer.Typer, example: str, name: str | None = None) -> Call
         @wraps(function)
         def run(**values: Any) -> None:
             with running(values.pop("as_json"), values.pop("quiet")) as job:
+                if process_count() > 1 and function.__name__ != "learn":
+                    raise InputError(f"{function.__name__} is no job for several processes, but {process_count()} were launched; "
+                                     "start it by itself, or see `cluster`")  # fmt: skip
                 made = {name: kind(**{f.name: values.pop(f.name) for f in fields(kind)}) for name, kind in groups.items()}
                 function(job, **values, **made)
 

@@ -17,6 +17,7 @@ from ..errors import InputError, NotFinite
 from ..io.console import Bar, Job, say, waiting
 from ..io.files import check_writable
 from ..io.outputs import PLACE, check_apart
+from ..io.processes import is_main_process
 from .app import app
 from .job import job_command
 from .options import ComputeOptions, EvaluatorOptions, InstanceName, Keep, LearnInput, LearnOutput, LogWith, TrainingOptions
@@ -173,9 +174,10 @@ def _start(output: LearnOutput, instances: list[Instance]) -> Start | None:
 
 def _learn_config(config: LearnConfig, training: TrainingOptions, seed: int, precision: Any) -> LearnConfig:
     """The preset with the options that were given."""
-    embedding = override(config.embedding, train_steps=training.phase1_train_steps, learning_rate=training.phase1_learning_rate)
+    embedding = override(config.embedding, train_steps=training.phase1_train_steps, learning_rate=training.phase1_learning_rate,
+                         draws=training.draws)  # fmt: skip
     lora = override(config.lora, train_steps=training.phase2_train_steps, learning_rate=training.phase2_learning_rate,
-                    rank=training.lora_rank, text_encoder=training.train_text_encoder)  # fmt: skip
+                    rank=training.lora_rank, text_encoder=training.train_text_encoder, draws=training.draws)  # fmt: skip
     weight = training.penalty_weight
     if weight is not None:
         embedding = replace(embedding, attention=replace(embedding.attention, penalty_weight=weight))
@@ -192,7 +194,7 @@ def _learn_config(config: LearnConfig, training: TrainingOptions, seed: int, pre
 @contextmanager
 def _tracking(kind: LogWith | None, name: str, instance: Instance) -> Iterator[list[Callback]]:
     """What reports the run elsewhere; every run has a folder of its own."""
-    if kind is None:
+    if kind is None or not is_main_process():
         yield []
         return
     from ..learning.tracking import Tracker

@@ -18,6 +18,7 @@ from ..errors import InputError, NotFinite
 from .files import is_full, unwritable
 from .interrupts import BROKEN_PIPE, Terminated, heard
 from .json_text import record_text
+from .processes import is_main_process, process_index
 from .terminal import has_gone, shown, speaks_freely
 
 #: How torch, CUDA and C++ say it when they don't raise MemoryError.
@@ -63,6 +64,8 @@ class Display:
     """What this process shows beside results and messages."""
 
     progress: bool = True
+    notes: bool = True
+    """False in all but the main one of several processes."""
 
 
 display = Display()
@@ -71,8 +74,9 @@ display = Display()
 @contextmanager
 def running(as_json: bool, quiet: bool = False) -> Iterator[Job]:
     """Keeps standard output for the job's results, and turns what goes wrong into one message and an exit status."""
-    job = Job(as_json, sys.stdout)
-    display.progress = not quiet
+    main = is_main_process()
+    job = Job(as_json, sys.stdout if main else _Nowhere())
+    display.progress, display.notes = main and not quiet, main
     try:
         with _listening(), redirect_stdout(sys.stderr if speaks_freely() else _Nowhere()):
             yield job
@@ -182,7 +186,12 @@ class Bar:
 
 
 def say(*lines: str) -> None:
-    """To standard error, beside progress: one printable line each."""
+    """To standard error, beside progress: one printable line each. Of several processes the main one says it, and each its own
+    errors."""
+    if not display.notes:
+        lines = tuple(f"process {process_index()}: {line}" for line in lines if line.startswith("error"))
+    if not lines:
+        return
     with _beside_bars():
         print(*map(shown, lines), sep="\n", file=sys.stderr)
 

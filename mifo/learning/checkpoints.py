@@ -110,6 +110,12 @@ def open_checkpoints(target: Path, identity: Mapping[str, Any], options: Checkpo
         yield Checkpoints(folder, identity, options)
 
 
+@contextmanager
+def read_checkpoints(target: Path, identity: Mapping[str, Any], options: Checkpointing) -> Iterator[Checkpoints]:
+    """As `open_checkpoints` for a process that only reads them, beside the one that writes and has the lock."""
+    yield Checkpoints(checkpoint_folder(target), identity, options)
+
+
 def latest(target: Path) -> Saved | None:
     """The newest checkpoint of an interrupted run that would write `target`; None when there is none that can be read."""
     for path in reversed(_files(checkpoint_folder(target))):

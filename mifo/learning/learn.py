@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from peft import PeftModel
 from PIL import Image
 
 from ..bundle.instance_copy import keep_instance
-from ..bundle.store import Bundle, save_bundle
+from ..bundle.store import Bundle, load_bundle, save_bundle
 from ..bundle.target import check_target, photo_digest
 from ..config import LearnConfig, LoraPhase, to_dict
 from ..data.instance import FittedInstance, Instance, fit_instance
@@ -29,9 +29,10 @@ from ..model.lora import add_adapters, filled_adapter, remove_adapter
 from ..model.peak_memory import PeakMemory
 from ..prompts import add_asset_tokens, join_assets, tokenize_prompt
 from .callbacks import CheckpointJudge, EarlyStopping, SaveCheckpoints, Snapshots
-from .checkpoints import Checkpointing, Checkpoints, open_checkpoints
+from .checkpoints import Checkpointing, Checkpoints, open_checkpoints, read_checkpoints
 from .dataset import InstanceData
 from .prior import PriorData, make_prior
+from .processes import Processes
 from .relearn import HoldOthers, Start, check_start, prior_of_the_others, relearned, starting_vectors
 from .report import attention_shares, draw_attention_sheet, draw_preview, environment, save_attention_film
 from .state import TrainerState, identity_of
@@ -48,6 +49,9 @@ def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path
     A bundle that stands there is replaced, in the end and whole, if it was learned from the same photo and masks on the same base
     model, or with `overwrite`; and only if all that is in it is as it was written.
 
+    Where a launcher started several processes for this, all call it alike: a step's draws are shared among them, at least one
+    each, and the main process alone writes.
+
     State is kept beside `folder` as `checkpointing` says, until the bundle is written. Ctrl-C and SIGTERM take effect after
     the step that runs, and the state is kept then too. `judge` scores checkpoints where `config.keep` is enabled.
     `start`: the bundle to go on from, and which tokens are learned into it (`relearn`).
@@ -56,33 +60,44 @@ def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path
     process learns to `folder`, when a checkpoint that should be resumed is another run's, and when `folder` holds anything that
     may not be replaced.
     """
+    processes = Processes.here(base.device)
+    config = processes.rounded(config) if processes else config
     check_target(folder, instance, base.fingerprint, overwrite)
     if start is not None:
         check_start(start, base, config)
     identity = identity_of(instance, base, config, initializer_words, start and (start.bundle.digest, start.only))
     state = TrainerState.start(config.seed)
-    with (open_checkpoints(folder, identity, checkpointing or Checkpointing()) as checkpoints, PeakMemory(base.device) as peak,
+    opened = open_checkpoints if processes is None or processes.is_main else read_checkpoints
+    with (opened(folder, identity, checkpointing or Checkpointing()) as checkpoints, PeakMemory(base.device) as peak,
           one_thread_an_operation(base.is_small)):  # fmt: skip
         resumed = checkpoints.load()
         state.last_saved = checkpoints.last_saved
-        parts = prepare(instance, base, config, folder.parent / ".prior", report, start.only if start else ())
+        with processes.main_first() if processes else nullcontext():  # it draws the prior, the others read what it kept
+            parts = prepare(instance, base, config, folder.parent / ".prior", report, start.only if start else ())
         words = initializer_words or [None] * instance.count
         rows = initial_vectors(base.text_encoders, base.tokenizer, words)
         rows = starting_vectors(start, instance.tokens, rows) if start else rows
         with ExitStack() as lent:
             embedding = lent.enter_context(use_assets(base.text_encoders, parts.token_ids, rows))
             lent.enter_context(gradient_checkpointing(base, config.gradient_checkpointing))
-            beside, prior, adapters = [*_callbacks(config, checkpoints, judge), *callbacks], parts.prior, {}
+            beside = [*_callbacks(config, checkpoints, judge), *callbacks]
+            if processes and not processes.is_main:
+                beside = [callback for callback in beside if isinstance(callback, EarlyStopping)]  # what decides on weights
+            prior, adapters = parts.prior, {}
             if start is not None:  # phase 1 sees the bundle's LoRA too
                 adapters = lent.enter_context(lend_again(base, start.bundle, embedding))
                 beside.insert(0, HoldOthers(embedding, start, instance.tokens))
                 prior = prior_of_the_others(base, start, config, prior, parts.fitted.image.size[::-1],
                                             lambda k, n: report(Progress("prior", k, n)))  # fmt: skip
-            trainer = Trainer(base, parts.data, config, embedding, prior, beside, state, report, checkpoint=resumed)
+            trainer = Trainer(base, parts.data, config, embedding, prior, beside, state, report, checkpoint=resumed,
+                              processes=processes)  # fmt: skip
             trainer.train_embedding()
             if start is None:
                 adapters = lent.enter_context(lend_adapters(base, config.lora, config.seed))
             trainer.train_lora(adapters)
+            if processes and not processes.is_main:
+                processes.wait()
+                return load_bundle(folder)
             found = _report(trainer, instance, peak, report)
 
             def write_images(target: Path) -> None:
@@ -99,6 +114,8 @@ def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path
                                  start.bundle.config if start else config, found.metadata, write_images, overwrite=True,
                                  keep_base_path=keep_base_path)  # fmt: skip
         checkpoints.clear()
+    if processes:
+        processes.wait()
     return bundle
 
 

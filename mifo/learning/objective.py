@@ -72,10 +72,20 @@ class Objective:
     generator: torch.Generator
 
     def losses(self, phase: EmbeddingPhase | LoraPhase, step: int, sites: Sequence[Site], recorder: AttentionRecorder,
-               prior: PriorData | None) -> StepLosses:  # fmt: skip
-        """One step's losses with their graph. With a `prior` its image goes through the UNet beside the instance's draws."""
-        drawn = self.draw(phase, step, prior)
-        return self.compute(drawn, phase, step, sites, recorder, slice(0, phase.draws), with_prior=True)
+               prior: PriorData | None, mine: slice | None = None) -> StepLosses:  # fmt: skip
+        """One step's losses with their graph. With a `prior` its image goes through the UNet beside the instance's draws.
+
+        `mine`: this process's own of the draws; the losses are then its part of the step's, and whoever has the last draw has the
+        prior image too.
+        """
+        return self.part(self.draw(phase, step, prior), phase, step, sites, recorder, mine or slice(0, phase.draws))
+
+    def part(self, drawn: Draws, phase: EmbeddingPhase | LoraPhase, step: int, sites: Sequence[Site], recorder: AttentionRecorder,
+             part: slice) -> StepLosses:  # fmt: skip
+        """What some of a step's draws add to its losses."""
+        found = self.compute(drawn, phase, step, sites, recorder, part, with_prior=part.stop == phase.draws)
+        share = (part.stop - part.start) / phase.draws
+        return found if share == 1 else StepLosses(found.diffusion * share, found.attention * share, found.prior)
 
     def draw(self, phase: EmbeddingPhase | LoraPhase, step: int, prior: PriorData | None) -> Draws:
         """All that is random in a step."""
@@ -127,16 +137,16 @@ class Objective:
         return size if self.config.crop_conditioning else replace(size, crop=self.data.size.crop)
 
     def gradients(self, phase: EmbeddingPhase | LoraPhase, step: int, sites: Sequence[Site], recorder: AttentionRecorder,
-                  prior: PriorData | None, parameters: Sequence[torch.Tensor], pool: Executor) -> StepLosses:  # fmt: skip
+                  prior: PriorData | None, parameters: Sequence[torch.Tensor], pool: Executor,
+                  mine: slice | None = None) -> StepLosses:  # fmt: skip
         """As `losses` and its backward pass, with the draws in `PARTS` parts, each on a thread of `pool`. Gradients are left in
         the parameters, added in the parts' order, so that they are the same whichever thread is first; the losses have none."""
-        drawn, half = self.draw(phase, step, prior), -(-phase.draws // PARTS)
-        parts = [slice(k, min(k + half, phase.draws)) for k in range(0, phase.draws, half)]
+        own = mine or slice(0, phase.draws)
+        drawn, half = self.draw(phase, step, prior), -(-(own.stop - own.start) // PARTS)
+        parts = [slice(k, min(k + half, own.stop)) for k in range(own.start, own.stop, half)]
 
         def work(part: slice) -> tuple[StepLosses, Sequence[torch.Tensor | None]]:
-            share = (part.stop - part.start) / phase.draws
-            found = self.compute(drawn, phase, step, sites, recorder, part, with_prior=part is parts[-1])
-            weighted = StepLosses(found.diffusion * share, found.attention * share, found.prior)
+            weighted = self.part(drawn, phase, step, sites, recorder, part)
             return weighted, torch.autograd.grad(weighted.total, parameters, allow_unused=True)
 
         done = list(pool.map(work, parts))

@@ -16,15 +16,16 @@ from ..attention.record import record_attention
 from ..attention.sites import choose_sites
 from ..config import EmbeddingPhase, LearnConfig, LoraPhase
 from ..errors import InputError
-from ..io.interrupts import stop_between_steps
+from ..io.interrupts import Terminated, stop_between_steps
 from ..io.threads import cores
 from ..model.base import BaseModel
 from ..model.embedding import AssetEmbedding
 from ..model.finite import broken_weights
 from .dataset import InstanceData
-from .objective import PARTS, Objective
+from .objective import PARTS, Objective, StepLosses
 from .optimizer import Stepper, make_lr_schedule, make_optimizer
 from .prior import PriorData
+from .processes import Processes
 from .state import PhaseRun, TrainerState, restore
 
 
@@ -69,15 +70,15 @@ class Trainer:
     def __init__(self, base: BaseModel, data: InstanceData, config: LearnConfig, embedding: AssetEmbedding,
                  prior: PriorData | None = None, callbacks: Sequence[Callback] = (), state: TrainerState | None = None,
                  report: Report = lambda _: None, stepper: Stepper | None = None,
-                 checkpoint: dict[str, Any] | None = None):  # fmt: skip
+                 checkpoint: dict[str, Any] | None = None, processes: Processes | None = None):  # fmt: skip
         """`stepper`: by default one for `config.mixed_precision`. `checkpoint`: what `state.capture` made of an interrupted run;
-        the phases that it has behind it are not run again."""
+        the phases that it has behind it are not run again. `processes`: those that share each step's draws with this one."""
         self.base, self.data, self.config, self.embedding, self.prior = base, data, config, embedding, prior
         self.callbacks, self.report = list(callbacks), report
         self.state = state or TrainerState.start(config.seed)
         self.stepper = stepper or Stepper(base.device, config.mixed_precision)
         self.objective = Objective(base, data, config, self.state.rng, self.state.generator)
-        self.checkpoint = checkpoint
+        self.checkpoint, self.processes = checkpoint, processes
 
     def train_embedding(self) -> None:
         """Phase 1: the assets' token embeddings alone."""
@@ -114,37 +115,48 @@ class Trainer:
             for callback in self.callbacks:
                 callback.load_state(self.checkpoint)
             self.checkpoint = None
+        mine = self.processes.share(config.draws) if self.processes else None
         with stop_between_steps() as stop, record_attention(self.base.unet, sites) as recorder, self._threads(config) as pool:
-            ended = any([callback.on_phase_start(self, phase) for callback in self.callbacks])
+            ended = self._any(any([callback.on_phase_start(self, phase) for callback in self.callbacks]))
             while not ended and phase.steps_done < config.train_steps:
                 for callback in self.callbacks:
                     callback.on_step_start(self, phase)
                 if pool is not None:
-                    losses = self.objective.gradients(config, phase.steps_done, sites, recorder, prior, parameters, pool)
+                    losses = self.objective.gradients(config, phase.steps_done, sites, recorder, prior, parameters, pool,
+                                                      mine)  # fmt: skip
                 else:
-                    losses = self.objective.losses(config, phase.steps_done, sites, recorder, prior)
-                parts = losses.as_floats()
-                self.check_finite({f"{k} loss": v for k, v in parts.items()}, phase)
+                    losses = self.objective.losses(config, phase.steps_done, sites, recorder, prior, mine)
+                if self.processes is None:
+                    self.check_losses(losses, phase)
                 if pool is None:
                     self.stepper.backward(losses.total)
+                if self.processes is not None:
+                    losses = self.processes.add_up(parameters, losses)
+                    self.check_losses(losses, phase)
                 norm = self.stepper.clip(optimizer, parameters, self.config.max_grad_norm)
                 if self.stepper.scaler is None:  # a scaler skips such a step by itself, and is counted
                     self.check_finite({"gradient": float(norm)}, phase)
                 self.state.skipped_steps += not self.stepper.step(optimizer)
                 phase.scheduler.step()
                 optimizer.zero_grad(set_to_none=True)
+                phase.losses = losses.as_floats()
                 if phase.steps_done % 10 == 0:
-                    rounded = {k: round(v, 6) for k, v in parts.items()}
+                    rounded = {k: round(v, 6) for k, v in phase.losses.items()}
                     self.state.loss_history.append({"phase": name, "step": phase.steps_done, **rounded})
                 phase.steps_done += 1
-                phase.losses = parts
-                self.report(Progress(name, phase.steps_done, config.train_steps, parts))
-                phase.stop_asked = stop.asked is not None
-                ended = any([callback.on_step_end(self, phase) for callback in self.callbacks])
+                self.report(Progress(name, phase.steps_done, config.train_steps, phase.losses))
+                phase.stop_asked = self._any(stop.asked is not None)
+                ended = self._any(any([callback.on_step_end(self, phase) for callback in self.callbacks]))
                 if stop.asked is not None:
                     stop.take_effect()
+                elif phase.stop_asked:  # another process was asked
+                    raise Terminated
         for callback in self.callbacks:
             callback.on_phase_end(self, phase)
+
+    def _any(self, flag: bool) -> bool:
+        """Of all processes."""
+        return flag if self.processes is None else self.processes.any(flag)
 
     @contextmanager
     def _threads(self, config: EmbeddingPhase | LoraPhase) -> Iterator[ThreadPoolExecutor | None]:
@@ -155,6 +167,9 @@ class Trainer:
             return
         with ThreadPoolExecutor(min(PARTS, cores())) as pool:
             yield pool
+
+    def check_losses(self, losses: StepLosses, phase: PhaseRun) -> None:
+        self.check_finite({f"{k} loss": v for k, v in losses.as_floats().items()}, phase)
 
     def check_finite(self, values: dict[str, float], phase: PhaseRun) -> None:
         """Raises InputError, which names what is broken and the last good checkpoint, unless all of `values` are finite."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import InputError
+from ..io.processes import local_index, process_count
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -15,7 +16,11 @@ def precision_name(dtype: torch.dtype) -> str:
 
 
 def choose_device(name: str = "") -> str:
-    """`name`, or for an empty one a GPU where there is one. Raises InputError for a device that cannot be used here."""
+    """`name`, or for an empty one a GPU where there is one: of a launcher's processes, each has its own.
+
+    Raises InputError for a device that cannot be used here."""
+    if not name and process_count() > 1 and torch.cuda.is_available():
+        return f"cuda:{local_index()}"
     if not name:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -2,8 +2,9 @@
 
     python -m scripts.quality.measure_relearn --work relearn
 
-Drawn scenes of three look-alikes (the benchmark's development scenes). Of each: all three learned at once; then the second learned
-again into that bundle; and the first two learned, then the third added. Every bundle is evaluated on the same prompts and seeds.
+Drawn scenes of three look-alikes (the benchmark's development scenes). Of each: all three learned at once; then the second
+learned again into that bundle; and the first two learned, then the third added. Every bundle is evaluated on the same prompts and
+seeds.
 Interrupted, the same command goes on.
 """
 
@@ -44,7 +45,7 @@ def margins(work: Path, name: str, base: BaseModel, bundle: Bundle, samples: int
     """By asset: the identity margin wherever it was asked for, alone and in boxes, in the order of prompts and seeds."""
     file = work / f"{name}.json"
     if not file.exists():
-        records = evaluate(base, bundle, samples=samples).evaluation.records
+        records = evaluate(base, bundle, samples=samples).record["pictures"]
         found: dict[str, list[float]] = {}
         for record in records:
             for asset, margin in zip(record["assets"], record["identity_margin"], strict=True):
