@@ -3,8 +3,8 @@ of the workers over the measured times, held against what two of them did.
 
     python -m scripts.performance.bench_batch --bundle Model_ours/toy_car
 
-Side by side in one run, on one machine, one thread each: 20 jobs over 4 bundles as 20 processes and as one, 40 jobs on 1 and 2
-workers.
+Side by side in one run, on one machine, one thread each: 20 jobs over 4 bundles as 20 processes, as one, and as one with a job of
+five pictures for each bundle; 40 jobs on 1 and 2 workers.
 """
 
 from __future__ import annotations
@@ -55,12 +55,18 @@ def separate(place: Path, jobs: list[SynthesizeJob]) -> list[float]:
     return seconds
 
 
-def together(place: Path, jobs: list[SynthesizeJob]) -> float:
-    file = place / "jobs.jsonl"
+def grouped(count: int, bundles: int, steps: int | None) -> list[SynthesizeJob]:
+    """As many pictures as `jobs_of`, as one job for each bundle: its pictures are drawn in one batch."""
+    return [SynthesizeJob("a photo of <asset0> and <asset1> on the grass", (f"b{k}",), BOXES, num_images=count // bundles, steps=steps)
+            for k in range(bundles)]  # fmt: skip
+
+
+def together(place: Path, jobs: list[SynthesizeJob], name: str) -> float:
+    file = place / f"{name}.jsonl"
     file.write_text("".join(json_text(job.to_json()) + "\n" for job in jobs))
     started = time.perf_counter()
     subprocess.run([sys.executable, str(ROOT / "cli.py"), "synthesize", "--batch-file", str(file), "--output-path",
-                    str(place / "together")], cwd=place, env=environment(), check=True, capture_output=True)  # fmt: skip
+                    str(place / name)], cwd=place, env=environment(), check=True, capture_output=True)  # fmt: skip
     return time.perf_counter() - started
 
 
@@ -117,7 +123,8 @@ def main(
             shutil.copytree(bundle, place / "Model_ours" / f"b{k}")
         asked = jobs_of(jobs, 4, steps)
         one_by_one = separate(place, asked)
-        at_once = together(place, asked)
+        at_once = together(place, asked, "together")
+        in_batches = together(place, grouped(jobs, 4, steps), "grouped")
         many = jobs_of(cluster_jobs, 4, steps)
         cold1, warm1, times = clustered(place, many, 1)
         cold2, warm2, _ = clustered(place, many, 2)
@@ -129,6 +136,7 @@ def main(
         "jobs": jobs, "bundles": 4, "steps": steps,
         "separate_processes_seconds": round(sum(one_by_one), 1), "separate_median": round(float(np.median(one_by_one)), 2),
         "one_process_seconds": round(at_once, 1), "ratio": round(sum(one_by_one) / at_once, 2),
+        "one_process_four_jobs_seconds": round(in_batches, 1), "ratio_four_jobs": round(sum(one_by_one) / in_batches, 2),
         "cluster_jobs": cluster_jobs, "drawing_median": round(float(np.median(times)), 2), "beside_drawing": round(overhead, 2),
         "workers": {"1": {"first_job": round(cold1, 1), "jobs_a_minute": round(60 / each1, 2)},
                     "2": {"first_job": round(cold2, 1), "jobs_a_minute": round(60 / each2, 2)}},
