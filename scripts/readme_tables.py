@@ -96,17 +96,54 @@ def several_table() -> str:
     return "\n".join([*lines, "", source("several", result)])
 
 
+def photos_table() -> str:
+    """What further photos of the same things bring."""
+    result = load("photos")
+    if result is None:
+        return "Not measured yet."
+    lines = ["| photos | alone: all looks right | never another's | one thing | in boxes: right thing | all looks right | IoU |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for count, found in result["by_photos"].items():
+        alone, boxes = found["alone"], found["in_boxes"]
+        shares = (alone["right"], alone["not_confused"], alone["one_thing"], boxes["right_instance"], boxes["right"])
+        lines.append(f"| {count} | {' | '.join(map(percent, shares))} | {boxes['mean_iou']:.2f} |")
+    return "\n".join([*lines, "", source("photos", result)])
+
+
+def relearn_table() -> str:
+    """One asset learned again, or one more, into a bundle."""
+    result = load("relearn")
+    if result is None:
+        return "Not measured yet."
+
+    def difference(entry: dict[str, Any]) -> str:
+        found = entry["difference"]
+        low, high = found["interval_95"]
+        return f"{entry['before']:.3f} | {entry['after']:.3f} | {found['mean']:+.3f} ({low:+.3f} to {high:+.3f})"
+
+    names = {"again": ("learned again", "the others"), "added": ("the one that was added", "the others")}
+    lines = ["| | margin, all learned at once | so | difference (95 %) | of the time |", "|---|---|---|---|---|"]
+    for kind, (itself, others) in names.items():
+        time = result[kind]["share_of_time"]
+        spent = f"{100 * time['median']:.0f} % ({100 * time['min']:.0f}-{100 * time['max']:.0f})"
+        lines.append(f"| {kind}: {itself} | {difference(result[kind]['itself'])} | {spent} |")
+        lines.append(f"| {kind}: {others} | {difference(result[kind]['others'])} | |")
+    return "\n".join([*lines, "", source("relearn", result)])
+
+
 def scale_table() -> str:
     """Throughput, and what it means for a day."""
     result = load("scale")
     if result is None:
         return "Not measured yet."
     one, two = (result["workers"][n]["jobs_a_minute"] for n in ("1", "2"))
-    steps = result["steps"] or "the preset's"
+    steps, learning = result["steps"] or "the preset's", (load("main_job") or {})["mifo"]["learn_seconds"]
     rows = [
         (f"{result['jobs']} jobs over {result['bundles']} bundles, a process each",
          f"{result['separate_processes_seconds']:.0f} s"),
         ("the same in one process", f"{result['one_process_seconds']:.0f} s, {result['ratio']:.1f} times as fast"),
+        ("the same pictures as one job a bundle, drawn in batches",
+         f"{result['one_process_four_jobs_seconds']:.0f} s, {result['ratio_four_jobs']:.1f} times"),
         (f"{result['cluster_jobs']} jobs on one Ray worker, once it is warm", f"{one:.1f} a minute"),
         ("on two workers", f"{two:.1f} a minute, {result['scaling_1_to_2']:.2f} times one"),
         ("the same bytes from all of these", "yes" if result["same_bytes"] else "no"),
@@ -115,6 +152,8 @@ def scale_table() -> str:
         ("simulated for two workers, and measured", f"{result['simulated_2_workers']['seconds']:.0f} s and "
          f"{result['measured_2_workers']:.0f} s ({100 * result['off']:+.0f} %)"),
         ("1,000,000 pictures a day at this rate", f"{1_000_000 / (two / 2 * 60 * 24):.0f} such cores"),
+        ("1,000 photos a day, at the main job's time to learn one", f"{1000 * learning / 86_400:.1f} such cores"),
+        *((f"1,000 jobs, {name}, simulated", f"{found['seconds'] / 60:.0f} min") for name, found in result["what_if"].items()),
     ]  # fmt: skip
     about = f"The toybox at {steps} steps on a CPU, one thread a worker. Nothing here was measured on a GPU."
     return "\n".join([about, "", "| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows), "", source("scale", result)])
@@ -486,7 +525,8 @@ def _seconds(entry: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
           "headline": headline_table, "main_job": main_job_table, "base_model": base_model_table, "toybox_xl": xl_table,
-          "samplers": samplers_table, "several": several_table, "scale": scale_table, "edit": edit_table,
+          "samplers": samplers_table, "several": several_table, "photos": photos_table, "relearn": relearn_table,
+          "scale": scale_table, "edit": edit_table,
           "bench": bench_table, "bench_jobs": jobs_table, "bench_growth": growth_table, "memory_goals": goals_table,
           "memory_goals_sdxl": xl_goals_table,
           "memory": memory_table, "bench_families": families_table, "compile": compile_table, "segment": segment_table,

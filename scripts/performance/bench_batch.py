@@ -56,9 +56,9 @@ def separate(place: Path, jobs: list[SynthesizeJob]) -> list[float]:
 
 
 def grouped(count: int, bundles: int, steps: int | None) -> list[SynthesizeJob]:
-    """As many pictures as `jobs_of`, as one job for each bundle: its pictures are drawn in one batch."""
-    return [SynthesizeJob("a photo of <asset0> and <asset1> on the grass", (f"b{k}",), BOXES, num_images=count // bundles, steps=steps)
-            for k in range(bundles)]  # fmt: skip
+    """As many pictures as `jobs_of`, as one job a bundle, whose pictures are drawn in one batch."""
+    prompt, each = "a photo of <asset0> and <asset1> on the grass", count // bundles
+    return [SynthesizeJob(prompt, (f"b{k}",), BOXES, num_images=each, steps=steps) for k in range(bundles)]
 
 
 def together(place: Path, jobs: list[SynthesizeJob], name: str) -> float:

@@ -6,7 +6,8 @@ Drawn photos of two things each, a bundle of each; compositions of two and three
 of likeness: things of different classes, and things of one class and pattern that differ in colour alone. Against each other:
 
     by place    each bundle's LoRA in its own assets' boxes (what `synthesize` does with several bundles)
-    summed      all LoRA on everywhere, as diffusers' `set_adapters` has them; the same boxes, masks and guidance
+    summed      all LoRA of the UNet on everywhere, as diffusers' `set_adapters` has them; the same boxes, masks, guidance and
+                texts, each of its own bundle's text encoder
     joint       the things of the composition learned from one photo that shows them together (the first --joint of each cell)
 """
 
