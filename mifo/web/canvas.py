@@ -48,7 +48,7 @@ def read_value(value: Any) -> Drawn:
     """What the page sent. A page can send anything: what is no box is left out."""
     try:
         data = json.loads(value)
-        boxes = tuple((str(each["label"])[:40], _numbers(each["box"], 4)) for each in data["boxes"][:100])
+        boxes = tuple((str(each["label"])[:120], _numbers(each["box"], 4)) for each in data["boxes"][:100])
         points = tuple(_numbers(each, 2) for each in (data.get("points") or ())[:100])
         added = data.get("added")
         return Drawn("mark" if data.get("mode") == "mark" else "place", float(data.get("aspect") or 1), boxes,  # type: ignore[arg-type]

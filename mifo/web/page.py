@@ -48,18 +48,18 @@ def build(site: Site) -> gr.Blocks:
             with gr.Tab("Learn", id="learn"):
                 learn_tab(site, demo)
             with gr.Tab("Place", id="place"):
-                placed, gallery, bundle, shelf, send, chosen = place_tab(site, demo)
+                placed, gallery, bundle, more, shelf, send, chosen = place_tab(site, demo)
             with gr.Tab("Edit", id="edit"):
                 edited, candidates, slider = edit_tab(site, demo, send, chosen, tabs)
             with gr.Tab("Library", id="library"):
                 table, choice, measured = library_tab(site, demo, [bundle])
-        _follow(site, demo, gallery, placed, candidates, slider, edited, table, choice, bundle, shelf, measured)
+        _follow(site, demo, gallery, placed, candidates, slider, edited, table, choice, bundle, more, shelf, measured)
     return demo
 
 
 def _follow(site: Site, demo: gr.Blocks, gallery: gr.Gallery, placed: gr.State, candidates: gr.Gallery, slider: gr.ImageSlider,
-            edited: gr.State, table: gr.HTML, choice: gr.Dropdown, bundle: gr.Dropdown, shelf: gr.Gallery,
-            measured: gr.Textbox) -> None:  # fmt: skip
+            edited: gr.State, table: gr.HTML, choice: gr.Dropdown, bundle: gr.Dropdown, more: gr.Dropdown,
+            shelf: gr.Gallery, measured: gr.Textbox) -> None:  # fmt: skip
     """Results appear when their jobs are done, in whatever page they were begun; a page that is loaded shows the last ones."""
     seen = gr.State({})
     timer = gr.Timer(LOOK_EVERY)
@@ -70,20 +70,20 @@ def _follow(site: Site, demo: gr.Blocks, gallery: gr.Gallery, placed: gr.State, 
         now = {"placed": _state(site, placed), "edited": _state(site, edited), "names": names,
                "measured": _last(site, "evaluate", DONE)}  # fmt: skip
         if now == seen:
-            return (gr.skip(),) * 9
+            return (gr.skip(),) * 10
         changed = {key for key in now if now[key] != seen.get(key)}
         pictures = gallery_pictures(site, placed) if "placed" in changed else gr.skip()
         both = edit_pictures(site, edited) if "edited" in changed else (gr.skip(), gr.skip())
         text = last_evaluation(site, chosen) if "measured" in changed and chosen else gr.skip()
         if "names" not in changed:
-            return now, pictures, *both, *(gr.skip(),) * 4, text
+            return now, pictures, *both, *(gr.skip(),) * 5, text
         new = [name for name in names if name not in seen.get("names", names)]
         picked = {"value": new[-1]} if new else {}
         return (now, pictures, *both, table_html(site), gr.update(choices=choices), gr.update(choices=choices, **picked),
-                shelf_pictures(site), text)  # fmt: skip
+                gr.update(choices=choices), shelf_pictures(site), text)  # fmt: skip
 
-    timer.tick(look, [seen, placed, edited, choice], [seen, gallery, candidates, slider, table, choice, bundle, shelf, measured],
-               show_progress="hidden")  # fmt: skip
+    timer.tick(look, [seen, placed, edited, choice], [seen, gallery, candidates, slider, table, choice, bundle, more, shelf,
+                                                                measured], show_progress="hidden")  # fmt: skip
     demo.load(lambda: (_last(site, "synthesize"), _last(site, "edit")), None, [placed, edited], show_progress="hidden")
 
 

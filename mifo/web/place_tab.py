@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from PIL import Image
 
-from ..boxes import parse_layout
+from ..boxes import Box, Layout, parse_layout
 from ..bundle.catalogue import Entry, list_bundles
 from ..errors import InputError
 from ..io.json_text import json_text
 from ..io.sheets import draw_boxes, thumbnail
 from ..jobs.job import SynthesizeJob
-from ..prompts import assets_in, check_prompt
+from ..prompts import BACKGROUND_TOKEN, asset_token, assets_in, check_prompt
 from ..segmentation.segment import read_photo
 from ..synthesis.recipe import read_recipe, read_record
 from .canvas import Drawn, canvas, canvas_update, hex_color, picture_address, read_value, spread
 from .learn_tab import PICTURES
 from .site import MOST_QUEUED, Site, guarded
 
-MAX_CHIPS = 10
+MAX_CHIPS = 16
 PROMPT = "a photo of {}"
 
 
@@ -39,16 +41,57 @@ def entry_of(site: Site, name: Any) -> Entry:
     raise InputError("no bundle is chosen; learn a photo first, or choose one of the list")
 
 
-Parts = tuple[gr.State, gr.Gallery, gr.Dropdown, gr.Gallery, gr.Button, gr.State]
+@dataclass(frozen=True)
+class Offer:
+    """The assets of the chosen bundles: of the first `<asset0>` and so on, of others `<shelf.asset0>`."""
+
+    bundles: tuple[str, ...]
+    tokens: tuple[str, ...]
+    captions: tuple[str, ...]
+    """Of the chips"""
+
+    def named_in(self, text: str) -> list[str]:
+        """The things in a prompt, in its order."""
+        lower = text.lower()
+        found = {t: text.find(t) if "." in t else lower.find(t) for t in self.tokens if t != BACKGROUND_TOKEN}
+        return sorted((token for token, place in found.items() if place >= 0), key=found.__getitem__)
+
+    def numbered(self, text: str) -> str:
+        """The prompt as if all were one bundle's."""
+        for k, token in enumerate(self.tokens):
+            if token != BACKGROUND_TOKEN:
+                text = text.replace(token, asset_token(k))  # the first bundle's stay as they are
+        return text
+
+    def used_by(self, text: str) -> tuple[str, ...]:
+        """The first bundle, and the others that the prompt names."""
+        return tuple(name for k, name in enumerate(self.bundles) if k == 0 or f"<{name}." in text)
+
+
+def offered(site: Site, first: Any, more: Any) -> Offer:
+    """Raises InputError where there is no such bundle."""
+    names = [first, *(name for name in more or [] if name != first)]
+    entries = [entry_of(site, name) for name in names]
+    tokens, captions = [], []
+    for k, entry in enumerate(entries):
+        things = [token for token in entry.tokens if k == 0 or token != BACKGROUND_TOKEN]
+        own = [token if k == 0 else f"<{entry.name}.{token.strip('<>')}>" for token in things]
+        tokens += own
+        captions += [f"{shown} {entry.words[i] if i < len(entry.words) else ''}".strip() for i, shown in enumerate(own)]
+    return Offer(tuple(entry.name for entry in entries), tuple(tokens), tuple(captions))
+
+
+Parts = tuple[gr.State, gr.Gallery, gr.Dropdown, gr.Dropdown, gr.Gallery, gr.Button, gr.State]
 
 
 def place_tab(site: Site, demo: gr.Blocks) -> Parts:
-    """Builds the tab inside the caller's context; returns the number of the job that it began last, its gallery, its bundle,
-    its shelf of bundles, its button "send to Edit", and the picture that is chosen."""
+    """Builds the tab inside the caller's context; returns the number of the job that it began last, its gallery, its bundle, the
+    bundles beside it, its shelf of bundles, its button "send to Edit", and the picture that is chosen."""
     begun, chosen = gr.State(0), gr.State("")
     shelf = gr.Gallery(label="Bundles: choose one", columns=4, height=170, object_fit="contain", elem_id="place-shelf",
                        allow_preview=False, interactive=False, buttons=[])  # fmt: skip
     bundle = gr.Dropdown([], label="Bundle", elem_id="place-bundle")
+    more = gr.Dropdown([], label="Things of other photos beside it: choose their bundles", multiselect=True, elem_id="place-more")
     prompt = gr.Textbox(label="Prompt", elem_id="place-prompt", placeholder="a photo of <asset0> in the snow", lines=2)
     gr.Markdown("A click on an asset puts its word into the prompt and a box onto the picture.")
     with gr.Row(elem_classes="chips"):
@@ -79,9 +122,9 @@ def place_tab(site: Site, demo: gr.Blocks) -> Parts:
     recipe = gr.JSON(label="How the chosen picture was made", elem_id="place-recipe", open=False)
     words_shown = [layout, prompt, *chips]
 
-    def boxes_for(text: str, drawn: Drawn, tokens: tuple[str, ...]) -> Drawn:
+    def boxes_for(text: str, drawn: Drawn, offer: Offer) -> Drawn:
         """Every asset of the prompt has its box: the one that it had, or a new one; boxes that nobody has touched make room."""
-        wanted = [t for t in assets_in(text) if t in tokens]
+        wanted = offer.named_in(text)
         made = spread([label for label, _ in drawn.boxes])
         untouched = all(math.isclose(a, b, abs_tol=1e-6) for (_, old), (_, new) in zip(drawn.boxes, made, strict=True)
                         for a, b in zip(old, new, strict=True))  # fmt: skip
@@ -90,31 +133,34 @@ def place_tab(site: Site, demo: gr.Blocks) -> Parts:
         return Drawn("place", drawn.aspect, tuple((t, there.get(t, new[t])) for t in wanted))
 
     @guarded
-    def choose(name: str | None) -> list[Any]:
+    def choose(name: str | None, more: list[str]) -> list[Any]:
         if not name:
             return [canvas_update(Drawn("place"), ""), "", *[gr.update(visible=False)] * MAX_CHIPS]
-        entry = entry_of(site, name)
-        buttons = [gr.update(visible=k < len(entry.tokens), value=_chip(entry, k)) for k in range(MAX_CHIPS)]
-        text = PROMPT.format(" and ".join(entry.tokens[:2]))
-        return [canvas_update(boxes_for(text, Drawn("place"), entry.tokens)), text, *buttons]
+        offer = offered(site, name, more)
+        text = PROMPT.format(" and ".join(offer.tokens[:2]))
+        return [canvas_update(boxes_for(text, Drawn("place"), offer)), text, *_chips(offer)]
 
     @guarded
-    def insert(index: int, name: str, text: str, value: str) -> tuple[Any, str]:
-        entry, drawn = entry_of(site, name), read_value(value)
-        token = entry.tokens[index]
-        if token not in assets_in(text):
+    def widen(name: str | None, more: list[str]) -> list[Any]:
+        return _chips(offered(site, name, more)) if name else [gr.skip()] * MAX_CHIPS
+
+    @guarded
+    def insert(index: int, name: str, more: list[str], text: str, value: str) -> tuple[Any, str]:
+        offer, drawn = offered(site, name, more), read_value(value)
+        token = offer.tokens[index]
+        if token not in text and token not in offer.named_in(text):
             joined = text.rstrip() if text.strip() else "a photo of"
-            text = f"{joined} {'and ' if assets_in(text) else ''}{token}"
-        return canvas_update(boxes_for(text, drawn, entry.tokens)), text
+            text = f"{joined} {'and ' if offer.named_in(text) else ''}{token}"
+        return canvas_update(boxes_for(text, drawn, offer)), text
 
     @guarded
-    def add_next(name: str, text: str, value: str) -> tuple[Any, str]:
-        entry, drawn = entry_of(site, name), read_value(value)
-        free = [t for t in entry.tokens if t not in assets_in(text)]
+    def add_next(name: str, more: list[str], text: str, value: str) -> tuple[Any, str]:
+        offer, drawn = offered(site, name, more), read_value(value)
+        free = [t for t in offer.tokens if t not in offer.named_in(text) and t != BACKGROUND_TOKEN]
         if not free:
-            raise InputError("all assets of this bundle are in the prompt already")
+            raise InputError("all assets of the chosen bundles are in the prompt already")
         text = f"{text.rstrip()} and {free[0]}"
-        made = boxes_for(text, drawn, entry.tokens)
+        made = boxes_for(text, drawn, offer)
         if drawn.boxes:
             x0, y0, x1, y1 = drawn.boxes[-1][1]
             left, top = min(x0 + 0.08, 1 - (x1 - x0)), min(y0 + 0.08, 1 - (y1 - y0))
@@ -122,8 +168,8 @@ def place_tab(site: Site, demo: gr.Blocks) -> Parts:
         return canvas_update(made), text
 
     @guarded
-    def follow_prompt(name: str | None, text: str, value: str) -> Any:
-        return canvas_update(boxes_for(text, read_value(value), entry_of(site, name).tokens)) if name else gr.skip()
+    def follow_prompt(name: str | None, more: list[str], text: str, value: str) -> Any:
+        return canvas_update(boxes_for(text, read_value(value), offered(site, name, more))) if name else gr.skip()
 
     @guarded
     def put_under(path: str | None, value: str) -> Any:
@@ -134,14 +180,16 @@ def place_tab(site: Site, demo: gr.Blocks) -> Parts:
         return canvas_update(Drawn("place", 1.0, drawn.boxes), picture_address(image))
 
     @guarded
-    def begin(name: str, text: str, value: str, count: float, seed: float, best: float, steps: float, scale: float,
-              negative: str) -> int:  # fmt: skip
-        entry = entry_of(site, name)
-        check_prompt(text, entry.tokens)
-        boxes = {label: list(box) for label, box in read_value(value).boxes if label in assets_in(text)}
-        parse_layout(json_text(boxes), assets_in(text))
-        job = SynthesizeJob(text, (name,), json_text(boxes) if boxes else None, int(seed), int(count) if not best else 1,
-                            int(best) or None, int(steps) or None, float(scale) or None, negative.strip() or None)  # fmt: skip
+    def begin(name: str, more: list[str], text: str, value: str, count: float, seed: float, best: float, steps: float,
+              scale: float, negative: str) -> int:  # fmt: skip
+        offer = offered(site, name, more)
+        plain = offer.numbered(text)
+        check_prompt(plain, [BACKGROUND_TOKEN if t == BACKGROUND_TOKEN else asset_token(k) for k, t in enumerate(offer.tokens)])
+        boxes = {label: list(box) for label, box in read_value(value).boxes if label in offer.named_in(text)}
+        parse_layout(json_text({offer.numbered(label): box for label, box in boxes.items()}), assets_in(plain))
+        job = SynthesizeJob(text, offer.used_by(text), json_text(boxes) if boxes else None, int(seed),
+                            int(count) if not best else 1, int(best) or None, int(steps) or None, float(scale) or None,
+                            negative.strip() or None)  # fmt: skip
         return site.store.add(job, most_queued=MOST_QUEUED)
 
     @guarded
@@ -164,26 +212,28 @@ def place_tab(site: Site, demo: gr.Blocks) -> Parts:
         usable = [e for e in list_bundles(site.bundles) if not e.problem]
         return usable[event.index].name if event.index < len(usable) else gr.skip()
 
-    def fill() -> tuple[Any, Any]:
+    def fill() -> tuple[Any, Any, Any]:
         choices = bundle_choices(site)
-        return shelf_pictures(site), gr.update(choices=choices, value=choices[0][1] if choices else None)
+        return shelf_pictures(site), gr.update(choices=choices, value=choices[0][1] if choices else None), \
+            gr.update(choices=choices)  # fmt: skip
 
-    bundle.change(choose, bundle, words_shown)
+    bundle.change(choose, [bundle, more], words_shown)
+    more.change(widen, [bundle, more], chips, show_progress="hidden")
     shelf.select(take_from_shelf, None, bundle)
     for k, chip in enumerate(chips):
-        chip.click(lambda name, text, value, k=k: insert(k, name, text, value), [bundle, prompt, layout], [layout, prompt],
-                   show_progress="hidden")  # fmt: skip
-    add.click(add_next, [bundle, prompt, layout], [layout, prompt], show_progress="hidden")
-    clear.click(choose, bundle, words_shown)
-    prompt.blur(follow_prompt, [bundle, prompt, layout], layout, show_progress="hidden")
+        chip.click(lambda name, more, text, value, k=k: insert(k, name, more, text, value), [bundle, more, prompt, layout],
+                   [layout, prompt], show_progress="hidden")  # fmt: skip
+    add.click(add_next, [bundle, more, prompt, layout], [layout, prompt], show_progress="hidden")
+    clear.click(choose, [bundle, more], words_shown)
+    prompt.blur(follow_prompt, [bundle, more, prompt, layout], layout, show_progress="hidden")
     under.change(put_under, [under, layout], layout)
-    draw.click(begin, [bundle, prompt, layout, count, seed, best_of, steps, guidance, negative], begun)
+    draw.click(begin, [bundle, more, prompt, layout, count, seed, best_of, steps, guidance, negative], begun)
     gallery.select(select, begun, [chosen, recipe, again, send, download])
     again.click(draw_again, chosen, begun)
     with_boxes.change(lambda number, wanted: gallery_pictures(site, number, wanted), [begun, with_boxes], gallery)
     begun.change(lambda number, wanted: gallery_pictures(site, number, wanted), [begun, with_boxes], gallery)
-    demo.load(fill, None, [shelf, bundle], show_progress="hidden")
-    return begun, gallery, bundle, shelf, send, chosen
+    demo.load(fill, None, [shelf, bundle, more], show_progress="hidden")
+    return begun, gallery, bundle, more, shelf, send, chosen
 
 
 def shelf_pictures(site: Site) -> list[tuple[Any, str]]:
@@ -226,16 +276,16 @@ def gallery_pictures(site: Site, number: int, with_boxes: bool = False) -> Any:
             shown.append((path, caption))
             continue
         with Image.open(path) as image:
-            layout = parse_layout(job.boxes, assets_in(job.prompt))  # type: ignore[attr-defined]
+            asked = json.loads(job.boxes)  # type: ignore[attr-defined]
+            layout = Layout(tuple(asked), tuple(Box(*box) for box in asked.values()))
             shown.append((draw_boxes(thumbnail(image.convert("RGB")), layout), caption))
     return shown
 
 
-def _chip(entry: Entry, index: int) -> str:
-    if index >= len(entry.tokens):
-        return ""
-    word = entry.words[index] if index < len(entry.words) else ""
-    return f"{entry.tokens[index]} {word}".strip()
+def _chips(offer: Offer) -> list[Any]:
+    """A button for each asset."""
+    shown = offer.captions[:MAX_CHIPS]
+    return [gr.update(visible=k < len(shown), value=shown[k] if k < len(shown) else "") for k in range(MAX_CHIPS)]
 
 
 def chip_styles() -> str:

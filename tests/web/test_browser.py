@@ -453,6 +453,38 @@ def test_two_pages_at_once_see_the_same_jobs(learned: Server, browser: Any) -> N
         second.close()
 
 
+def test_things_of_two_bundles_stand_in_one_picture(learned: Server, browser: Any) -> None:
+    other = Path(shutil.copytree(learned.folder / "Model_ours" / "cars", learned.folder / "Model_ours" / "shelf"))
+    person = Person(browser, learned)
+    try:
+        person.open("Place")
+        person.wait_boxes("place-canvas", 2)
+        person.page.locator("#place-bundle input").click()
+        person.page.get_by_role("option", name=re.compile("^cars")).click()
+        person.page.locator("#place-more input").click()
+        person.page.get_by_role("option", name=re.compile("^shelf")).click()
+        person.page.keyboard.press("Escape")
+        person.page.wait_for_selector("#chip-4:has-text('<shelf.asset1>')")
+        person.page.click("#chip-4")
+        person.wait_boxes("place-canvas", 3)
+        assert person.page.input_value("#place-prompt textarea").endswith("<asset1> and <shelf.asset1>")
+        person.settings()
+        person.fill("place-steps", "4")
+        person.fill("place-seed", "31")
+        person.page.click("#place-draw")
+        person.page.wait_for_function(
+            "document.querySelector('#place-gallery')?.innerText.includes('seed 31')", timeout=WAIT)  # fmt: skip
+        [picture] = (learned.folder / "output").glob("cars+shelf/*/000031.png")
+        recipe = json.loads(Image.open(picture).text["mifo"])  # type: ignore[attr-defined]
+        assert recipe["bundles"] == ["cars", "shelf"] and len(recipe["boxes"]) == 3
+        person.page.locator("#place-show-boxes input").check()
+        person.page.wait_for_timeout(1500)
+        assert person.page.locator("#place-gallery img").count() == 1
+    finally:
+        person.close()
+        shutil.rmtree(other)
+
+
 def test_only_this_machine_is_served_and_nobody_else_is_called(learned: Server) -> None:
     """The sockets of the server and of its worker: they listen on the loopback alone, and hold no connection to elsewhere."""
     pids = _family(learned.process.pid)
