@@ -43,8 +43,9 @@ def _module() -> str:
 
 
 def _options() -> list[str]:
-    """The command's options, without where its pictures and its half-done work went: that changes no number."""
-    words = sys.argv[1:]
+    """The command's options, without where its pictures and its half-done work went, which changes no number, and without the
+    machine's folders."""
+    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
     for name in ("--sheet", "--work"):
         if name in words:
             at = words.index(name)
