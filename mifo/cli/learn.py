@@ -134,7 +134,7 @@ def learn(
             bundle = run_learn(each, base, target, config, words=initial, overwrite=overwrite, resume=training.resume,
                                checkpoint_every=training.checkpoint_every, judge=judge, keep_base_path=output.keep_base_path,
                                on_progress=bar.learning, callbacks=callbacks,
-                               into=start and start.bundle, only=start.only if start else ())  # fmt: skip
+                               into=start.bundle if start else None, only=start.only if start else ())  # fmt: skip
         job.kept.append(target)
         if not bundle.base_source:
             say(f"note: the bundle has the base model's name, {bundle.base_name}, and fingerprint, but not where it lies: "

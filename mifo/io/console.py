@@ -75,7 +75,8 @@ display = Display()
 def running(as_json: bool, quiet: bool = False) -> Iterator[Job]:
     """Keeps standard output for the job's results, and turns what goes wrong into one message and an exit status."""
     main = is_main_process()
-    job = Job(as_json, sys.stdout if main else _Nowhere())
+    out: Any = sys.stdout if main else _Nowhere()
+    job = Job(as_json, out)
     display.progress, display.notes = main and not quiet, main
     try:
         with _listening(), redirect_stdout(sys.stderr if speaks_freely() else _Nowhere()):

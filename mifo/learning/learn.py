@@ -65,7 +65,7 @@ def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path
     check_target(folder, instance, base.fingerprint, overwrite)
     if start is not None:
         check_start(start, base, config)
-    identity = identity_of(instance, base, config, initializer_words, start and (start.bundle.digest, start.only))
+    identity = identity_of(instance, base, config, initializer_words, (start.bundle.digest, start.only) if start else None)
     state = TrainerState.start(config.seed)
     opened = open_checkpoints if processes is None or processes.is_main else read_checkpoints
     with (opened(folder, identity, checkpointing or Checkpointing()) as checkpoints, PeakMemory(base.device) as peak,
