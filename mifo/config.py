@@ -87,6 +87,24 @@ class PriorConfig(Checked):
 
 
 @dataclass(frozen=True)
+class CompositeConfig(Checked):
+    """Training pictures made of the things' cut-outs on backgrounds that the base model drew; see `learning/composites.py`."""
+
+    share: Part = 0.0
+    """Of the steps; the others are about the photo. 0 as published."""
+    outside_weight: Part = 0.5
+    """Of the diffusion loss outside the things; 1 on them."""
+    scale: Annotated[tuple[float, float], Within(0.05, 4)] = (0.8, 1.2)
+    """How much smaller or larger a thing is than in its photo."""
+    backgrounds: str = "a photo at the beach|a photo in the snow|a photo on the grass|a photo on a table|a photo of a wall"
+    """Prompts, separated by '|', that begin with "a photo"; the words after it are the composite's too."""
+    num_backgrounds: AtLeastOne = 20
+    """Drawn once, the prompts in turn."""
+    sampling_steps: Steps = 30
+    guidance_scale: NotNegative = 7.5
+
+
+@dataclass(frozen=True)
 class MemoryConfig(Checked):
     """What is given up for GPU memory; the default gives up nothing. `--vram-gib` chooses, `plan` shows what and why."""
 
@@ -123,6 +141,7 @@ class LearnConfig(Checked):
     lora: LoraPhase = field(default_factory=LoraPhase)
     prior: PriorConfig = field(default_factory=PriorConfig)
     keep: KeepConfig = field(default_factory=KeepConfig)
+    composites: CompositeConfig = field(default_factory=CompositeConfig)
     union_sampling: bool = True
     """Draw a random subset of the assets each step; otherwise all of them, always."""
     flip_probability: Part = 0.5

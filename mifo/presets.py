@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from .config import (
     AttentionTerms,
+    CompositeConfig,
     EditConfig,
     GuidanceConfig,
     LearnConfig,
@@ -19,6 +20,10 @@ SINGLE_TOYS = "|".join(f"a photo of a toy {place}" for place in (
     "at the beach", "in the snow", "on the grass", "at night", "on a wooden floor", "on a plain background"))  # fmt: skip
 
 
+PLACES = ("at the beach", "in the snow", "on the grass", "at night", "in front of a brick wall", "on a wooden floor",
+          "on a plain background")  # fmt: skip
+TOYBOX_COMPOSITES = CompositeConfig(share=1.0, backgrounds="|".join(f"a photo {place}" for place in PLACES), num_backgrounds=21,
+                                    sampling_steps=15, guidance_scale=2.0)  # fmt: skip
 TOYBOX_PRIOR = PriorConfig(every_steps=2, num_class_images=16, sampling_steps=15, guidance_scale=2.0, class_prompt=SINGLE_TOYS)
 
 
@@ -38,9 +43,7 @@ def learn_preset(family: str, recipe: str = "mifo") -> LearnConfig:
             embedding=replace(config.embedding, train_steps=150, learning_rate=1.5e-2, draws=4, attention=rewarded),
             lora=replace(config.lora, train_steps=100, learning_rate=3e-3, row_learning_rate=2e-3, draws=4, attention=terms),
             prior=TOYBOX_PRIOR,
-            placements=8,
-            locality_weight=1.0,
-            locality_every=2,
+            composites=TOYBOX_COMPOSITES,
             masked_loss_by_area=True,
         )
     if recipe == "break-a-scene":
@@ -64,6 +67,7 @@ def _as_break_a_scene(config: LearnConfig, family: str) -> LearnConfig:
         config,
         recipe="break-a-scene",
         masked_loss_by_area=False,  # its attention weight belongs to the loss by picture
+        composites=CompositeConfig(),
         placements=0,
         locality_weight=0.0,
         prior=replace(config.prior, class_prompt=PriorConfig.class_prompt),

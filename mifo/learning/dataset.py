@@ -16,6 +16,7 @@ from ..model.base import BaseModel
 from ..model.prompt_embeds import ImageSize
 from ..prompts import BACKGROUND_TOKEN, join_assets
 from .clean_plate import clean_plate
+from .composites import Composite, Composites
 
 PLATE_SHARE = 0.75  # of the steps with <background>
 
@@ -32,7 +33,7 @@ class Batch:
     latents: torch.Tensor
     """(B, C, h, w), scaled"""
     union_mask: torch.Tensor
-    """(1, 1, h, w) of 0 and 1 at latent size"""
+    """(1, 1, h, w) at latent size: weights of the diffusion loss, 1 on the assets, and outside 0, or more on a composite"""
     asset_masks: torch.Tensor
     """(len(assets), 1, H, W) in [0, 1] at pixel size, in the order of `assets`"""
     size: ImageSize | None = None
@@ -65,7 +66,7 @@ class PhotoViews:
 
 
 class InstanceData:
-    """Both flips of an instance's photos, encoded once; the VAE can be freed afterwards.
+    """Both flips of an instance's photos, encoded once; the VAE can be freed afterwards, unless there are composites.
 
     The VAE's distribution is kept, not one sample of it: each step draws afresh, as encoding every step would.
     `placements` shifted copies per asset keep a token from learning where in the photo its asset stood: a step takes one of
@@ -77,9 +78,10 @@ class InstanceData:
 
     def __init__(self, fitted: FittedInstance, base: BaseModel, placements: int = 0, seed: int = 0,
                  photo_size: tuple[int, int] | None = None, other_sizes: Sequence[tuple[int, int]] = (),
-                 about: Sequence[str] = ()):  # fmt: skip
+                 about: Sequence[str] = (), composites: Composites | None = None, composite_share: float = 0.0):  # fmt: skip
         """`photo_size`, `other_sizes`: (width, height) before fitting, of the photo and of further ones; by default each was
-        fitted from its own size. `about`: tokens of which each step has one at least; all by default."""
+        fitted from its own size. `about`: tokens of which each step has one at least; all by default. A
+        `composite_share` of the steps takes one of the `composites`."""
         learned_at = fitted.image.size[::-1]
         self.size = ImageSize(photo_size[::-1] if photo_size else learned_at, learned_at)
         self.drawn_size = ImageSize(learned_at, learned_at)  # of pictures that the model drew at that size
@@ -94,6 +96,7 @@ class InstanceData:
             rng = np.random.default_rng([seed, 1, k + 1])
             self.photos.append(_views(photo.image, photo.masks, base, placements, rng, size))
 
+        self.composites, self.composite_share = composites, composite_share
         self.about = frozenset(self.tokens.index(token) for token in about)
         if self.about:
             self.photos = [photo for photo in self.photos if self.about.intersection(photo.shown)]
@@ -111,6 +114,9 @@ class InstanceData:
     def sample(self, rng: np.random.Generator, generator: torch.Generator, draws: int, union_sampling: bool,
                flip_probability: float) -> Batch:  # fmt: skip
         """Draws a photo, a subset of its assets (size uniform in 1..N, random order), a flip, and `draws` latents."""
+        if self.composites and rng.random() < self.composite_share:
+            made = self.composites.draw(rng, union_sampling, flip_probability, self.about)
+            return self._composite(made, generator, draws)
         photo = self.photos[int(rng.integers(len(self.photos))) if len(self.photos) > 1 else 0]
         count = len(photo.shown)
         size = int(rng.integers(1, count + 1)) if union_sampling else count
@@ -130,6 +136,13 @@ class InstanceData:
         union = union_at_latents(masks, (mean.shape[-2], mean.shape[-1]))
         tokens = tuple(self.tokens[i] for i in assets)
         return Batch(assets, tokens, join_assets(tokens), mean + std * noise, union, masks, view.size)
+
+
+    def _composite(self, taken: Composite, generator: torch.Generator, draws: int) -> Batch:
+        noise = torch.randn((draws, *taken.mean.shape[1:]), generator=generator).to(taken.mean)
+        tokens = tuple(self.tokens[i] for i in taken.assets)
+        latents = taken.mean + taken.std * noise
+        return Batch(taken.assets, tokens, taken.prompt, latents, taken.weights, taken.masks, self.drawn_size)
 
 
 def _views(picture: Image.Image, masks_of: Sequence[Image.Image | None], base: BaseModel, placements: int,

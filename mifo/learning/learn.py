@@ -30,6 +30,7 @@ from ..model.peak_memory import PeakMemory
 from ..prompts import add_asset_tokens, join_assets, tokenize_prompt
 from .callbacks import CheckpointJudge, EarlyStopping, SaveCheckpoints, Snapshots
 from .checkpoints import Checkpointing, Checkpoints, open_checkpoints, read_checkpoints
+from .composites import Composites
 from .dataset import InstanceData
 from .prior import PriorData, make_prior
 from .processes import Processes
@@ -144,8 +145,13 @@ def prepare(instance: Instance, base: BaseModel, config: LearnConfig, prior_cach
     _check_longest_prompt(base, tokens)
     width, height = size = learned_size(base, config, instance.image.size)
     fitted = fit_instance(instance, size)
+    composites, share = None, config.composites.share
+    if share:
+        composites = Composites(fitted, base, config.composites, config.seed, prior_cache,
+                                lambda k, n: report(Progress("prior", k, n)))  # fmt: skip
+        share = share / 2 if instance.has_background else share  # the background is learned from the photo alone
     data = InstanceData(fitted, base, config.placements, config.seed, instance.image.size,
-                        [photo.image.size for photo in instance.others], about)  # fmt: skip
+                        [photo.image.size for photo in instance.others], about, composites, share)  # fmt: skip
     prior = None
     if config.prior.enabled and config.lora.train_steps:
         prior = make_prior(base, config.prior, (height, width), config.seed, prior_cache,

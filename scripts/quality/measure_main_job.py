@@ -75,9 +75,10 @@ def recipe_config(family: str, name: str) -> LearnConfig:
         ),
         "mifo-without-attention-loss": replace(ours, embedding=replace(ours.embedding, attention=none),
                                                lora=replace(ours.lora, attention=none)),
-        "mifo-without-locality": replace(ours, locality_weight=0.0),
-        "break-a-scene-with-locality-and-placements": replace(theirs, prior=ours.prior, placements=ours.placements,
-                                                              locality_weight=ours.locality_weight),
+        "mifo-without-composites": replace(ours, composites=theirs.composites),
+        "mifo-with-locality-and-placements": replace(ours, composites=theirs.composites, placements=8, locality_weight=1.0,
+                                                     locality_every=2),
+        "break-a-scene-with-composites": replace(theirs, prior=ours.prior, composites=ours.composites, masked_loss_by_area=True),
     }  # fmt: skip
     return variants[name]
 

@@ -15,6 +15,7 @@ from mifo.io.sheets import pixels_to_tensor
 from mifo.learning.clean_plate import clean_plate
 from mifo.learning.dataset import InstanceData, random_shifts, shift
 from mifo.learning.objective import Objective
+from mifo.model.prompt_embeds import ImageSize
 from mifo.presets import learn_preset
 from mifo.prompts import tokenize_prompt
 from mifo.toybox.examples import EXAMPLES
@@ -94,8 +95,8 @@ def test_locality_counts_what_the_tokens_change_outside_the_masks_and_nothing_el
     union = torch.zeros(1, 1, size, size)
     union[..., : size // 2] = 1
     config = replace(learn_preset("toybox"), masked_loss_by_area=True)
-    objective = Objective(base, SimpleNamespace(size=None), config, None, None)  # type: ignore[arg-type]
-    batch = SimpleNamespace(union_mask=union)
+    objective = Objective(base, SimpleNamespace(size=ImageSize((64, 64), (64, 64))), config, None, None)  # type: ignore[arg-type]
+    batch = SimpleNamespace(union_mask=union, size=None)
 
     def locality(prediction: torch.Tensor) -> float:
         return float(objective.locality(prediction, noisy, timesteps, batch))  # type: ignore[arg-type]

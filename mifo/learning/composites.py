@@ -1,0 +1,154 @@
+"""Training pictures made of the things themselves: each cut out along its mask and put on backgrounds that the base model drew
+(this project's own; a simple copy-paste augmentation, Ghiasi et al., arXiv 2012.07177, turned to learning what a token means).
+
+The masked loss says nothing about the outside of a mask, so a token may fill it with its thing once more. On such a picture all
+is known: what stands where, what is behind it, and the words for both; so the loss may count everywhere. The base model's
+backgrounds often hold things of their own, which are looked for and painted over first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy import ndimage
+
+from ..config import CompositeConfig, PriorConfig
+from ..data.instance import FittedInstance
+from ..data.mask_sizes import union_at_latents
+from ..io.sheets import pixels_to_tensor, to_images
+from ..model.base import BaseModel
+from ..prompts import BACKGROUND_TOKEN, join_assets
+from ..segmentation.grabcut import GrabCut, propose
+from .clean_plate import clean_plate
+from .prior import make_prior
+
+TRIES = 30  # to find a place where a thing covers no other
+SEARCHED_SIDE = 256  # pixels: what GrabCut wants to see of a small picture
+GROWN = 6  # pixels of that: the soft rim of what is painted over
+
+
+@dataclass(frozen=True)
+class Cutout:
+    """A thing as a photo shows it, cut to its mask's bounding box."""
+
+    asset: int
+    image: Image.Image
+    mask: Image.Image
+
+
+@dataclass(frozen=True)
+class Composite:
+    """One picture: latents' distribution, and all that a step needs to know of it."""
+
+    assets: tuple[int, ...]
+    prompt: str
+    mean: torch.Tensor
+    """(1, C, h, w)"""
+    std: torch.Tensor
+    masks: torch.Tensor
+    """(len(assets), 1, H, W) of 0 and 1; what a later thing covers is not an earlier one's"""
+    weights: torch.Tensor
+    """(1, 1, h, w): of the diffusion loss; 1 on the things"""
+
+
+class Composites:
+    """Makes them, a new one for every step: few that come again and again are learned by heart (LOG.md)."""
+
+    def __init__(self, fitted: FittedInstance, base: BaseModel, config: CompositeConfig, seed: int, cache: Path | None = None,
+                 report: Callable[[int, int], None] | None = None):  # fmt: skip
+        """`cache`: where drawn backgrounds are kept, as the prior's."""
+        self.base, self.config, self.tokens = base, config, fitted.tokens
+        self.backgrounds = draw_backgrounds(base, config, fitted.image.size[::-1], seed, cache, report)
+        self.cutouts = cut_out_things(fitted)
+
+    def draw(self, rng: np.random.Generator, union_sampling: bool, flip_probability: float,
+             about: frozenset[int] = frozenset()) -> Composite:  # fmt: skip
+        """`about`: assets of which it has one at least."""
+        prompt, background = self.backgrounds[int(rng.integers(len(self.backgrounds)))]
+        chosen = _choose(sorted(self.cutouts), rng, union_sampling, about)
+        cutouts = [self.cutouts[i][int(rng.integers(len(self.cutouts[i])))] for i in chosen]
+        picture, masks = paste(cutouts, background, self.config.scale, flip_probability, rng)
+        mean, std = self.base.encode(pixels_to_tensor(picture))
+        masks = masks.float().to(mean.device)
+        union = union_at_latents(masks, (mean.shape[-2], mean.shape[-1]))
+        words = join_assets([self.tokens[i] for i in chosen])
+        place = prompt.removeprefix("a photo").strip()
+        weights = union + self.config.outside_weight * (1 - union)
+        return Composite(chosen, f"{words} {place}".strip(), mean, std, masks, weights)
+
+
+def draw_backgrounds(base: BaseModel, config: CompositeConfig, size: tuple[int, int], seed: int, cache: Path | None = None,
+                     report: Callable[[int, int], None] | None = None) -> list[tuple[str, Image.Image]]:  # fmt: skip
+    """(prompt, picture without things) of every background. `size`: (height, width)."""
+    drawn = make_prior(base, PriorConfig(num_class_images=config.num_backgrounds, class_prompt=config.backgrounds,
+                                         sampling_steps=config.sampling_steps, guidance_scale=config.guidance_scale),
+                       size, seed, cache, report)  # fmt: skip
+    with torch.no_grad():
+        images = to_images(base.decode(drawn.latents))
+    return [(drawn.prompts[k % len(drawn.prompts)], without_things(image)) for k, image in enumerate(images)]
+
+
+def without_things(image: Image.Image) -> Image.Image:
+    """What stands out from the picture's rim painted over with what is around it."""
+    scale = max(1.0, SEARCHED_SIDE / max(image.size))
+    large = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+    hints = propose(large)
+    masks = [mask for mask in GrabCut().masks(large, hints) if mask.any() and not mask.all()] if hints else []
+    if not masks:
+        return image
+    found = ndimage.binary_dilation(np.any(masks, axis=0), iterations=GROWN)
+    return clean_plate(image, [Image.fromarray(found.astype(np.uint8) * 255).resize(image.size)])
+
+
+def cut_out_things(fitted: FittedInstance) -> dict[int, list[Cutout]]:
+    """Of each thing, its cut-outs from all photos that show it; `<background>` is none."""
+    found: dict[int, list[Cutout]] = {}
+    for image, masks in ((fitted.image, fitted.masks), *((photo.image, photo.masks) for photo in fitted.others)):
+        for asset, mask in enumerate(masks):
+            if mask is not None and fitted.tokens[asset] != BACKGROUND_TOKEN:
+                box = mask.getbbox()
+                found.setdefault(asset, []).append(Cutout(asset, image.crop(box), mask.crop(box)))
+    return found
+
+
+def _choose(things: Sequence[int], rng: np.random.Generator, union_sampling: bool, about: frozenset[int]) -> tuple[int, ...]:
+    """As `InstanceData.sample` does."""
+    count = int(rng.integers(1, len(things) + 1)) if union_sampling else len(things)
+    chosen = tuple(things[int(i)] for i in rng.permutation(len(things))[:count])
+    if about and not about.intersection(chosen):
+        wanted = sorted(about.intersection(things))
+        chosen = (wanted[int(rng.integers(len(wanted)))], *chosen[1:]) if wanted else chosen
+    return chosen
+
+
+def paste(cutouts: Sequence[Cutout], background: Image.Image, scale: tuple[float, float], flip_probability: float,
+          rng: np.random.Generator) -> tuple[Image.Image, torch.Tensor]:  # fmt: skip
+    """The picture, and the things' masks (N, 1, H, W) bool. Each is scaled and flipped at random, and stands anywhere inside,
+    apart from the others if there is room."""
+    picture = background.copy()
+    masks: list[torch.Tensor] = []
+    boxes: list[tuple[int, int, int, int]] = []
+    for cutout in cutouts:
+        by = min(float(rng.uniform(*scale)), background.width / cutout.image.width, background.height / cutout.image.height)
+        size = (max(1, round(cutout.image.width * by)), max(1, round(cutout.image.height * by)))
+        image, mask = cutout.image.resize(size, Image.Resampling.LANCZOS), cutout.mask.resize(size, Image.Resampling.BOX)
+        if rng.random() < flip_probability:
+            image, mask = (x.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for x in (image, mask))
+        for _ in range(TRIES):
+            left, top = (int(rng.integers(0, whole - side + 1)) for whole, side in zip(background.size, size, strict=True))
+            box = (left, top, left + size[0], top + size[1])
+            if all(box[2] <= b[0] or b[2] <= box[0] or box[3] <= b[1] or b[3] <= box[1] for b in boxes):
+                break
+        boxes.append(box)
+        picture.paste(image, box[:2], mask)
+        whole = Image.new("L", background.size)
+        whole.paste(mask, box[:2])
+        inside = torch.from_numpy(np.asarray(whole) >= 128)[None]
+        masks = [earlier & ~inside for earlier in masks]
+        masks.append(inside)
+    return picture, torch.stack(masks)
