@@ -185,6 +185,8 @@ def _learn_config(config: LearnConfig, training: TrainingOptions, seed: int, pre
     prior = override(config.prior, class_prompt=training.class_prompt, num_class_images=training.num_class_images,
                      enabled=training.prior_preservation)  # fmt: skip
     keep = replace(config.keep, enabled=training.keep is Keep.best)
+    if training.composites is not None:
+        config = replace(config, composites=replace(config.composites, share=float(training.composites)))
     config = override(config, aspect=training.aspect, crop_conditioning=training.crop_conditioning,
                       resolution=training.resolution)  # fmt: skip
     return replace(config, embedding=embedding, lora=lora, prior=prior, keep=keep, seed=seed,

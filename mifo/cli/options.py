@@ -294,6 +294,9 @@ class TrainingOptions(OptionGroup):
     phase2_train_steps: Annotated[int | None, typer.Option(min=0, help="Steps with LoRA; 0 leaves it out.")] = None
     phase1_learning_rate: Annotated[float | None, number(0, help="Of the token embeddings.")] = None
     phase2_learning_rate: Annotated[float | None, number(0, help="Of LoRA.")] = None
+    composites: Annotated[
+        bool | None, typer.Option(help="Learn from the things cut out, on backgrounds that the model draws; toybox's default.")
+    ] = None
     draws: Annotated[int | None, typer.Option(min=1, max=64, help="Noisy copies a step; several processes share them.")] = None
     lora_rank: Annotated[int | None, typer.Option(min=1, max=256, help="Higher: more detail, a larger bundle.")] = None
     train_text_encoder: Annotated[bool | None, typer.Option(help="LoRA in the text encoder too.")] = None

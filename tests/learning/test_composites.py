@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from _tiny import load_base, write_instance
+from _tiny import learn_arguments, load_base, mifo, write_instance
 from PIL import Image, ImageDraw
 
+from mifo.bundle.store import load_bundle
 from mifo.config import CompositeConfig
 from mifo.data.instance import FittedInstance, fit_instance, load_instance, with_background
 from mifo.learning.composites import Composite, Composites, cut_out_things, paste, without_things
@@ -108,3 +109,11 @@ def test_the_embedded_models_preset_has_them_and_the_published_ones_do_not() -> 
     assert learn_preset("toybox").composites.share == 1.0
     for family, recipe in (("stable-diffusion", "mifo"), ("sdxl", "mifo"), ("toybox", "break-a-scene")):
         assert learn_preset(family, recipe).composites.share == 0.0
+
+
+def test_the_command_turns_them_on(tmp_path: Path) -> None:
+    folder = write_instance(tmp_path / "desk")
+    mifo(*learn_arguments(folder, tmp_path / "out", "--composites"))
+    assert load_bundle(tmp_path / "out" / "desk").config.composites.share == 1.0
+    mifo(*learn_arguments(folder, tmp_path / "out"))
+    assert load_bundle(tmp_path / "out" / "desk").config.composites.share == 0.0
