@@ -48,7 +48,8 @@ def source(name: str, result: dict[str, Any]) -> str:
 
 def headline_table() -> str:
     """The README's few rows."""
-    job, edits, base, canaries = (load(name) for name in ("main_job", "edit", "base_model", "canaries"))
+    of = "main_job_composites" if load("main_job_composites") else "main_job"
+    job, edits, base, canaries = (load(name) for name in (of, "edit", "base_model", "canaries"))
     if not (job and edits and base and canaries):
         return "Not measured yet."
     ours, car = job["mifo"], edits["toy_car"]["insert"]
@@ -66,7 +67,7 @@ def headline_table() -> str:
          f"{canaries['lines']} command lines"),
     ]  # fmt: skip
     lines = ["| | measured (95 % interval) | on |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join([*lines, "", source("main_job", job), source("edit", edits), source("canaries", canaries)])
+    return "\n".join([*lines, "", source(of, job), source("edit", edits), source("canaries", canaries)])
 
 
 def _runs(result: dict[str, Any]) -> str:
@@ -159,6 +160,37 @@ def scale_table() -> str:
     return "\n".join([about, "", "| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows), "", source("scale", result)])
 
 
+#: Label -> (learning run, its pictures in boxes or without) -> text
+MAIN_JOB_ROWS: list[tuple[str, Callable[[Any, Any], str]]] = [
+    ("learn, seconds", lambda e, b: f"{e['learn_seconds']:.0f}"),
+    ("bundle, MiB", lambda e, b: f"{e['bundle_mib']:.1f}"),
+    ("synthesize, seconds an image (median)", lambda e, b: f"{b['seconds_per_image']['median']:.1f}"),
+    ("alone: class, both colours and pattern right", lambda e, b: percent(e["alone"]["right"])),
+    ("alone: the same, the two colours in either order", lambda e, b: percent(e["alone"]["right_colors_in_either_order"])),
+    ("alone: one thing in the picture", lambda e, b: percent(e["alone"]["one_thing"])),
+    ("alone: never confused with another", lambda e, b: percent(e["alone"]["not_confused"])),
+    ("alone: background as asked", lambda e, b: percent(e["alone"]["background"])),
+    ("in boxes: right instance in its box", lambda e, b: percent(b["right_instance"])),
+    ("in boxes: class, both colours and pattern right", lambda e, b: percent(b["right"])),
+    ("in boxes: another instance in the box", lambda e, b: percent(b["wrong_instance"])),
+    ("in boxes: mean IoU with the box", lambda e, b: f"{b['mean_iou']:.2f}"),
+    ("in boxes: three things, no more, no fewer", lambda e, b: percent(b["count"])),
+]
+
+
+def composites_table() -> str:
+    """The three cars as the embedded model learns them today."""
+    result = load("main_job_composites")
+    if result is None:
+        return "Not measured yet."
+    named = {"mifo": "mifo", "break-a-scene-with-composites": "Break-A-Scene's losses on the same composites"}
+    columns = [(title, result[name], "in_boxes") for name, title in named.items() if name in result]
+    columns.insert(1, ("mifo without box control", result["mifo"], "without_box_control"))
+    lines = ["| | " + " | ".join(title for title, _, _ in columns) + " |", "|---|" + "---|" * len(columns)]
+    lines += [f"| {label} | " + " | ".join(value(e, e[k]) for _, e, k in columns) + " |" for label, value in MAIN_JOB_ROWS]
+    return "\n".join([*lines, "", f"{_runs(result).capitalize()} each.", "", source("main_job_composites", result)])
+
+
 def main_job_table() -> str:
     result = load("main_job")
     if result is None:
@@ -174,22 +206,7 @@ def main_job_table() -> str:
         "| | " + " | ".join(c[0] for c in columns) + " |",
         "|---|" + "---|" * len(columns),
     ]
-    rows: list[tuple[str, Callable[[Any, Any], str]]] = [
-        ("learn, seconds", lambda e, b: f"{e['learn_seconds']:.0f}"),
-        ("bundle, MiB", lambda e, b: f"{e['bundle_mib']:.1f}"),
-        ("synthesize, seconds an image (median)", lambda e, b: f"{b['seconds_per_image']['median']:.1f}"),
-        ("alone: class, both colours and pattern right", lambda e, b: percent(e["alone"]["right"])),
-        ("alone: the same, the two colours in either order", lambda e, b: percent(e["alone"]["right_colors_in_either_order"])),
-        ("alone: one thing in the picture", lambda e, b: percent(e["alone"]["one_thing"])),
-        ("alone: never confused with another", lambda e, b: percent(e["alone"]["not_confused"])),
-        ("alone: background as asked", lambda e, b: percent(e["alone"]["background"])),
-        ("in boxes: right instance in its box", lambda e, b: percent(b["right_instance"])),
-        ("in boxes: class, both colours and pattern right", lambda e, b: percent(b["right"])),
-        ("in boxes: another instance in the box", lambda e, b: percent(b["wrong_instance"])),
-        ("in boxes: mean IoU with the box", lambda e, b: f"{b['mean_iou']:.2f}"),
-        ("in boxes: three things, no more, no fewer", lambda e, b: percent(b["count"])),
-    ]
-    for label, value in rows:
+    for label, value in MAIN_JOB_ROWS:
         lines.append(f"| {label} | " + " | ".join(value(e, e[k]) for _, e, k in columns) + " |")
     apart = "; ".join(f"{name}: right instance {_each(entry, 'in_boxes', 'right_instance')}, alone all looks right "
                       f"{_each(entry, 'alone', 'right')}" for name, entry in
@@ -525,7 +542,8 @@ def _seconds(entry: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
           "headline": headline_table, "main_job": main_job_table, "base_model": base_model_table, "toybox_xl": xl_table,
-          "samplers": samplers_table, "several": several_table, "photos": photos_table, "relearn": relearn_table,
+          "samplers": samplers_table, "several": several_table, "composites": composites_table,
+          "photos": photos_table, "relearn": relearn_table,
           "scale": scale_table, "edit": edit_table,
           "bench": bench_table, "bench_jobs": jobs_table, "bench_growth": growth_table, "memory_goals": goals_table,
           "memory_goals_sdxl": xl_goals_table,
