@@ -22,6 +22,7 @@ ROWS = (
     ("jobs",),  # what the API does, as data, in one process or by a list
     ("web", "cluster", "serve"),  # who asks for jobs, or spreads them
     ("cli",),
+    ("__main__",),
 )
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 
