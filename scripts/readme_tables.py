@@ -140,7 +140,7 @@ def scale_table() -> str:
     if result is None:
         return "Not measured yet."
     one, two = (result["workers"][n]["jobs_a_minute"] for n in ("1", "2"))
-    steps, learning = result["steps"] or "the preset's", (load("main_job") or {})["mifo"]["learn_seconds"]
+    steps, learning = result["steps"] or "the preset's", (load("learn_seconds") or {})["mifo"]["learn_seconds"]
     rows = [
         (f"{result['jobs']} jobs over {result['bundles']} bundles, a process each",
          f"{result['separate_processes_seconds']:.0f} s"),

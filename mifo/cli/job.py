@@ -59,8 +59,10 @@ class GroupedHelp(TyperCommand):
                     formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
 
 
-def job_command(app: typer.Typer, example: str, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Registers a function whose first parameter is the `Job` that runs; `name`: of the command, else the function's."""
+def job_command(app: typer.Typer, example: str, name: str | None = None,
+                several_processes: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:  # fmt: skip
+    """Registers a function whose first parameter is the `Job` that runs; `name`: of the command, else the function's.
+    `several_processes`: a launcher may start it in several, which share the work."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         parameters, groups = _parameters(function)
@@ -68,9 +70,9 @@ def job_command(app: typer.Typer, example: str, name: str | None = None) -> Call
         @wraps(function)
         def run(**values: Any) -> None:
             with running(values.pop("as_json"), values.pop("quiet")) as job:
-                if process_count() > 1 and function.__name__ != "learn":
-                    raise InputError(f"{function.__name__} is no job for several processes, but {process_count()} were launched; "
-                                     "start it by itself, or see `cluster`")  # fmt: skip
+                if process_count() > 1 and not several_processes:
+                    raise InputError(f"this command is no job for several processes, but {process_count()} were launched; start "
+                                     "it by itself, or spread a file of jobs with `cluster`")  # fmt: skip
                 made = {name: kind(**{f.name: values.pop(f.name) for f in fields(kind)}) for name, kind in groups.items()}
                 function(job, **values, **made)
 

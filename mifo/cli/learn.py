@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from ..model.base import BaseModel
 
 
-@job_command(app, "mifo learn toy_car --folder-path example --seed 1")
+@job_command(app, "mifo learn toy_car --folder-path example --seed 1", several_processes=True)
 def learn(
     job: Job,
     source: LearnInput,

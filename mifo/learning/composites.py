@@ -26,6 +26,7 @@ from ..prompts import BACKGROUND_TOKEN, join_assets
 from ..segmentation.grabcut import GrabCut, propose
 from .clean_plate import clean_plate
 from .prior import make_prior
+from .union_sampling import choose_assets
 
 TRIES = 30  # to find a place where a thing covers no other
 SEARCHED_SIDE = 256  # pixels: what GrabCut wants to see of a small picture
@@ -70,7 +71,7 @@ class Composites:
              about: frozenset[int] = frozenset()) -> Composite:  # fmt: skip
         """`about`: assets of which it has one at least."""
         prompt, background = self.backgrounds[int(rng.integers(len(self.backgrounds)))]
-        chosen = _choose(sorted(self.cutouts), rng, union_sampling, about)
+        chosen = choose_assets(sorted(self.cutouts), rng, union_sampling, about)
         cutouts = [self.cutouts[i][int(rng.integers(len(self.cutouts[i])))] for i in chosen]
         picture, masks = paste(cutouts, background, self.config.scale, flip_probability, rng)
         mean, std = self.base.encode(pixels_to_tensor(picture))
@@ -114,16 +115,6 @@ def cut_out_things(fitted: FittedInstance) -> dict[int, list[Cutout]]:
                 box = mask.getbbox()
                 found.setdefault(asset, []).append(Cutout(asset, image.crop(box), mask.crop(box)))
     return found
-
-
-def _choose(things: Sequence[int], rng: np.random.Generator, union_sampling: bool, about: frozenset[int]) -> tuple[int, ...]:
-    """As `InstanceData.sample` does."""
-    count = int(rng.integers(1, len(things) + 1)) if union_sampling else len(things)
-    chosen = tuple(things[int(i)] for i in rng.permutation(len(things))[:count])
-    if about and not about.intersection(chosen):
-        wanted = sorted(about.intersection(things))
-        chosen = (wanted[int(rng.integers(len(wanted)))], *chosen[1:]) if wanted else chosen
-    return chosen
 
 
 def paste(cutouts: Sequence[Cutout], background: Image.Image, scale: tuple[float, float], flip_probability: float,

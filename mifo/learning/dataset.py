@@ -17,6 +17,7 @@ from ..model.prompt_embeds import ImageSize
 from ..prompts import BACKGROUND_TOKEN, join_assets
 from .clean_plate import clean_plate
 from .composites import Composite, Composites
+from .union_sampling import choose_assets
 
 PLATE_SHARE = 0.75  # of the steps with <background>
 
@@ -113,17 +114,12 @@ class InstanceData:
 
     def sample(self, rng: np.random.Generator, generator: torch.Generator, draws: int, union_sampling: bool,
                flip_probability: float) -> Batch:  # fmt: skip
-        """Draws a photo, a subset of its assets (size uniform in 1..N, random order), a flip, and `draws` latents."""
+        """Draws a photo, a subset of its assets, a flip, and `draws` latents; or takes a composite."""
         if self.composites and rng.random() < self.composite_share:
             made = self.composites.draw(rng, union_sampling, flip_probability, self.about)
             return self._composite(made, generator, draws)
         photo = self.photos[int(rng.integers(len(self.photos))) if len(self.photos) > 1 else 0]
-        count = len(photo.shown)
-        size = int(rng.integers(1, count + 1)) if union_sampling else count
-        assets = tuple(photo.shown[int(i)] for i in rng.permutation(count)[:size])
-        if self.about and not self.about.intersection(assets):
-            wanted = [i for i in photo.shown if i in self.about]
-            assets = (wanted[int(rng.integers(len(wanted)))], *assets[1:])
+        assets = choose_assets(photo.shown, rng, union_sampling, self.about)
         flip = bool(rng.random() < flip_probability)
         if self.plate and union_sampling and self.background in assets and rng.random() < PLATE_SHARE:
             assets, view = (self.background,), self.plate[flip]

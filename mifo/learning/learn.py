@@ -27,7 +27,7 @@ from ..model.embedding import AssetEmbedding, initial_vectors, use_assets
 from ..model.half_precision import follow_input_dtype
 from ..model.lora import add_adapters, filled_adapter, remove_adapter
 from ..model.peak_memory import PeakMemory
-from ..prompts import add_asset_tokens, join_assets, tokenize_prompt
+from ..prompts import BACKGROUND_TOKEN, add_asset_tokens, join_assets, tokenize_prompt
 from .callbacks import CheckpointJudge, EarlyStopping, SaveCheckpoints, Snapshots
 from .checkpoints import Checkpointing, Checkpoints, open_checkpoints, read_checkpoints
 from .composites import Composites
@@ -81,9 +81,8 @@ def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path
         with ExitStack() as lent:
             embedding = lent.enter_context(use_assets(base.text_encoders, parts.token_ids, rows))
             lent.enter_context(gradient_checkpointing(base, config.gradient_checkpointing))
-            beside = [*_callbacks(config, checkpoints, judge), *callbacks]
-            if processes and not processes.is_main:
-                beside = [callback for callback in beside if isinstance(callback, EarlyStopping)]  # what decides on weights
+            is_main = processes is None or processes.is_main
+            beside = _callbacks(config, checkpoints, judge, callbacks, is_main)
             prior, adapters = parts.prior, {}
             if start is not None:  # phase 1 sees the bundle's LoRA too
                 adapters = lent.enter_context(lend_again(base, start.bundle, embedding))
@@ -96,28 +95,33 @@ def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path
             if start is None:
                 adapters = lent.enter_context(lend_adapters(base, config.lora, config.seed))
             trainer.train_lora(adapters)
-            if processes and not processes.is_main:
-                processes.wait()
-                return load_bundle(folder)
-            found = _report(trainer, instance, peak, report)
-
-            def write_images(target: Path) -> None:
-                found.preview.save(target / "preview.png")
-                found.attention.save(target / "attention.png")
-                if state.snapshots:
-                    save_attention_film(target / "attention.webp", state.snapshots, instance, instance.tokens)
-                keep_instance(target, instance, parts.fitted)
-
-            if start is not None:
-                found.metadata["relearned"] = relearned(start, config, found.metadata["seconds"])
-                keep_base_path = keep_base_path or os.path.isabs(start.bundle.base_source)
-            bundle = save_bundle(folder, base, instance.tokens, instance.words, embedding.vectors, adapters,
-                                 start.bundle.config if start else config, found.metadata, write_images, overwrite=True,
-                                 keep_base_path=keep_base_path)  # fmt: skip
-        checkpoints.clear()
+            if is_main:
+                _save(folder, trainer, instance, parts.fitted, adapters, start, _report(trainer, instance, peak, report),
+                      keep_base_path)  # fmt: skip
+                checkpoints.clear()
     if processes:
         processes.wait()
-    return bundle
+    return load_bundle(folder)
+
+
+def _save(folder: Path, trainer: Trainer, instance: Instance, fitted: FittedInstance, adapters: dict[str, PeftModel],
+          start: Start | None, found: _Report, keep_base_path: bool) -> None:  # fmt: skip
+    """Writes the bundle, whole or not at all. One that was learned into keeps the configuration that it was first learned by."""
+    base, config, state = trainer.base, trainer.config, trainer.state
+
+    def write_images(target: Path) -> None:
+        found.preview.save(target / "preview.png")
+        found.attention.save(target / "attention.png")
+        if state.snapshots:
+            save_attention_film(target / "attention.webp", state.snapshots, instance, instance.tokens)
+        keep_instance(target, instance, fitted)
+
+    if start is not None:
+        found.metadata["relearned"] = relearned(start, config, found.metadata["seconds"])
+        keep_base_path = keep_base_path or os.path.isabs(start.bundle.base_source)
+    save_bundle(folder, base, instance.tokens, instance.words, trainer.embedding.vectors, adapters,
+                start.bundle.config if start else config, found.metadata, write_images, overwrite=True,
+                keep_base_path=keep_base_path)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,7 @@ def prepare(instance: Instance, base: BaseModel, config: LearnConfig, prior_cach
     width, height = size = learned_size(base, config, instance.image.size)
     fitted = fit_instance(instance, size)
     composites, share = None, config.composites.share
-    if share:
+    if share and list(about) != [BACKGROUND_TOKEN]:  # which is nothing to cut out
         composites = Composites(fitted, base, config.composites, config.seed, prior_cache,
                                 lambda k, n: report(Progress("prior", k, n)))  # fmt: skip
         share = share / 2 if instance.has_background else share  # the background is learned from the photo alone
@@ -159,10 +163,12 @@ def prepare(instance: Instance, base: BaseModel, config: LearnConfig, prior_cach
     return Prepared(fitted, data, prior, ids)
 
 
-def _callbacks(config: LearnConfig, checkpoints: Checkpoints, judge: CheckpointJudge | None) -> list[Callback]:
+def _callbacks(config: LearnConfig, checkpoints: Checkpoints, judge: CheckpointJudge | None, more: Sequence[Callback],
+               is_main: bool) -> list[Callback]:  # fmt: skip
+    """In a process that is not the main one, those alone that decide on weights."""
     early = EarlyStopping(config.keep, judge) if config.keep.enabled and judge else None
     first: list[Callback] = [early] if early else []
-    return [*first, SaveCheckpoints(checkpoints, early), Snapshots()]
+    return [*first, SaveCheckpoints(checkpoints, early), Snapshots(), *more] if is_main else first
 
 
 @dataclass(frozen=True)

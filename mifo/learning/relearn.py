@@ -51,7 +51,7 @@ def start_from(bundle: Bundle, names: Sequence[str], instance: Instance) -> Star
         if token not in instance.tokens:
             raise InputError(f"{instance.source} has no {token}: its assets are {there}{did_you_mean(token, instance.tokens)}")
     if not only:
-        raise InputError(f"say which asset is learned into {bundle.name}: its photo has {there}")
+        raise InputError(f"no asset is named that is learned into {bundle.name}; name one of {there}, such as --only asset0")
     if lost := [token for token in bundle.tokens if token not in instance.tokens]:
         raise InputError(f"{bundle.name} has {', '.join(lost)}, which {instance.source} has no mask for; add it, "
                          "or learn another bundle")  # fmt: skip
@@ -69,7 +69,10 @@ def relearn_config(config: LearnConfig, bundle: Bundle) -> LearnConfig:
     rank = rank_of(bundle)
     lora = replace(config.lora, train_steps=config.lora.train_steps // 2 if rank else 0, rank=rank or config.lora.rank,
                    text_encoder=len(bundle.lora) > 1)  # fmt: skip
-    embedding = replace(config.embedding, train_steps=max(1, config.embedding.train_steps // 2))
+    phase1 = config.embedding
+    terms = replace(phase1.attention, reward_steps=phase1.attention.reward_steps // 2)
+    embedding = replace(phase1, train_steps=max(1, phase1.train_steps // 2), warmup_steps=phase1.warmup_steps // 2,
+                        attention=terms)  # fmt: skip
     return replace(config, embedding=embedding, lora=lora, prior=replace(config.prior, every_steps=1),
                    resolution=bundle.config.resolution, aspect=bundle.config.aspect)  # fmt: skip
 

@@ -82,7 +82,9 @@ def test_a_stop_that_one_hears_stops_both_and_they_go_on(tmp_path: Path) -> None
     assert torch.equal(weights(resumed), weights(whole))
 
 
-def test_wrong_input_is_said_once_by_each_and_other_commands_do_not_run(tmp_path: Path) -> None:
+def test_other_commands_do_not_run_in_several(tmp_path: Path) -> None:
     environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "mifo", "list"], env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and "no job for several processes" in done.stderr
+    for command in (["list"], ["cluster", "learn", "photos.jsonl"]):
+        done = subprocess.run([sys.executable, "-m", "mifo", *command], env=environment, capture_output=True, text=True,
+                              cwd=tmp_path)  # fmt: skip
+        assert done.returncode == 2 and "no job for several processes" in done.stderr

@@ -18,8 +18,9 @@ from mifo.data.instance import fit_instance, load_instance
 from mifo.errors import InputError
 from mifo.learning.dataset import InstanceData
 from mifo.learning.prior import PriorData
-from mifo.learning.relearn import prior_of_the_others, start_from
+from mifo.learning.relearn import prior_of_the_others, relearn_config, start_from
 from mifo.learning.trainer import Callback, PhaseRun, Trainer
+from mifo.presets import learn_preset
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def test_the_others_pictures_take_turns_with_the_class_prior(place: Path) -> Non
 
 @pytest.mark.parametrize(("folder", "options", "said"), [
     ("desk", ["--only", "asset5"], "has no <asset5>: its assets are <asset0>, <asset1>"),
-    ("desk", [], "say which asset is learned into desk"),
+    ("desk", [], "name one of <asset0>, <asset1>"),
     ("desk", ["--only", "asset0", "--only", "asset1"], "no asset of desk would stay"),
     ("wider/desk", ["--only", "asset1"], "has no <asset2> yet"),
     ("desk", ["--only", "asset1", "--lora-rank", "3"], "LoRA of rank"),
@@ -125,6 +126,22 @@ def test_what_cannot_be_is_said_and_nothing_is_lost(place: Path, folder: str, op
     before = snapshot(place / "out")
     assert said in " ".join(relearn(place, folder, *options, exit_code=2).split())
     assert snapshot(place / "out") == before
+
+
+def test_a_bundle_with_a_file_of_somebodys_is_left_alone(place: Path) -> None:
+    (place / "out" / "desk" / "notes.txt").write_text("mine")
+    before = snapshot(place / "out" / "desk")
+    assert "notes.txt" in relearn(place, "desk", "--only", "asset1", exit_code=2)
+    assert snapshot(place / "out" / "desk") == before
+
+
+def test_half_the_steps_are_half_of_each_part(place: Path) -> None:
+    preset = learn_preset("toybox")
+    half = relearn_config(preset, load_bundle(place / "out" / "desk"))
+    assert half.embedding.train_steps == preset.embedding.train_steps // 2
+    assert half.lora.train_steps == preset.lora.train_steps // 2
+    assert half.embedding.attention.reward_steps == preset.embedding.attention.reward_steps // 2
+    assert half.lora.rank == load_bundle(place / "out" / "desk").config.lora.rank
 
 
 def test_only_needs_a_bundle(place: Path) -> None:
