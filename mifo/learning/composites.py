@@ -21,6 +21,7 @@ from ..config import CompositeConfig, PriorConfig
 from ..data.instance import FittedInstance
 from ..data.mask_sizes import union_at_latents
 from ..io.sheets import pixels_to_tensor, to_images
+from ..io.threads import map_in_order
 from ..model.base import BaseModel
 from ..prompts import BACKGROUND_TOKEN, join_assets
 from ..segmentation.grabcut import GrabCut, propose
@@ -89,9 +90,13 @@ def draw_backgrounds(base: BaseModel, config: CompositeConfig, size: tuple[int, 
     drawn = make_prior(base, PriorConfig(num_class_images=config.num_backgrounds, class_prompt=config.backgrounds,
                                          sampling_steps=config.sampling_steps, guidance_scale=config.guidance_scale),
                        size, seed, cache, report)  # fmt: skip
-    with torch.no_grad():
-        images = to_images(base.decode(drawn.latents))
-    return [(drawn.prompts[k % len(drawn.prompts)], without_things(image)) for k, image in enumerate(images)]
+
+    def finish(latents: torch.Tensor) -> Image.Image:
+        with torch.no_grad():
+            return without_things(to_images(base.decode(latents[None]))[0])
+
+    finished = map_in_order(finish, drawn.latents, base.is_small)
+    return [(drawn.prompts[k % len(drawn.prompts)], picture) for k, picture in enumerate(finished)]
 
 
 def without_things(image: Image.Image) -> Image.Image:

@@ -14,6 +14,7 @@ from ..config import PriorConfig
 from ..io.files import write_file
 from ..io.json_text import json_text, named_infinities
 from ..io.tensor_file import Damaged, read_header, read_state, write_state
+from ..io.threads import map_in_order
 from ..model.base import BaseModel
 from ..model.finite import check_latents
 from ..model.prompt_embeds import ImageSize
@@ -76,17 +77,21 @@ def draw_latents(base: BaseModel, config: PriorConfig, prompts: Sequence[str], t
     shape = (int(base.unet.config["in_channels"]), size[0] // base.vae_factor, size[1] // base.vae_factor)
     named = [[token for token in tokens if token in prompt] for prompt in prompts]
     ids = [tokenize_prompt(base.tokenizer, p, own, "class prompt").input_ids for p, own in zip(prompts, named, strict=True)]
-    scheduler, rows, whole = base.sampler("ddim"), [], count
-    for first in range(0, whole, base.memory.max_batch):
-        count = min(base.memory.max_batch, whole - first)
+
+    def draw(first: int) -> torch.Tensor:
+        own = range(first, min(first + base.memory.max_batch, count))
         with torch.no_grad():
-            chosen = [ids[k % len(ids)] for k in range(first, first + count)]
-            prompt_embeds = base.encode_prompt(torch.tensor(chosen), image_size)
+            prompt_embeds = base.encode_prompt(torch.tensor([ids[k % len(ids)] for k in own]), image_size)
             empty = base.encode_negative(torch.tensor([tokenize_prompt(base.tokenizer, "", []).input_ids]), image_size)
-        noise = initial_latents(shape, seed + first, count, base.device)
-        rows.append(denoise(base.unet, scheduler, noise, prompt_embeds, empty, config.sampling_steps, config.guidance_scale))
+        noise = initial_latents(shape, seed + first, len(own), base.device)
+        return denoise(base.unet, base.sampler("ddim"), noise, prompt_embeds, empty, config.sampling_steps, config.guidance_scale)
+
+    rows, done = [], 0
+    for latents in map_in_order(draw, range(0, count, base.memory.max_batch), base.is_small):
+        rows.append(latents)
+        done += len(latents)
         if on_progress:
-            on_progress(first + count, whole)
+            on_progress(done, count)
     latents = torch.cat(rows)
     check_latents(latents, base.parts)
     return latents

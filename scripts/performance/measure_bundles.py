@@ -1,9 +1,10 @@
 """What each further bundle costs in one picture, on the full width of sd2.1 with random weights: three assets in three boxes, of
 one, two and three bundles.
 
-    python -m scripts.performance.measure_bundles
+    OMP_NUM_THREADS=1 python -m scripts.performance.measure_bundles
 
-Seconds of one denoising step, the three in turn in one process; peak memory of a process each.
+Seconds of the processor for one denoising step, the three in turn in one process, so that other work beside it counts for little;
+peak memory of a process each.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,13 +54,15 @@ def random_bundles(base: BaseModel, counts: tuple[int, ...], place: Path) -> lis
 
 
 def one_step(base: BaseModel, bundles: list[Bundle], counts: tuple[int, ...], pixels: int) -> float:
-    """Seconds."""
+    """Seconds of the processor, text and decoding included."""
     names = [asset_token(i) if k == 0 else f"<b{k}.asset{i}>" for k, count in enumerate(counts) for i in range(count)]
     preset = synthesis_preset("stable-diffusion")
     off = {name: replace(getattr(preset, name), enabled=False) for name in ("guidance", "refinement")}
     config = replace(preset, steps=1, width=pixels, height=pixels, lora="boxes", **off)
     boxes = dict(zip(names, (list(box.as_tuple()) for box in boxes_for(ASSETS).boxes), strict=True))
-    return float(synthesize(base, bundles, f"a photo of {' and '.join(names)}", boxes, config=config).synthesis.seconds)
+    started = time.process_time()
+    synthesize(base, bundles, f"a photo of {' and '.join(names)}", boxes, config=config)
+    return time.process_time() - started
 
 
 def in_its_own_process(bundles: int, pixels: int, width_divisor: int) -> float:
@@ -93,7 +97,8 @@ def main(
     numbers: dict[str, Any] = {
         "shape": "sd2.1", "width_divisor": width_divisor, "pixels": pixels, "assets": ASSETS,
         "rank": learn_preset("stable-diffusion").lora.rank,
-        "by_bundles": {str(n): {"seconds_a_step": spread(seconds[n]), "of_one": round(spread(seconds[n])["median"] / first, 3),
+        "by_bundles": {str(n): {"cpu_seconds_a_step": spread(seconds[n]),
+                                "of_one": round(spread(seconds[n])["median"] / first, 3),
                                 "peak_gib": round(peaks[n], 3), "peak_of_one": round(peaks[n] / peaks[1], 3)} for n in SPLITS},
     }  # fmt: skip
     print(write_result("bundles_cost", numbers))

@@ -25,6 +25,7 @@ from _tiny import (
     tiny_bundle_folder,
     write_instance,
 )
+from _warm import command_line
 from PIL import Image
 
 from mifo.bundle.store import load_bundle
@@ -37,10 +38,12 @@ QUICK = ["--steps", "2"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def start(*arguments: object, folder: Path) -> subprocess.Popen[str]:
-    """The command line in a process of its own, as users start it: one that Ctrl-C reaches, wherever the tests run."""
-    command = [sys.executable, str(ROOT / "cli.py"), *(str(a) for a in arguments)]
-    return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+def start(*arguments: object, folder: Path, anew: bool = False) -> subprocess.Popen[str]:
+    """The command line in a process of its own: one that Ctrl-C reaches, wherever the tests run. `anew`: as users start it, with
+    all that is imported."""
+    command = [sys.executable, ROOT / "cli.py", *arguments] if anew else command_line(*arguments)
+    return subprocess.Popen([str(word) for word in command], cwd=folder, env=ENVIRONMENT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
 
 
@@ -77,14 +80,16 @@ def test_help_is_there_at_once():
 
 def test_in_processes_of_their_own_learn_then_synthesize(tmp_path: Path):
     write_instance(tmp_path / "photos" / "cups")
-    process = start("learn", "cups", "--folder-path", "photos", "--model-path", tiny_base_folder(), *FAST, folder=tmp_path)
+    process = start("learn", "cups", "--folder-path", "photos", "--model-path", tiny_base_folder(), *FAST, folder=tmp_path,
+                    anew=True)  # fmt: skip
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert "learned <asset0>, <asset1> in " in out and "Model_ours/cups" in out and "% of its attention is inside its mask" in out
     assert "phase 1, tokens" in err and "phase 2, LoRA" in err and "diffusion=" in err  # progress, with the loss's parts
     for noise in ("torchvision", "Warning", "warn", "Loading weights"):
         assert noise not in out + err
-    process = start("synthesize", "cups", "--prompt", PROMPT, "--boxes", BOXES, *QUICK, "--json", folder=tmp_path)
+    process = start("synthesize", "cups", "--prompt", PROMPT, "--boxes", BOXES, *QUICK, "--json", folder=tmp_path,
+                    anew=True)  # fmt: skip
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert out.count("\n") == 1 and json.loads(out)["images"] == ["output/cups/0001/000000.png"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _tiny import FAST, ROOT, copy_bundle, mifo, snapshot, tiny_base_folder, tiny_bundle_folder
+from _tiny import FAST, copy_bundle, mifo, snapshot, tiny_base_folder, tiny_bundle_folder
+from _warm import command_line
 from PIL import Image
 
 from mifo.errors import InputError
@@ -124,8 +124,7 @@ def variations(output: Path, *more: object, bundle: Path | None = None) -> list[
 def test_variations_killed_and_interrupted_go_on_to_the_same_bytes(tmp_path: Path, synthesize: Callable[..., Synthesize]):
     """With SIGKILL in a process of its own, then with Ctrl-C at the last picture."""
     arguments = variations(tmp_path / "out", "--steps", 6)
-    command = [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command_line(*arguments), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     kept = tmp_path / ".checkpoints" / "out"
     until = time.monotonic() + 300
     while not list(kept.glob("item-*")) and process.poll() is None and time.monotonic() < until:

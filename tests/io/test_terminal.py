@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from _tiny import FAST, ROOT, copy_bundle, learn_arguments, mifo, tiny_base_folder, write_instance
+from _warm import command_line
 from typer.testing import CliRunner
 
 from mifo.cli import app
@@ -141,8 +142,8 @@ def test_help_shows_whole_option_names_and_square_brackets(command: str, width: 
 
 def start(*arguments: object, folder: Path) -> subprocess.Popen[bytes]:
     """Both streams into one pipe, as `2>&1 |` does."""
-    command = [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)]
-    return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
+    return subprocess.Popen(command_line(*arguments), cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, bufsize=0,
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
 
 

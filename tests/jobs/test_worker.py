@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from _tiny import ROOT, copy_bundle, tiny_base_folder, write_instance
+from _warm import python_line
 
 from mifo.jobs.job import LearnJob, SynthesizeJob
 from mifo.jobs.store import CANCELLED, DONE, FAILED, QUEUED, RUNNING, Entry, JobStore
@@ -30,8 +30,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(place: Path) -> subprocess.Popen[bytes]:
     """As a shell's `&` starts it: with SIGINT ignored, which children inherit."""
-    return subprocess.Popen([sys.executable, "-m", "mifo.jobs.worker", str(place / "state"), str(place / "Model_ours"),
-                             str(place / "output")], env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
+    return subprocess.Popen(python_line("-m", "mifo.jobs.worker", place / "state", place / "Model_ours", place / "output"),
+                            env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))  # fmt: skip
 
 

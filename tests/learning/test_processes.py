@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from _tiny import learn_arguments, write_instance
+from _warm import python_line
 
 from mifo.bundle.store import Bundle, load_bundle
 
@@ -30,7 +31,7 @@ def free_port() -> int:
 def start(place: Path, count: int, output: str, *more: object) -> list[subprocess.Popen[str]]:
     """`learn` in `count` processes, as a launcher would start them."""
     arguments = learn_arguments(place / "desk", place / output, *more)
-    command, port, processes = [sys.executable, "-m", "mifo", *map(str, arguments)], free_port(), []
+    command, port, processes = python_line("-m", "mifo", *arguments), free_port(), []
     for index in range(count):
         names = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
