@@ -86,7 +86,7 @@ def synthesis_preset(family: str) -> SynthesisConfig:
     return SynthesisConfig(
         steps=20,
         guidance_scale=2.0,
-        guidance=GuidanceConfig(steps=6, levels=(1, 2)),
+        guidance=GuidanceConfig(steps=6, max_iterations=2, step_size_start=24.0, step_size_end=24.0, levels=(1, 2)),
         refinement=RefinementConfig(levels=(1,)),
     )
 

@@ -138,7 +138,7 @@ def test_a_bundle_of_the_toybox_is_evaluated(tmp_path: Path) -> None:
     base, photo = load_base_model(), load_instance(Path(__file__).parent.parent / "example" / "twins")
     short = learn_preset("toybox")
     short = replace(short, embedding=replace(short.embedding, train_steps=1), lora=replace(short.lora, train_steps=0),
-                    placements=0)  # fmt: skip
+                    composites=replace(short.composites, num_backgrounds=1))  # fmt: skip
     bundle = learn(photo, base, tmp_path / "twins", short)
     found = evaluate(base, bundle, samples=1, config=replace(synthesis_preset("toybox"), steps=1))
     assert found.record["tokens"] == list(bundle.tokens) and "identity" in str(found)

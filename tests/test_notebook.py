@@ -16,7 +16,8 @@ whole = mifo.api.learn_preset
 def short(family):
     config = whole(family)
     return replace(config, embedding=replace(config.embedding, train_steps=15), lora=replace(config.lora, train_steps=10),
-                   prior=replace(config.prior, num_class_images=2))
+                   prior=replace(config.prior, num_class_images=2),
+                   composites=replace(config.composites, num_backgrounds=2))
 mifo.api.learn_preset = short
 
 draws = mifo.api.synthesis_preset

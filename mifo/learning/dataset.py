@@ -20,6 +20,7 @@ from .composites import Composite, Composites
 from .union_sampling import choose_assets
 
 PLATE_SHARE = 0.75  # of the steps with <background>
+ABOUT_SHARE = 0.5  # of the composites of which some assets are relearned; the others are of any, and keep those that stay
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ class InstanceData:
                flip_probability: float) -> Batch:  # fmt: skip
         """Draws a photo, a subset of its assets, a flip, and `draws` latents; or takes a composite."""
         if self.composites and rng.random() < self.composite_share:
-            made = self.composites.draw(rng, union_sampling, flip_probability, self.about)
+            about = self.about if self.about and rng.random() < ABOUT_SHARE else frozenset()
+            made = self.composites.draw(rng, union_sampling, flip_probability, about)
             return self._composite(made, generator, draws)
         photo = self.photos[int(rng.integers(len(self.photos))) if len(self.photos) > 1 else 0]
         assets = choose_assets(photo.shown, rng, union_sampling, self.about)

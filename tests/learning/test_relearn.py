@@ -14,8 +14,10 @@ from _tiny import copy_bundle, learn_arguments, load_base, mifo, snapshot, tiny_
 
 import mifo as api
 from mifo.bundle.store import attach, load_bundle
+from mifo.config import CompositeConfig
 from mifo.data.instance import fit_instance, load_instance
 from mifo.errors import InputError
+from mifo.learning.composites import Composites
 from mifo.learning.dataset import InstanceData
 from mifo.learning.prior import PriorData
 from mifo.learning.relearn import prior_of_the_others, relearn_config, start_from
@@ -100,6 +102,22 @@ def test_each_step_is_about_what_is_learned(place: Path) -> None:
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     drawn = [data.sample(rng, generator, 1, True, 0.0).assets for _ in range(60)]
     assert all(2 in assets for assets in drawn) and {len(assets) for assets in drawn} == {1, 2, 3}
+
+
+def test_half_of_the_composites_are_about_any_and_nothing_is_drawn_of_those_that_stay(place: Path) -> None:
+    base, bundle = load_base(), load_bundle(place / "out" / "desk")
+    fitted = fit_instance(load_instance(place / "wider" / "desk"), 64)
+    config = replace(bundle.config, composites=CompositeConfig(share=1.0, num_backgrounds=1, sampling_steps=1))
+    data = InstanceData(fitted, base, about=["<asset2>"], composites=Composites(fitted, base, config.composites, 0),
+                        composite_share=1.0)  # fmt: skip
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    drawn = [data.sample(rng, generator, 1, True, 0.0).assets for _ in range(40)]
+    # with a subset of uniform size it is in two of three; half of the steps must have it: 5 of 6, 33 of 40, give or take 5
+    assert 26 <= sum(2 in assets for assets in drawn) < 40 and {(0,), (1,), (2,)} <= set(drawn)
+    start, prior = start_from(bundle, ["asset1"], load_instance(place / "desk")), PriorData(("a photo",), torch.zeros(1, 4, 8, 8))
+    with attach(base, bundle):
+        assert prior_of_the_others(base, start, config, prior, (64, 64), lambda k, n: None) is prior
+    assert relearn_config(learn_preset("toybox"), bundle).prior == learn_preset("toybox").prior
 
 
 def test_the_others_pictures_take_turns_with_the_class_prior(place: Path) -> None:
