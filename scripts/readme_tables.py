@@ -134,6 +134,20 @@ def relearn_table() -> str:
     return "\n".join([*lines, "", source("relearn", result)])
 
 
+def bundles_cost_table() -> str:
+    """What each further bundle costs in one picture."""
+    result = load("bundles_cost")
+    if result is None:
+        return "Not measured yet."
+    lines = ["| bundles | processor's seconds a step (range) | of one bundle's | peak GiB of the process | of one bundle's |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    for count, found in result["by_bundles"].items():
+        seconds = found["cpu_seconds_a_step"]
+        spent = f"{seconds['median']:.1f} ({seconds['min']:.1f}-{seconds['max']:.1f})"
+        lines.append(f"| {count} | {spent} | {found['of_one']:.2f} | {found['peak_gib']:.2f} | {found['peak_of_one']:.3f} |")
+    return "\n".join([*lines, "", source("bundles_cost", result)])
+
+
 def scale_table() -> str:
     """Throughput, and what it means for a day."""
     result = load("scale")
@@ -185,13 +199,17 @@ def composites_table() -> str:
     result = load("main_job_composites")
     if result is None:
         return "Not measured yet."
-    named = {"mifo": "mifo", "break-a-scene-with-composites": "Break-A-Scene's losses on the same composites"}
+    named = {"mifo": "mifo", "mifo-without-attention-loss": "mifo without its attention loss",
+             "break-a-scene-with-composites": "Break-A-Scene's losses on the same composites"}  # fmt: skip
     columns = [(title, result[name], "in_boxes") for name, title in named.items() if name in result]
     columns.insert(1, ("mifo without box control", result["mifo"], "without_box_control"))
     lines = ["| | " + " | ".join(title for title, _, _ in columns) + " |", "|---|" + "---|" * len(columns)]
     lines += [f"| {label} | " + " | ".join(value(e, e[k]) for _, e, k in columns) + " |" for label, value in MAIN_JOB_ROWS]
     note = ["", BREAK_A_SCENE] if len(columns) > 2 else []
-    return "\n".join([*lines, "", f"{_runs(result).capitalize()} each.", *note, "", source("main_job_composites", result)])
+    apart = "; ".join(f"{title}: alone right {_each(entry, 'alone', 'right')}, in boxes right {_each(entry, 'in_boxes', 'right')}"
+                      for title, entry, where in columns if where == "in_boxes")  # fmt: skip
+    runs = f"{_runs(result).capitalize()} each." + (f" Run by run, in percent: {apart}." if result["runs"] > 1 else "")
+    return "\n".join([*lines, "", runs, *note, "", source("main_job_composites", result)])
 
 
 def main_job_table() -> str:
@@ -546,7 +564,7 @@ def _seconds(entry: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[], str]] = {
           "headline": headline_table, "main_job": main_job_table, "base_model": base_model_table, "toybox_xl": xl_table,
           "samplers": samplers_table, "several": several_table, "composites": composites_table,
-          "photos": photos_table, "relearn": relearn_table,
+          "photos": photos_table, "relearn": relearn_table, "bundles_cost": bundles_cost_table,
           "scale": scale_table, "edit": edit_table,
           "bench": bench_table, "bench_jobs": jobs_table, "bench_growth": growth_table, "memory_goals": goals_table,
           "memory_goals_sdxl": xl_goals_table,

@@ -65,8 +65,8 @@ def start_from(bundle: Bundle, names: Sequence[str], instance: Instance) -> Star
 
 
 def relearn_config(config: LearnConfig, bundle: Bundle) -> LearnConfig:
-    """A preset for learning into `bundle`: LoRA and picture size as the bundle has them, half the steps, and, without composites, a
-    picture to be kept beside every step of phase 2."""
+    """A preset for learning into `bundle`: LoRA and picture size as the bundle has them, half the steps, and, without composites,
+    a picture to be kept beside every step of phase 2."""
     rank = rank_of(bundle)
     lora = replace(config.lora, train_steps=config.lora.train_steps // 2 if rank else 0, rank=rank or config.lora.rank,
                    text_encoder=len(bundle.lora) > 1)  # fmt: skip

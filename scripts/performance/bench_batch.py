@@ -4,7 +4,8 @@ of the workers over the measured times, held against what two of them did.
     python -m scripts.performance.bench_batch --bundle Model_ours/toy_car
 
 Side by side in one run, on one machine, one thread each: 20 jobs over 4 bundles as 20 processes, as one, and as one with a job of
-five pictures for each bundle; 40 jobs on 1 and 2 workers.
+five pictures for each bundle; 40 jobs on 1 and 2 workers, in turn. The simulation's times are those of 10 jobs that two workers
+did before: two that work at once slow each other.
 """
 
 from __future__ import annotations
@@ -70,12 +71,12 @@ def together(place: Path, jobs: list[SynthesizeJob], name: str) -> float:
     return time.perf_counter() - started
 
 
-def clustered(place: Path, jobs: list[SynthesizeJob], workers: int) -> tuple[float, float, list[float]]:
+def clustered(place: Path, jobs: list[SynthesizeJob], workers: int, name: str) -> tuple[float, float, list[float]]:
     """(seconds until the first job was done, seconds from then to the last, seconds of each drawing)."""
     from mifo.cluster.run import Workers, connect, run
 
     ray = connect(Workers(workers))
-    items = items_of(jobs, place / f"workers{workers}", place / "Model_ours")
+    items = items_of(jobs, place / name, place / "Model_ours")
     started, ends, drawn = time.perf_counter(), [], []
     for outcome in run(items, Workers(workers), str(place / "Model_ours")):
         assert outcome.state == "done", outcome
@@ -114,6 +115,7 @@ def main(
     bundle: Annotated[Path, typer.Option(help="A learned toybox bundle of at least two things.")] = Path("Model_ours/toy_car"),
     jobs: int = 20,
     cluster_jobs: int = 40,
+    rounds: Annotated[int, typer.Option(help="Of one worker and two.")] = 2,
     steps: Annotated[int | None, typer.Option(help="By default the preset's.")] = None,
 ) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -126,12 +128,19 @@ def main(
         at_once = together(place, asked, "together")
         in_batches = together(place, grouped(jobs, 4, steps), "grouped")
         many = jobs_of(cluster_jobs, 4, steps)
-        cold1, warm1, times = clustered(place, many, 1)
-        cold2, warm2, _ = clustered(place, many, 2)
-        same = same_pictures(place, "separate", "together", "workers1", "workers2")
+        _, _, beside = clustered(place, jobs_of(10, 4, steps), 2, "before")
+        names, one, two = [], [], []
+        for k in range(rounds):
+            one.append(clustered(place, many, 1, f"one{k}"))
+            two.append(clustered(place, many, 2, f"two{k}"))
+            names += [f"one{k}", f"two{k}"]
+            print(k, one[-1][:2], two[-1][:2], flush=True)
+        same = same_pictures(place, "separate", "together", *names)
+    cold1, warm1, cold2, warm2 = (float(np.median([run[part] for run in runs])) for runs in (one, two) for part in (0, 1))
+    times = [t for run in one for t in run[2]]
     each1, each2 = warm1 / (cluster_jobs - 1), warm2 / (cluster_jobs - 2)
     overhead = each1 - float(np.mean(times))  # of each job beside drawing: reading, writing, lending
-    predicted = simulate([t + overhead for t in times], cluster_jobs - 2, 2)  # from what one worker alone took
+    predicted = simulate([t + overhead for t in beside], cluster_jobs - 2, 2)
     write_result("scale", {
         "jobs": jobs, "bundles": 4, "steps": steps,
         "separate_processes_seconds": round(sum(one_by_one), 1), "separate_median": round(float(np.median(one_by_one)), 2),
@@ -142,6 +151,8 @@ def main(
                     "2": {"first_job": round(cold2, 1), "jobs_a_minute": round(60 / each2, 2)}},
         "scaling_1_to_2": round(each1 / each2, 2),
         "same_bytes": same,
+        "rounds": [{"1": round(60 * (cluster_jobs - 1) / a[1], 2), "2": round(60 * (cluster_jobs - 2) / b[1], 2)}
+                   for a, b in zip(one, two, strict=True)],
         "simulated_2_workers": predicted, "measured_2_workers": round(warm2, 1),
         "off": round(predicted["seconds"] / warm2 - 1, 3),
         "what_if": {f"{n} workers, 1 in 100 lost, 30 s back": simulate(times, 1000, n, 0.01, 30.0) for n in (2, 8)},
