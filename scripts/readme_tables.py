@@ -59,7 +59,7 @@ def headline_table() -> str:
         ("three look-alike cars, each in its box: the right one", percent(ours["in_boxes"]["right_instance"]),
          f"{ours['in_boxes']['right_instance']['of']} boxes, {_runs(job)}"),
         ("one of them drawn alone: class, both colours and pattern right", percent(ours["alone"]["right"]),
-         f"{ours['alone']['right']['of']} pictures"),
+         f"{ours['alone']['right']['of']} pictures; run by run {_each(ours, 'alone', 'right')} %"),
         ("one of them put into another picture: the right one in the mask", percent(car["right_instance"]),
          f"{car['right_instance']['of']} edits with the 64-pixel model of before; largest difference outside the mask: "
          f"{car['max_difference_outside']}"),
@@ -154,7 +154,7 @@ def scale_table() -> str:
     if result is None:
         return "Not measured yet."
     one, two = (result["workers"][n]["jobs_a_minute"] for n in ("1", "2"))
-    steps, learning = result["steps"] or "the preset's", (load("learn_seconds") or {})["mifo"]["learn_seconds"]
+    steps, learning = result["steps"] or "the preset's", (load("learn_seconds") or load("main_job_composites"))["mifo"]["learn_seconds"]
     rows = [
         (f"{result['jobs']} jobs over {result['bundles']} bundles, a process each",
          f"{result['separate_processes_seconds']:.0f} s"),
