@@ -61,7 +61,7 @@ def test_methods_change_what_they_say():
     assert inversion.lora.train_steps == 0 and inversion.embedding.attention.loss == "none"
     assert dreambooth.kind == "pairs" and dreambooth.config.embedding.train_steps == 0
     assert dreambooth.config.lora.row_learning_rate == 0
-    assert inversion.embedding.train_steps == dreambooth.config.lora.train_steps == 250  # equal budgets, of four draws each
+    assert inversion.embedding.train_steps == dreambooth.config.lora.train_steps == 350  # equal budgets, of four draws each
     assert inversion.embedding.draws == dreambooth.config.lora.draws == ours.lora.draws == 4
     assert training("full-1e-4", 0).kind == "full" and training("rank-4", 0).config.lora.rank == 4
     quick = training("mifo", 0, 0.1).config
