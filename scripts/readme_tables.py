@@ -154,7 +154,8 @@ def scale_table() -> str:
     if result is None:
         return "Not measured yet."
     one, two = (result["workers"][n]["jobs_a_minute"] for n in ("1", "2"))
-    steps, learning = result["steps"] or "the preset's", (load("learn_seconds") or load("main_job_composites"))["mifo"]["learn_seconds"]
+    learned = load("learn_seconds") or load("main_job_composites") or {}
+    steps, learning = result["steps"] or "the preset's", learned["mifo"]["learn_seconds"]
     rows = [
         (f"{result['jobs']} jobs over {result['bundles']} bundles, a process each",
          f"{result['separate_processes_seconds']:.0f} s"),
