@@ -65,7 +65,7 @@ def test_methods_change_what_they_say():
     assert inversion.embedding.draws == dreambooth.config.lora.draws == ours.lora.draws == 4
     assert training("full-1e-4", 0).kind == "full" and training("rank-4", 0).config.lora.rank == 4
     quick = training("mifo", 0, 0.1).config
-    assert (quick.embedding.train_steps, quick.embedding.attention.reward_steps, quick.lora.train_steps) == (15, 5, 10)
+    assert (quick.embedding.train_steps, quick.embedding.attention.reward_steps, quick.lora.train_steps) == (15, 5, 20)
     changed = {method.training for method in METHODS.values()} - {"mifo"}
     assert all(training(name, 3, count=4) != training("mifo", 3, count=4) for name in changed)
     steps = [training("steps-by-count", 0, count=count).config.lora.train_steps for count in (2, 3, 6)]
