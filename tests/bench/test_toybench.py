@@ -69,7 +69,7 @@ def test_methods_change_what_they_say():
     changed = {method.training for method in METHODS.values()} - {"mifo"}
     assert all(training(name, 3, count=4) != training("mifo", 3, count=4) for name in changed)
     steps = [training("steps-by-count", 0, count=count).config.lora.train_steps for count in (2, 3, 6)]
-    assert steps == [100, 100, 200], "more things, more steps; never fewer than one photo's worth"
+    assert steps == [200, 200, 400], "more things, more steps; never fewer than one photo's worth"
     assert choose_methods("main,rank-4")[-1] == "rank-4" and "masks-only" in choose_methods("ablations")
     with pytest.raises(KeyError):
         choose_methods("best-method")
