@@ -123,8 +123,13 @@ class Person:
 
     def fill(self, name: str, value: str) -> None:
         field = self.page.locator(f"#{name} textarea, #{name} input").first
-        field.fill(value)
-        field.blur()
+        for _ in range(10):  # on a busy machine a field that has just been shown is drawn once more, with what it had
+            field.fill(value)
+            field.blur()
+            self.page.wait_for_timeout(200)
+            if field.input_value() == value:
+                return
+        raise AssertionError(f"#{name} holds {field.input_value()!r}, not {value!r}")
 
     def settings(self) -> None:
         for each in self.page.get_by_role("button", name="Settings").all():
@@ -171,6 +176,7 @@ class Person:
         self.page.wait_for_selector(".toast-body")
         text = str(self.page.locator(".toast-body").first.inner_text())
         self.page.locator(".toast-body .toast-close").first.click()
+        self.page.wait_for_selector(".toast-body", state="detached")  # else the next one would be this one, on its way out
         return text
 
     def mark_cars(self, filmed: bool = False) -> None:
