@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGEST = 1 << 20  # bytes of arguments and environment
@@ -54,12 +54,23 @@ def _server() -> str:
     folder.mkdir(mode=0o700, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "socket").exists():
+        if not _answers(folder / "socket"):
             environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
             process = subprocess.Popen([sys.executable, __file__, "serve", str(folder), str(whole_run)], env=environment,
                                        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True)  # fmt: skip
             assert process.stdout and process.stdout.readline() == b"ready\n"
     return str(folder / "socket")
+
+
+def _answers(place: Path) -> bool:
+    """False also for what a run has left that was killed; it is removed then."""
+    with socket.socket(socket.AF_UNIX) as asked:
+        try:
+            asked.connect(str(place))
+        except OSError:
+            place.unlink(missing_ok=True)
+            return False
+        return True
 
 
 # --- what a test starts -------------------------------------------------------------------------
@@ -70,7 +81,7 @@ def run(place: str, arguments: list[str]) -> NoReturn:
     with socket.socket(socket.AF_UNIX) as asked:
         asked.connect(place)
         wanted = json.dumps({"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ),
-                             "ignores_ctrl_c": signal.getsignal(signal.SIGINT) == signal.SIG_IGN}).encode()  # fmt: skip
+                             "ignored": [n for n in HANDED_ON if signal.getsignal(n) == signal.SIG_IGN]}).encode()  # fmt: skip
         socket.send_fds(asked, [len(wanted).to_bytes(4, "big")], [0, 1, 2])
         asked.sendall(wanted)
         signal.pthread_sigmask(signal.SIG_BLOCK, HANDED_ON)  # until it is known whom they are for
@@ -118,6 +129,9 @@ def serve(folder: Path, whole_run: int) -> list[str]:
                 elif key.fileobj is listening:
                     asked, _ = listening.accept()
                     wanted, streams = _receive(asked)
+                    if not wanted:  # who asked only looked whether somebody answers
+                        asked.close()
+                        continue
                     pid = os.fork()
                     if pid == 0:
                         for opened in (watched, *children):
@@ -133,8 +147,10 @@ def serve(folder: Path, whole_run: int) -> list[str]:
                     selector.register(end, selectors.EVENT_READ)
                     selector.register(asked, selectors.EVENT_READ, pid)
                 elif isinstance(key.data, int):  # who asked was killed
-                    selector.unregister(key.fileobj)
-                    os.kill(key.data, signal.SIGKILL)
+                    with contextlib.suppress(KeyError):
+                        selector.unregister(key.fileobj)
+                    if key.data in [pid for pid, _ in children.values()]:  # else it ended at the same moment
+                        os.kill(key.data, signal.SIGKILL)
                 elif key.fd in children:
                     pid, asked = children.pop(key.fd)
                     selector.unregister(key.fd)
@@ -146,15 +162,17 @@ def serve(folder: Path, whole_run: int) -> list[str]:
                         asked.sendall(status.to_bytes(4, "big", signed=True))
 
 
-def _receive(asked: socket.socket) -> tuple[dict[str, object], list[int]]:
+def _receive(asked: socket.socket) -> tuple[dict[str, Any], list[int]]:
     head, streams, _, _ = socket.recv_fds(asked, 4, 3)
+    if not head:
+        return {}, []
     length, body = int.from_bytes(head, "big"), b""
     while len(body) < length:
         body += asked.recv(LARGEST)
     return json.loads(body), streams
 
 
-def _become(wanted: dict[str, object], streams: list[int]) -> list[str]:
+def _become(wanted: dict[str, Any], streams: list[int]) -> list[str]:
     """In a fork: the streams, folder, environment and signals of a program that has just been started."""
     for stream, own in zip(streams, (0, 1, 2), strict=True):
         os.dup2(stream, own)
@@ -163,11 +181,13 @@ def _become(wanted: dict[str, object], streams: list[int]) -> list[str]:
         opened = os.fdopen(("stdin", "stdout", "stderr").index(stream), "r" if stream == "stdin" else "w", buffering)
         setattr(sys, stream, opened)
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
-    signal.signal(signal.SIGINT, signal.SIG_IGN if wanted["ignores_ctrl_c"] else signal.default_int_handler)
-    os.chdir(str(wanted["folder"]))
+    for number in HANDED_ON:  # not as this process has them, which nohup or a shell's & may have told to ignore some
+        own = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN if number in wanted["ignored"] else own)
+    os.chdir(wanted["folder"])
     os.environ.clear()
-    os.environ.update(wanted["environment"])  # type: ignore[arg-type]
-    return [str(argument) for argument in wanted["arguments"]]  # type: ignore[attr-defined]
+    os.environ.update(wanted["environment"])
+    return list(wanted["arguments"])
 
 
 if __name__ == "__main__":

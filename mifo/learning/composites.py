@@ -92,6 +92,7 @@ def draw_backgrounds(base: BaseModel, config: CompositeConfig, size: tuple[int, 
                        size, seed, cache, report)  # fmt: skip
 
     def finish(latents: torch.Tensor) -> Image.Image:
+        """`latents`: (C, h, w)"""
         with torch.no_grad():
             return without_things(to_images(base.decode(latents[None]))[0])
 

@@ -20,7 +20,7 @@ from .composites import Composite, Composites
 from .union_sampling import choose_assets
 
 PLATE_SHARE = 0.75  # of the steps with <background>
-ABOUT_SHARE = 0.5  # of the composites of which some assets are relearned; the others are of any, and keep those that stay
+ABOUT_SHARE = 0.5  # of the composites while an asset is relearned: these have it, the others are of any
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class InstanceData:
                  photo_size: tuple[int, int] | None = None, other_sizes: Sequence[tuple[int, int]] = (),
                  about: Sequence[str] = (), composites: Composites | None = None, composite_share: float = 0.0):  # fmt: skip
         """`photo_size`, `other_sizes`: (width, height) before fitting, of the photo and of further ones; by default each was
-        fitted from its own size. `about`: tokens of which each step has one at least; all by default. A
-        `composite_share` of the steps takes one of the `composites`."""
+        fitted from its own size. `about`: tokens of which each step about a photo has one at least, and half of the composites;
+        all by default. A `composite_share` of the steps takes one of the `composites`."""
         learned_at = fitted.image.size[::-1]
         self.size = ImageSize(photo_size[::-1] if photo_size else learned_at, learned_at)
         self.drawn_size = ImageSize(learned_at, learned_at)  # of pictures that the model drew at that size

@@ -87,8 +87,9 @@ def learn(instance: Instance, base: BaseModel, config: LearnConfig, folder: Path
             if start is not None:  # phase 1 sees the bundle's LoRA too
                 adapters = lent.enter_context(lend_again(base, start.bundle, embedding))
                 beside.insert(0, HoldOthers(embedding, start, instance.tokens))
-                prior = prior_of_the_others(base, start, config, prior, parts.fitted.image.size[::-1],
-                                            lambda k, n: report(Progress("prior", k, n)))  # fmt: skip
+                if parts.data.composites is None:  # which show the others
+                    prior = prior_of_the_others(base, start, config, prior, parts.fitted.image.size[::-1],
+                                                lambda k, n: report(Progress("prior", k, n)))  # fmt: skip
             trainer = Trainer(base, parts.data, config, embedding, prior, beside, state, report, checkpoint=resumed,
                               processes=processes)  # fmt: skip
             trainer.train_embedding()

@@ -79,6 +79,7 @@ def draw_latents(base: BaseModel, config: PriorConfig, prompts: Sequence[str], t
     ids = [tokenize_prompt(base.tokenizer, p, own, "class prompt").input_ids for p, own in zip(prompts, named, strict=True)]
 
     def draw(first: int) -> torch.Tensor:
+        """One batch, of the pictures from number `first` on: (B, C, h, w)"""
         own = range(first, min(first + base.memory.max_batch, count))
         with torch.no_grad():
             prompt_embeds = base.encode_prompt(torch.tensor([ids[k % len(ids)] for k in own]), image_size)

@@ -1,9 +1,9 @@
 """One asset of a bundle learned again, or one more learned into it, while the others stay (this project's own).
 
 Training starts from the bundle's embeddings and LoRA. The others' embeddings are held; the LoRA, which all assets share, is kept
-from forgetting them by pictures of them. Where composites are learned from, half of those are about any assets, so the photo
-itself shows the others as they are. Else the bundle draws pictures of each, which take turns with those of the class prior, and
-every step is about an asset that is learned, alone or with others.
+from forgetting them by pictures of them. Where composites are learned from, half of those are about any assets: their cut-outs
+show the others as they are. Where none are, the bundle draws pictures of each, which take turns with those of the class prior,
+and every step is about an asset that is learned, alone or with others.
 """
 
 from __future__ import annotations
@@ -65,8 +65,7 @@ def start_from(bundle: Bundle, names: Sequence[str], instance: Instance) -> Star
 
 
 def relearn_config(config: LearnConfig, bundle: Bundle) -> LearnConfig:
-    """A preset for learning into `bundle`: LoRA and picture size as the bundle has them, half the steps, and, without composites,
-    a picture to be kept beside every step of phase 2."""
+    """A preset for learning into `bundle`: LoRA and picture size as the bundle has them, and half the steps."""
     rank = rank_of(bundle)
     lora = replace(config.lora, train_steps=config.lora.train_steps // 2 if rank else 0, rank=rank or config.lora.rank,
                    text_encoder=len(bundle.lora) > 1)  # fmt: skip
@@ -74,14 +73,7 @@ def relearn_config(config: LearnConfig, bundle: Bundle) -> LearnConfig:
     terms = replace(phase1.attention, reward_steps=phase1.attention.reward_steps // 2)
     embedding = replace(phase1, train_steps=max(1, phase1.train_steps // 2), warmup_steps=phase1.warmup_steps // 2,
                         attention=terms)  # fmt: skip
-    prior = config.prior if kept_by_composites(config) else replace(config.prior, every_steps=1)
-    return replace(config, embedding=embedding, lora=lora, prior=prior,
-                   resolution=bundle.config.resolution, aspect=bundle.config.aspect)  # fmt: skip
-
-
-def kept_by_composites(config: LearnConfig) -> bool:
-    """Whether the assets that stay are shown by composites, so that nothing need be drawn of them."""
-    return config.composites.share >= 0.5
+    return replace(config, embedding=embedding, lora=lora, resolution=bundle.config.resolution, aspect=bundle.config.aspect)
 
 
 def check_start(start: Start, base: BaseModel, config: LearnConfig) -> None:
@@ -107,11 +99,8 @@ def starting_vectors(start: Start, tokens: Sequence[str], fresh: torch.Tensor) -
 
 def prior_of_the_others(base: BaseModel, start: Start, config: LearnConfig, prior: PriorData | None, size: tuple[int, int],
                         on_progress: Callable[[int, int], None]) -> PriorData | None:  # fmt: skip
-    """Pictures of each asset that stays, as the bundle draws it, taking turns with those of the class prior; those alone where
-    composites show the others. The assets and the bundle's adapters must be in the base model. `size`: (height, width) in
-    pixels."""
-    if kept_by_composites(config):
-        return prior
+    """Pictures of each asset that stays, as the bundle draws it, taking turns with those of the class prior. The assets and the
+    bundle's adapters must be in the base model. `size`: (height, width) in pixels."""
     prompts = [f"a photo of {token}" for token in start.kept if token != BACKGROUND_TOKEN]
     if not prompts:
         return prior

@@ -267,7 +267,7 @@ def test_a_stopped_learn_keeps_the_earlier_bundle(
     write_instance(tmp_path / "two_cups")
     before = snapshot(tmp_path)
     process = start(*learn_arguments(tmp_path / "two_cups", tmp_path / "out", "--no-prior-preservation"),
-                    "--phase1-train-steps", "100000", folder=tmp_path, anew=True)  # fmt: skip
+                    "--phase1-train-steps", "100000", folder=tmp_path)  # fmt: skip
     seen = ""
     while "diffusion=" not in seen:  # it has begun to learn
         character = process.stderr.read(1)  # type: ignore[union-attr]

@@ -15,7 +15,7 @@ from _tiny import copy_bundle, learn_arguments, load_base, mifo, snapshot, tiny_
 import mifo as api
 from mifo.bundle.store import attach, load_bundle
 from mifo.config import CompositeConfig
-from mifo.data.instance import fit_instance, load_instance
+from mifo.data.instance import fit_instance, load_instance, with_background
 from mifo.errors import InputError
 from mifo.learning.composites import Composites
 from mifo.learning.dataset import InstanceData
@@ -104,20 +104,49 @@ def test_each_step_is_about_what_is_learned(place: Path) -> None:
     assert all(2 in assets for assets in drawn) and {len(assets) for assets in drawn} == {1, 2, 3}
 
 
-def test_half_of_the_composites_are_about_any_and_nothing_is_drawn_of_those_that_stay(place: Path) -> None:
-    base, bundle = load_base(), load_bundle(place / "out" / "desk")
+def test_half_of_the_composites_are_about_any(place: Path) -> None:
+    base, composites = load_base(), CompositeConfig(share=1.0, num_backgrounds=1, sampling_steps=1)
     fitted = fit_instance(load_instance(place / "wider" / "desk"), 64)
-    config = replace(bundle.config, composites=CompositeConfig(share=1.0, num_backgrounds=1, sampling_steps=1))
-    data = InstanceData(fitted, base, about=["<asset2>"], composites=Composites(fitted, base, config.composites, 0),
-                        composite_share=1.0)  # fmt: skip
+    data = InstanceData(fitted, base, about=["<asset2>"], composites=Composites(fitted, base, composites, 0), composite_share=1.0)
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     drawn = [data.sample(rng, generator, 1, True, 0.0).assets for _ in range(40)]
     # with a subset of uniform size it is in two of three; half of the steps must have it: 5 of 6, 33 of 40, give or take 5
     assert 26 <= sum(2 in assets for assets in drawn) < 40 and {(0,), (1,), (2,)} <= set(drawn)
-    start, prior = start_from(bundle, ["asset1"], load_instance(place / "desk")), PriorData(("a photo",), torch.zeros(1, 4, 8, 8))
-    with attach(base, bundle):
-        assert prior_of_the_others(base, start, config, prior, (64, 64), lambda k, n: None) is prior
-    assert relearn_config(learn_preset("toybox"), bundle).prior == learn_preset("toybox").prior
+
+
+@pytest.mark.parametrize(("share", "drawn"), [(1.0, 1), (0.0, 1 + 8)])
+def test_pictures_of_the_others_are_drawn_where_no_composites_show_them(place: Path, share: float, drawn: int) -> None:
+    """Of the one class prior's picture, and of eight of the asset that stays."""
+    base, prior = load_base(), []
+
+    class Look(Callback):
+        def on_phase_start(self, trainer: Trainer, phase: PhaseRun) -> bool:
+            prior.append(trainer.prior)
+            return True
+
+    bundle, instance = load_bundle(place / "out" / "desk"), load_instance(place / "desk")
+    config = relearn_config(bundle.config, bundle)
+    config = replace(config, composites=CompositeConfig(share=share, num_backgrounds=1, sampling_steps=1))
+    api.learn(instance, base, place / "other", config, into=bundle, only=["asset1"], callbacks=[Look()])
+    assert len({latents.sum().item() for latents in prior[0].latents}) == drawn
+
+
+def test_the_background_alone_is_relearned_with_pictures_of_the_things(tmp_path: Path) -> None:
+    """It is nothing to cut out, so no composite would show them."""
+    write_instance(tmp_path / "desk")
+    learned = mifo(*learn_arguments(tmp_path / "desk", tmp_path / "out", "--background-asset"))
+    assert learned.exit_code == 0
+    base, bundle, asked = load_base(), load_bundle(tmp_path / "out" / "desk"), []
+
+    class Look(Callback):
+        def on_phase_start(self, trainer: Trainer, phase: PhaseRun) -> bool:
+            asked.append(trainer.prior.prompts)
+            return True
+
+    config = replace(relearn_config(bundle.config, bundle), composites=CompositeConfig(share=1.0, num_backgrounds=1))
+    instance = with_background(load_instance(tmp_path / "desk"))
+    api.learn(instance, base, tmp_path / "other", config, into=bundle, only=["background"], callbacks=[Look()])
+    assert {"a photo of <asset0>", "a photo of <asset1>"} < set(asked[0])
 
 
 def test_the_others_pictures_take_turns_with_the_class_prior(place: Path) -> None:
