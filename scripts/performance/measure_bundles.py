@@ -4,20 +4,16 @@ one, two and three bundles.
     OMP_NUM_THREADS=1 python -m scripts.performance.measure_bundles
 
 Seconds of the processor for one denoising step, the three in turn in one process, so that other work beside it counts for little;
-peak memory of a process each.
+memory of a process each: what it holds before it draws, and the most that drawing adds.
 """
 
 from __future__ import annotations
 
-import json
-import resource
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
@@ -29,7 +25,7 @@ from mifo.learning.learn import lend_adapters
 from mifo.model.base import BaseModel
 from mifo.presets import learn_preset, synthesis_preset
 from mifo.prompts import asset_token
-from scripts.performance.bench_setup import boxes_for, build_base
+from scripts.performance.bench_setup import ResidentGrowth, boxes_for, build_base, in_own_process
 from scripts.record import spread, write_result
 
 ASSETS = 3
@@ -65,26 +61,23 @@ def one_step(base: BaseModel, bundles: list[Bundle], counts: tuple[int, ...], pi
     return time.process_time() - started
 
 
-def in_its_own_process(bundles: int, pixels: int, width_divisor: int) -> float:
-    """Peak GiB of a process that draws one step."""
-    words = ["--bundles", str(bundles), "--pixels", str(pixels), "--width-divisor", str(width_divisor)]
-    done = subprocess.run([sys.executable, "-m", "scripts.performance.measure_bundles", *words], check=True, text=True,
-                          capture_output=True)  # fmt: skip
-    return float(json.loads(done.stdout.splitlines()[-1]))
+def memory_of(bundles: int, pixels: int, width_divisor: int) -> tuple[float, float]:
+    """(GiB of a process that holds the base model and the bundles, GiB that drawing one step adds at most)."""
+    with tempfile.TemporaryDirectory(prefix="mifo-bundles-") as holder:
+        base = build_base("sd2.1", width_divisor, torch.float32, "cpu")
+        made = random_bundles(base, SPLITS[bundles], Path(holder))
+        growth = ResidentGrowth()
+        one_step(base, made, SPLITS[bundles], pixels)
+        return growth.before_gib, growth.growth_gib()
 
 
 def main(
     repeats: int = 3,
     pixels: int = 512,
     width_divisor: int = 1,
-    bundles: Annotated[int, typer.Option(help="Draw once with so many and print the peak; for the script's own use.")] = 0,
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="mifo-bundles-") as holder:
         base = build_base("sd2.1", width_divisor, torch.float32, "cpu")
-        if bundles:
-            one_step(base, random_bundles(base, SPLITS[bundles], Path(holder)), SPLITS[bundles], pixels)
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-            return
         made = {n: random_bundles(base, counts, Path(holder) / str(n)) for n, counts in SPLITS.items()}
         seconds: dict[int, list[float]] = {n: [] for n in SPLITS}
         for _ in range(repeats):
@@ -92,14 +85,16 @@ def main(
                 seconds[n].append(one_step(base, made[n], counts, pixels))
                 print(n, seconds[n][-1], flush=True)
         del base, made
-    peaks = {n: in_its_own_process(n, pixels, width_divisor) for n in SPLITS}
+    memory = {n: in_own_process(memory_of, n, pixels, width_divisor) for n in SPLITS}
+    peaks = {n: held + growth for n, (held, growth) in memory.items()}
     first = spread(seconds[1])["median"]
     numbers: dict[str, Any] = {
         "shape": "sd2.1", "width_divisor": width_divisor, "pixels": pixels, "assets": ASSETS,
         "rank": learn_preset("stable-diffusion").lora.rank,
         "by_bundles": {str(n): {"cpu_seconds_a_step": spread(seconds[n]),
                                 "of_one": round(spread(seconds[n])["median"] / first, 3),
-                                "peak_gib": round(peaks[n], 3), "peak_of_one": round(peaks[n] / peaks[1], 3)} for n in SPLITS},
+                                "drawing_gib": round(memory[n][1], 3), "peak_gib": round(peaks[n], 3),
+                                "peak_of_one": round(peaks[n] / peaks[1], 3)} for n in SPLITS},
     }  # fmt: skip
     print(write_result("bundles_cost", numbers))
 

@@ -12,17 +12,13 @@ plan can know). GPU: `torch.cuda.max_memory_allocated`, and each whole job in a 
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,6 +41,7 @@ from mifo.planning.live_bytes import LiveBytes
 from mifo.planning.trace import Model, build, trace_learning
 from mifo.presets import learn_preset
 from scripts.performance import measure_drawing
+from scripts.performance.bench_setup import in_own_process
 from scripts.record import write_result
 
 GIB = 2**30
@@ -194,7 +191,7 @@ def measured_for_real(shape: str, width_divisor: int, case: Case, device: str) -
     """The trainer's own step in this process: its tensors beside what was there, and the process's or the GPU's peak."""
     from mifo.data.instance import fit_instance
     from scripts.performance.bench import Options
-    from scripts.performance.bench_setup import build_base, make_trainer, run_step, write_scene
+    from scripts.performance.bench_setup import ResidentGrowth, build_base, make_trainer, run_step, write_scene
 
     options = Options(shape=shape, dtype=case.dtype, gradient_checkpointing=case.checkpointing)
     base = build_base(shape, width_divisor, DTYPES[case.dtype], device)
@@ -210,36 +207,12 @@ def measured_for_real(shape: str, width_divisor: int, case: Case, device: str) -
             peak = torch.cuda.max_memory_allocated()
             return {"total": (peak - before) / GIB, "allocator_peak": peak / GIB}
         step()
-        resident = _Resident()
+        resident = ResidentGrowth()
         step()
         resident_gib = resident.growth_gib()
         with LiveBytes([t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]) as live:
             step()
     return {"total": live.peak.total / GIB, "resident_growth": resident_gib, "process_peak": process_peak_gib()}
-
-
-class _Resident:
-    """Growth of the process's peak resident memory from now on; Linux alone can begin to count anew."""
-
-    def __init__(self) -> None:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what the C library holds back would hide growth
-        Path("/proc/self/clear_refs").write_text("5")
-        self.before = self._peak()
-
-    def growth_gib(self) -> float:
-        return self._peak() - self.before
-
-    @staticmethod
-    def _peak() -> float:
-        line = next(text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**20
-
-
-def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """So that no case meets memory that another one left."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 # --- whole jobs under a cap ---------------------------------------------------------------------
