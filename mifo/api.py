@@ -119,7 +119,7 @@ def learn(instance: Instance, base: BaseModel, output: PathLike, config: LearnCo
     `callbacks`: called beside the training loop, as `mifo.learning.tracking.Tracker` is.
 
     `into`, `only`: learns the assets `only` ("asset1", ...) again, or for the first time, into the bundle `into`, whose other
-    assets stay as they are; in half the steps, unless `config` says otherwise. If it stands in `output` it is replaced.
+    assets stay as they are; in two fifths of the steps, unless `config` says otherwise. If it stands in `output` it is replaced.
     """
     folder = Path(output)
     start = start_from(into, only, instance) if into is not None else None

@@ -139,12 +139,14 @@ def bundles_cost_table() -> str:
     result = load("bundles_cost")
     if result is None:
         return "Not measured yet."
-    lines = ["| bundles | processor's seconds a step (range) | of one bundle's | peak GiB of the process | of one bundle's |",
-             "|---|---|---|---|---|"]  # fmt: skip
+    lines = ["| bundles | processor's seconds a step (range) | of one bundle's | GiB that drawing adds | GiB of the process | "
+             "of one bundle's |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
     for count, found in result["by_bundles"].items():
         seconds = found["cpu_seconds_a_step"]
         spent = f"{seconds['median']:.1f} ({seconds['min']:.1f}-{seconds['max']:.1f})"
-        lines.append(f"| {count} | {spent} | {found['of_one']:.2f} | {found['peak_gib']:.2f} | {found['peak_of_one']:.3f} |")
+        lines.append(f"| {count} | {spent} | {found['of_one']:.2f} | {found['drawing_gib']:.2f} | "
+                     f"{found['peak_gib']:.2f} | {found['peak_of_one']:.3f} |")
     return "\n".join([*lines, "", source("bundles_cost", result)])
 
 

@@ -182,13 +182,12 @@ def test_a_bundle_with_a_file_of_somebodys_is_left_alone(place: Path) -> None:
     assert snapshot(place / "out" / "desk") == before
 
 
-def test_half_the_steps_are_half_of_each_part(place: Path) -> None:
+def test_fewer_steps_are_fewer_of_each_part(place: Path) -> None:
     preset = learn_preset("toybox")
-    half = relearn_config(preset, load_bundle(place / "out" / "desk"))
-    assert half.embedding.train_steps == preset.embedding.train_steps // 2
-    assert half.lora.train_steps == preset.lora.train_steps // 2
-    assert half.embedding.attention.reward_steps == preset.embedding.attention.reward_steps // 2
-    assert half.lora.rank == load_bundle(place / "out" / "desk").config.lora.rank
+    fewer = relearn_config(preset, load_bundle(place / "out" / "desk"))
+    assert (fewer.embedding.train_steps, fewer.lora.train_steps) == (60, 80)  # of 150 and 200
+    assert (fewer.embedding.attention.reward_steps, fewer.embedding.warmup_steps) == (20, 4)  # of 50 and 10
+    assert fewer.lora.rank == load_bundle(place / "out" / "desk").config.lora.rank
 
 
 def test_only_needs_a_bundle(place: Path) -> None:
