@@ -66,6 +66,9 @@ class LoraPhase(Checked):
     text_encoder: bool = True
     draws: AtLeastOne = 1
     use_8bit_adam: bool = True
+    averaged_share: Part = 0.0
+    """Of the steps: what is learned is the mean of the weights after each of so many of the last. 0 as published: those after the
+    last one."""
     attention: AttentionTerms = field(
         default_factory=lambda: AttentionTerms(blocks=("down_blocks", "mid_block", "up_blocks"), levels=(4,))
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..config import AttentionTerms, KeepConfig
+from ..config import AttentionTerms, KeepConfig, LoraPhase
 from ..model.base import BaseModel
+from .averaging import MeanWeights
 from .checkpoints import Checkpoints
 from .dataset import InstanceData
 from .early_stopping import KeepBest
@@ -52,18 +53,48 @@ class EarlyStopping(Callback):
         self._saved = checkpoint["keeper"]
 
 
-class SaveCheckpoints(Callback):
-    """Writes the state every so many steps, and at the end of a phase or of an interrupted run. Comes after `EarlyStopping`,
-    whose scores it holds."""
+class AverageWeights(Callback):
+    """Ends phase 2 with the mean of its last steps' weights, as `LoraPhase.averaged_share` says."""
 
-    def __init__(self, checkpoints: Checkpoints, early_stopping: EarlyStopping | None = None):
-        self.checkpoints, self.early_stopping = checkpoints, early_stopping
+    def __init__(self) -> None:
+        self.mean: MeanWeights | None = None
+        self._saved: dict[str, Any] | None = None
+
+    def on_phase_start(self, trainer: Trainer, phase: PhaseRun) -> bool:
+        self.mean = MeanWeights(phase.parameters) if isinstance(phase.config, LoraPhase) else None
+        if self.mean is not None and self._saved is not None:
+            self.mean.load_state(self._saved)
+        return False
+
+    def on_step_end(self, trainer: Trainer, phase: PhaseRun) -> bool:
+        if self.mean is not None and isinstance(phase.config, LoraPhase):
+            steps_left = phase.config.train_steps - phase.steps_done
+            if steps_left < phase.config.averaged_share * phase.config.train_steps:
+                self.mean.add()
+        return False
+
+    def on_phase_end(self, trainer: Trainer, phase: PhaseRun) -> None:
+        if self.mean is not None:
+            self.mean.apply()
+
+    def load_state(self, checkpoint: dict[str, Any]) -> None:
+        self._saved = checkpoint["mean"]
+
+
+class SaveCheckpoints(Callback):
+    """Writes the state every so many steps, and at the end of a phase or of an interrupted run. Comes after those that decide on
+    weights, whose own states it holds."""
+
+    def __init__(self, checkpoints: Checkpoints, decides: EarlyStopping | AverageWeights):
+        self.checkpoints, self.decides = checkpoints, decides
 
     def on_step_end(self, trainer: Trainer, phase: PhaseRun) -> bool:
         if self.checkpoints.due(phase.steps_done, phase.stop_asked or phase.is_last_step):
             trainer.check_finite({"weight": max(float(p.detach().abs().max()) for p in phase.parameters)}, phase)
-            keeper = self.early_stopping.keeper if self.early_stopping else None
-            saved = capture(trainer.state, phase, trainer.stepper.scaler, keeper.state() if keeper else None)
+            keeper = self.decides.keeper if isinstance(self.decides, EarlyStopping) else None
+            mean = self.decides.mean if isinstance(self.decides, AverageWeights) else None
+            saved = capture(trainer.state, phase, trainer.stepper.scaler, keeper.state() if keeper else None,
+                            mean.state() if mean else None)  # fmt: skip
             where = place(phase.name, phase.steps_done, phase.config.train_steps)
             self.checkpoints.save(saved, where)
             trainer.state.last_saved = where

@@ -28,7 +28,7 @@ from ..model.half_precision import follow_input_dtype
 from ..model.lora import add_adapters, filled_adapter, remove_adapter
 from ..model.peak_memory import PeakMemory
 from ..prompts import BACKGROUND_TOKEN, add_asset_tokens, join_assets, tokenize_prompt
-from .callbacks import CheckpointJudge, EarlyStopping, SaveCheckpoints, Snapshots
+from .callbacks import AverageWeights, CheckpointJudge, EarlyStopping, SaveCheckpoints, Snapshots
 from .checkpoints import Checkpointing, Checkpoints, open_checkpoints, read_checkpoints
 from .composites import Composites
 from .dataset import InstanceData
@@ -166,10 +166,9 @@ def prepare(instance: Instance, base: BaseModel, config: LearnConfig, prior_cach
 
 def _callbacks(config: LearnConfig, checkpoints: Checkpoints, judge: CheckpointJudge | None, more: Sequence[Callback],
                is_main: bool) -> list[Callback]:  # fmt: skip
-    """In a process that is not the main one, those alone that decide on weights."""
-    early = EarlyStopping(config.keep, judge) if config.keep.enabled and judge else None
-    first: list[Callback] = [early] if early else []
-    return [*first, SaveCheckpoints(checkpoints, early), Snapshots(), *more] if is_main else first
+    """In a process that is not the main one, that alone which decides on weights."""
+    decides = EarlyStopping(config.keep, judge) if config.keep.enabled and judge else AverageWeights()
+    return [decides, SaveCheckpoints(checkpoints, decides), Snapshots(), *more] if is_main else [decides]
 
 
 @dataclass(frozen=True)

@@ -89,8 +89,9 @@ def place(phase: str, step: int, total: int) -> str:
     return f"{PHASE_NAMES[phase]}, step {step} of {total}"
 
 
-def capture(state: TrainerState, phase: PhaseRun, scaler: Any = None, kept: Any = None) -> dict[str, Any]:
-    """The whole state between two steps. `scaler`: the gradient scaler; `kept`: early stopping's own state."""
+def capture(state: TrainerState, phase: PhaseRun, scaler: Any = None, kept: Any = None, mean: Any = None) -> dict[str, Any]:
+    """The whole state between two steps. `scaler`: the gradient scaler; `kept`, `mean`: early stopping's and averaging's own
+    states."""
     return {
         "phase": phase.name,
         "step": phase.steps_done,
@@ -104,11 +105,12 @@ def capture(state: TrainerState, phase: PhaseRun, scaler: Any = None, kept: Any 
         "snapshots": state.snapshots,
         "skipped_steps": state.skipped_steps,
         "keeper": kept,
+        "mean": mean,
     }
 
 
 def restore(state: TrainerState, phase: PhaseRun, saved: dict[str, Any], scaler: Any = None) -> None:
-    """Puts everything back as `capture` saw it; early stopping's own state, `saved["keeper"]`, is its callback's to load."""
+    """Puts everything back as `capture` saw it; `saved["keeper"]` and `saved["mean"]` are their callbacks' to load."""
     with torch.no_grad():
         for parameter, value in zip(phase.parameters, saved["parameters"], strict=True):
             parameter.copy_(value)

@@ -36,7 +36,7 @@ def config(**changes: Any) -> LearnConfig:
     return replace(
         preset,
         embedding=replace(preset.embedding, train_steps=STEPS, warmup_steps=1),
-        lora=replace(preset.lora, train_steps=STEPS, rank=2),
+        lora=replace(preset.lora, train_steps=STEPS, rank=2, averaged_share=0.6),  # two of three
         prior=replace(preset.prior, num_class_images=1, sampling_steps=1),
         **changes,
     )
