@@ -26,13 +26,15 @@ SLOW_MODULES = {
 }  # fmt: skip
 
 
-#: Modules whose tests take a minute and more, begun first: two processes would else wait for one of them at the end.
-LONGEST_MODULES = {"test_notebook", "test_main_job", "test_torture", "test_determinism"}
+#: Modules whose tests take a minute and more, begun first and in this order: two processes would else wait for one of them at
+#: the end. The browser's needs what the main job's has learned.
+LONGEST_MODULES = ("test_main_job", "test_cluster", "test_browser", "test_notebook", "test_torture", "test_determinism")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` run where CUDA is; those of slow modules are marked `slow`."""
-    items.sort(key=lambda item: item.path.stem not in LONGEST_MODULES)
+    first = {name: place for place, name in enumerate(LONGEST_MODULES)}
+    items.sort(key=lambda item: first.get(item.path.stem, len(first)))
     for item in items:
         if item.path.parent.name == "faults" or item.path.stem in SLOW_MODULES:
             item.add_marker(pytest.mark.slow)

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
+from _learned import EXAMPLE, learned_cars
 
-from mifo.bundle.store import attach
-from mifo.data.instance import load_instance
-from mifo.learning.learn import learn
+from mifo.bundle.store import attach, load_bundle
 from mifo.model.base import load_base_model
-from mifo.presets import learn_preset, synthesis_preset
+from mifo.presets import synthesis_preset
 from mifo.toybox.judge import load_judge
 from scripts.quality.measure_main_job import load_things, measure_alone, measure_boxes
-
-EXAMPLE = Path(__file__).parents[2] / "example" / "toy_car"
 
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
-    base = load_base_model("toybox")
-    bundle = learn(load_instance(EXAMPLE), base, learn_preset(base.family), tmp_path_factory.mktemp("bundles") / "toy_car")
-    return base, bundle
+    return load_base_model("toybox"), load_bundle(learned_cars(tmp_path_factory))
 
 
 def test_the_bundle_is_small_and_says_where_attention_fell(learned):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _learned import put_cars
 from PIL import Image
 
 import mifo
@@ -35,7 +36,7 @@ ARGUMENTS = ["--no-sandbox", "--disable-quic", "--disable-background-networking"
 CARS = ((0.27, 0.28, "red car"), (0.72, 0.52, "blue car"), (0.32, 0.83, "green car"))
 SHOTS = os.environ.get("MIFO_SCREENSHOTS")  # a folder: the screenshots and the film are written there, of whole learning
 STEPS = {"learn-steps1": "0", "learn-steps2": "0", "place-steps": "0"} if SHOTS else {
-    "learn-steps1": "0", "learn-steps2": "0", "place-steps": "12"}  # fmt: skip  # 0: the preset's
+    "learn-steps1": "20", "learn-steps2": "10", "place-steps": "12"}  # fmt: skip  # 0: the preset's
 FRAMES: list[bytes] = []
 FILM_WIDTH, FILM_SECONDS = 560, 1.2
 WAIT = 600_000  # milliseconds that learning may take on a busy machine
@@ -197,8 +198,9 @@ class Person:
 
 
 @pytest.fixture(scope="module")
-def learned(server: Server, browser: Any) -> Server:
-    """The server with a bundle that somebody has made on the page: photo, three clicks, three words, Learn."""
+def learned(server: Server, browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Server:
+    """The server with a bundle that somebody has made on the page: photo, three clicks, three words, Learn, in few steps. Then
+    with one in its place that has learned the same cars in full."""
     person = Person(browser, server)
     try:
         person.film()
@@ -224,6 +226,8 @@ def learned(server: Server, browser: Any) -> Server:
         assert person.elsewhere == []
     finally:
         person.close()
+    if not SHOTS:
+        put_cars(tmp_path_factory, server.folder / "Model_ours")
     return server
 
 
