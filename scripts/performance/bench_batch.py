@@ -4,13 +4,15 @@ of the workers over the measured times, held against what two of them did.
     python -m scripts.performance.bench_batch --bundle Model_ours/toy_car
 
 Side by side in one run, on one machine, one thread each: 20 jobs over 4 bundles as 20 processes, as one, and as one with a job of
-five pictures for each bundle; 40 jobs on 1 and 2 workers, in turn. The simulation's times are those of 10 jobs that two workers
-did before: two that work at once slow each other.
+five pictures for each bundle; two processes that know nothing of each other, as the most that this machine allows; 40 jobs
+on 1 and 2 workers, in turn. The simulation's times are those of 10 jobs that two workers did before: two that work at once slow
+each other.
 """
 
 from __future__ import annotations
 
 import heapq
+import json
 import os
 import shutil
 import subprocess
@@ -63,12 +65,33 @@ def grouped(count: int, bundles: int, steps: int | None) -> list[SynthesizeJob]:
 
 
 def together(place: Path, jobs: list[SynthesizeJob], name: str) -> float:
+    """Seconds of one process that does all."""
+    started = time.perf_counter()
+    assert begin(place, jobs, name).wait() == 0
+    return time.perf_counter() - started
+
+
+def begin(place: Path, jobs: list[SynthesizeJob], name: str) -> subprocess.Popen[bytes]:
     file = place / f"{name}.jsonl"
     file.write_text("".join(json_text(job.to_json()) + "\n" for job in jobs))
-    started = time.perf_counter()
-    subprocess.run([sys.executable, str(ROOT / "cli.py"), "synthesize", "--batch-file", str(file), "--output-path",
-                    str(place / name)], cwd=place, env=environment(), check=True, capture_output=True)  # fmt: skip
-    return time.perf_counter() - started
+    return subprocess.Popen([sys.executable, str(ROOT / "cli.py"), "synthesize", "--batch-file", str(file), "--output-path",
+                             str(place / name)], cwd=place, env=environment(), stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL)  # fmt: skip
+
+
+def drawing_seconds(place: Path, *names: str) -> float:
+    """Median of the pictures that these processes drew."""
+    records = [path for name in names for path in (place / name).glob("*/synthesis.json")]
+    return float(np.median([json.loads(path.read_text())["seconds"] for path in records]))
+
+
+def side_by_side(place: Path, jobs: list[SynthesizeJob]) -> float:
+    """How many times as much two processes draw that know nothing of each other as one: what the machine allows any scheduler."""
+    half = len(jobs) // 2
+    together(place, jobs[:half], "alone")
+    pair = [begin(place, part, name) for part, name in ((jobs[:half], "left"), (jobs[half:], "right"))]
+    assert [process.wait() for process in pair] == [0, 0]
+    return 2 * drawing_seconds(place, "alone") / drawing_seconds(place, "left", "right")
 
 
 def clustered(place: Path, jobs: list[SynthesizeJob], workers: int, name: str) -> tuple[float, float, list[float]]:
@@ -127,6 +150,7 @@ def main(
         one_by_one = separate(place, asked)
         at_once = together(place, asked, "together")
         in_batches = together(place, grouped(jobs, 4, steps), "grouped")
+        machine = side_by_side(place, asked)
         many = jobs_of(cluster_jobs, 4, steps)
         _, _, beside = clustered(place, jobs_of(10, 4, steps), 2, "before")
         names, one, two = [], [], []
@@ -138,6 +162,7 @@ def main(
         same = same_pictures(place, "separate", "together", *names)
     cold1, warm1, cold2, warm2 = (float(np.median([run[part] for run in runs])) for runs in (one, two) for part in (0, 1))
     times = [t for run in one for t in run[2]]
+    times_2 = [t for run in two for t in run[2]]
     each1, each2 = warm1 / (cluster_jobs - 1), warm2 / (cluster_jobs - 2)
     overhead = each1 - float(np.mean(times))  # of each job beside drawing: reading, writing, lending
     predicted = simulate([t + overhead for t in beside], cluster_jobs - 2, 2)
@@ -147,6 +172,7 @@ def main(
         "one_process_seconds": round(at_once, 1), "ratio": round(sum(one_by_one) / at_once, 2),
         "one_process_four_jobs_seconds": round(in_batches, 1), "ratio_four_jobs": round(sum(one_by_one) / in_batches, 2),
         "cluster_jobs": cluster_jobs, "drawing_median": round(float(np.median(times)), 2), "beside_drawing": round(overhead, 2),
+        "drawing_median_2_workers": round(float(np.median(times_2)), 2), "scaling_of_two_plain_processes": round(machine, 2),
         "workers": {"1": {"first_job": round(cold1, 1), "jobs_a_minute": round(60 / each1, 2)},
                     "2": {"first_job": round(cold2, 1), "jobs_a_minute": round(60 / each2, 2)}},
         "scaling_1_to_2": round(each1 / each2, 2),
