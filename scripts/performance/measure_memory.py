@@ -128,7 +128,13 @@ def drawing_on_fake_tensors(model: Model, piece: str, resolution: int, dtype: to
 
 def _tracker() -> Any:
     """MemTracker for large models with frozen parameters."""
+    from torch.autograd.graph import register_multi_grad_hook
+    from torch.distributed._tools import mod_tracker
     from torch.distributed._tools.mem_tracker import MemTracker
+
+    # Its hook for a module's inputs holds the gradient of each until all are there. SDXL's residual blocks read the time, whose
+    # gradient is there last of all, so all the other inputs' would be counted to the end; `any` holds none.
+    mod_tracker.register_multi_grad_hook = lambda tensors, hook, mode="any": register_multi_grad_hook(tensors, hook, mode="any")
 
     class Tracker(MemTracker):
         def _track_module_params_and_buffers(self, module: torch.nn.Module, install_grad_hooks: bool = True) -> tuple[int, int]:
