@@ -166,13 +166,18 @@ def phases_of(model: Model, settings: Settings) -> tuple[Phase, ...]:
 def _learn_phases(model: Model, s: Settings) -> tuple[Phase, ...]:
     config, memory = s.learn, s.memory
     resident = _weights(model, s)
-    phases = [Phase("encode", _with_vae(model, s, resident, trace_vae(model, s.resolution, s.dtype, False, memory.tiled_vae)))]
+    encoded = trace_vae(model, s.resolution, s.dtype, False, memory.tiled_vae)
+    decoded = trace_vae(model, s.resolution, s.dtype, True, memory.tiled_vae)
+    phases = [Phase("encode", _with_vae(model, s, resident, encoded))]
+    if config.composites.share:
+        together = 2 * min(memory.max_batch, config.composites.num_backgrounds)
+        phases.append(Phase("backgrounds", _merge(resident, trace_drawing(model, s.resolution, s.dtype, together, s.backend))))
+        phases.append(Phase("backgrounds' decoding", _with_vae(model, s, resident, decoded)))
     preserved = config.prior.enabled and config.lora.train_steps > 0
     if preserved:
         drawn = trace_drawing(model, s.resolution, s.dtype, 2 * min(memory.max_batch, config.prior.num_class_images), s.backend)
         phases.append(Phase("prior", _merge(resident, drawn)))
     shown = trace_drawing(model, s.resolution, s.dtype, 2 * min(memory.max_batch, s.assets), s.backend)
-    decoded = trace_vae(model, s.resolution, s.dtype, True, memory.tiled_vae)
     text = not memory.text_encoder_on_cpu
     for name, phase in (("phase 1", config.embedding), ("phase 2", config.lora)):
         if not phase.train_steps:
@@ -185,6 +190,8 @@ def _learn_phases(model: Model, s: Settings) -> tuple[Phase, ...]:
         eight = bool(rank) and config.lora.use_8bit_adam and text
         states = sum(_state_bytes(n, eight) for n in learned)
         items = {**resident, "LoRA and rows": 4 * sum(learned), "optimizer states": states}
+        if config.composites.share:  # made between two steps, when there are no activations and no gradients
+            phases.append(Phase(f"{name}'s composites", _with_vae(model, s, items, encoded)))
         phases.append(Phase(name, _merge(items, traced.peak)))
     # the adapters and the optimizer's states are still there when the previews are drawn
     last = {k: phases[-1].items.get(k, 0) for k in ("LoRA and rows", "optimizer states")}

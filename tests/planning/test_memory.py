@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from _tiny import load_base, mifo, tiny_base_folder, write_instance
@@ -18,10 +19,11 @@ from safetensors.torch import load_file
 from mifo.attention import backend as backends
 from mifo.attention.record import record_attention
 from mifo.attention.sites import choose_sites
-from mifo.config import LearnConfig, MemoryConfig, SynthesisConfig
+from mifo.config import CompositeConfig, LearnConfig, MemoryConfig, SynthesisConfig
 from mifo.data.instance import fit_instance, load_instance
 from mifo.editing.blending import tune_to_source
 from mifo.errors import InputError
+from mifo.learning.composites import Composites
 from mifo.learning.dataset import InstanceData
 from mifo.learning.learn import gradient_checkpointing, lend_adapters
 from mifo.learning.optimizer import Stepper, make_optimizer
@@ -117,6 +119,26 @@ def test_the_plan_of_drawing_is_what_it_takes(piece: str, monkeypatch: pytest.Mo
         measure_drawing.draw(base, piece, 64, 2)
     planned = measure_drawing.planned(model, 64, torch.float32, 2)[piece] * GIB
     assert planned == pytest.approx(live.peak.total, rel=0.1)
+
+
+def test_composites_are_planned_for_and_take_what_is_planned(tmp_path: Path) -> None:
+    base, model = load_base(), read_model(str(tiny_base_folder()))
+    instance = fit_instance(load_instance(write_instance(tmp_path / "pair")), 64)
+    config = CompositeConfig(share=1.0, backgrounds="a photo", num_backgrounds=1, sampling_steps=1)
+    made = Composites(instance, base, config, seed=0)
+    gc.collect()
+    with torch.no_grad(), LiveBytes([t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]) as live:
+        made.draw(np.random.default_rng(0), union_sampling=True, flip_probability=0.0)
+    asked = settings(learn=replace(learn_preset("stable-diffusion"), composites=config), assets=2)
+    planned = {phase.name: phase.items for phase in phases_of(model, asked)}
+    weights = model.sizes["vae"] * torch.float32.itemsize
+    for name in ("phase 1", "phase 2"):
+        theirs = planned[f"{name}'s composites"]
+        assert theirs["VAE"] - weights == pytest.approx(live.peak.total, rel=0.1)
+        assert theirs["optimizer states"] == planned[name]["optimizer states"] > 0
+    assert {"backgrounds", "backgrounds' decoding"} <= planned.keys()
+    without = phases_of(model, replace(asked, learn=learn_preset("stable-diffusion")))
+    assert not [phase.name for phase in without if "composites" in phase.name or "backgrounds" in phase.name]
 
 
 def test_less_is_planned_with_checkpointing_and_more_without_fused_attention() -> None:
