@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,12 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from _tiny import copy_bundle, snapshot, tiny_base_folder, tiny_bundle_folder, write_instance
+from _tiny import (
+    copy_bundle,
+    snapshot,
+    tiny_base_folder,
+    tiny_bundle_folder,
+    tiny_xl_bundle_folder,
+    tiny_xl_folder,
+    write_instance,
+)
 from PIL import Image
 
 import mifo
 from mifo import edit, evaluate, learn, load_base_model, load_bundle, load_instance, plan, synthesize
-from mifo.config import LearnConfig
+from mifo.config import GuidanceConfig, LearnConfig, RefinementConfig, SynthesisConfig
 from mifo.errors import InputError
 from mifo.learning.trainer import Progress
 from mifo.model import base as base_model
@@ -154,14 +163,18 @@ def test_a_plan_counts_and_refuses() -> None:
         plan("sd2.1", "draw")
 
 
-def test_the_readmes_lines_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a tiny model under the name that they give, and few steps."""
+def test_the_lines_of_readme_and_docs_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tiny models under the names that they give, and few steps; one page after the other in one folder."""
     import re
 
     import mifo.api
+    import mifo.synthesis.modular
 
-    (lines,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.DOTALL)
-    real, base = mifo.api.learn_preset, str(tiny_base_folder())
+    root = Path(__file__).parent.parent
+    blocks = [(page.name, block) for page in (root / "README.md", *sorted((root / "docs").glob("*.md")))
+              for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]  # fmt: skip
+    assert {name for name, _ in blocks} >= {"README.md", "exchange.md", "learn.md", "place.md"}
+    real, small = mifo.api.learn_preset, RefinementConfig(levels=(2,))
 
     def short(family: str) -> LearnConfig:
         config = real(family)
@@ -171,10 +184,16 @@ def test_the_readmes_lines_run_as_printed(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(mifo.api, "learn_preset", short)
     monkeypatch.setattr(mifo.api, "synthesis_preset", lambda family: replace(synthesis_preset(family), steps=2))
     monkeypatch.setattr(mifo.api, "edit_preset", lambda family: replace(edit_preset(family), steps=2))
+    guidance = GuidanceConfig(steps=1, max_iterations=1, levels=(1, 2))
+    monkeypatch.setattr(mifo.synthesis.modular, "synthesis_preset", lambda _: SynthesisConfig(guidance=guidance, refinement=small))
     monkeypatch.chdir(tmp_path)
     write_instance(tmp_path / "my_photos" / "desk", assets=3)
     Image.open(tmp_path / "my_photos" / "desk" / "img.png").save("street.jpg")
     (tmp_path / "mask.png").write_bytes((tmp_path / "my_photos" / "desk" / "mask1.png").read_bytes())
-    exec(compile(lines.replace('"sd2.1"', repr(base)), "README.md", "exec"), {})
-    for written in ("Model_ours/desk/bundle.json", "output/beach/000000.png", "output/street/edit00.png"):
+    shutil.copytree(tiny_xl_bundle_folder(), tmp_path / "Model_ours" / "desk_xl")
+    for name, block in blocks:
+        lines = block.replace('"sd2.1"', repr(str(tiny_base_folder()))).replace('"sdxl"', repr(str(tiny_xl_folder())))
+        exec(compile(lines.replace("num_inference_steps=30", "num_inference_steps=2"), name, "exec"), {})
+    for written in ("Model_ours/desk/bundle.json", "output/beach/000000.png", "output/street/edit00.png", "output/first/000000.png",
+                    "night.png", "pair.png"):  # fmt: skip
         assert (tmp_path / written).is_file()

@@ -10,9 +10,11 @@ Runs side by side: this project, Break-A-Scene's recipe, and this project withou
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -177,41 +179,51 @@ def main(
     images: Annotated[int, typer.Option(help="Pictures with boxes; the bars ask for 24.")] = 24,
     recipes: str = "mifo,break-a-scene",
     runs: Annotated[int, typer.Option(help="Learning runs of each recipe, of the seeds from 0 on.")] = 1,
+    processes: Annotated[int, typer.Option(help="Runs at a time; with more than one, seconds are beside other work.")] = 1,
     name: str = "main_job",
     sheet: Path | None = None,
 ) -> None:
     """Measures and writes scripts/results/<name>.json. Numbers are of all runs together; `each_run` has them apart."""
-    folder = Path("example") / instance
-    things, judge = load_things(folder), load_judge()
-    base = load_base_model(model_path)
-    numbers: dict[str, Any] = {"instance": instance, "model": model_path, "runs": runs}
+    numbers: dict[str, Any] = {"instance": instance, "model": model_path, "runs": runs, "processes": processes}
     cells = []
+    asked = [(recipe, run) for recipe in recipes.split(",") for run in range(runs)]
     work = Path(tempfile.mkdtemp())
-    for recipe, run in ((recipe, run) for recipe in recipes.split(",") for run in range(runs)):
-        started = time.monotonic()
-        config = replace(recipe_config(base.family, recipe), seed=run)
-        bundle = learn(load_instance(folder), base, config, work / f"{recipe}-{run}")
-        size = sum(p.stat().st_size for p in bundle.folder.rglob("*") if p.is_file()) / 2**20
-        entry: dict[str, Any] = {"learn_seconds": round(time.monotonic() - started, 1), "bundle_mib": round(size, 2)}
-        entry |= {key: bundle.metadata[key] for key in ("peak_gib", "attention_inside_mask")}
-        control = synthesis_preset(base.family)
-        with attach(base, bundle):
-            entry["alone"], alone = measure_alone(base, bundle, things, judge, seeds)
-            entry["in_boxes"], placed = measure_boxes(base, bundle, things, judge, control, images)
-            plain = replace(control, bounded=False, guidance=replace(control.guidance, enabled=False))
-            entry["without_box_control"], free = measure_boxes(base, bundle, things, judge, plain, images, False)
-        if run == 0:
-            cells += [caption_below(enlarge(i, 192), f"{recipe}: alone") for i in alone[:9]]
-            cells += [caption_below(i, f"{recipe}: boxes") for i in placed]
-            cells += [caption_below(i, f"{recipe}: no boxes") for i in free[:3]]
-        each = [*numbers.get(recipe, {}).get("each_run", []), entry]
-        numbers[recipe] = {**pooled(each), "each_run": each}
-        print(recipe, run, record_text(entry, indent=1), flush=True)
-        write_result(name, numbers)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        started = [pool.submit(measure_one, instance, model_path, recipe, run, seeds, images, work) for recipe, run in asked]
+        for (recipe, run), future in zip(asked, started, strict=True):
+            entry, shown = future.result()
+            if run == 0:
+                cells += shown
+            each = [*numbers.get(recipe, {}).get("each_run", []), entry]
+            numbers[recipe] = {**pooled(each), "each_run": each}
+            print(recipe, run, record_text(entry, indent=1), flush=True)
+            write_result(name, numbers)
     if sheet:
         grid(cells, columns=9).save(sheet)
     shutil.rmtree(work)
     print(write_result(name, numbers))
+
+
+def measure_one(instance: str, model_path: str, recipe: str, run: int, seeds: int, images: int,
+                work: Path) -> tuple[dict[str, Any], list[Any]]:  # fmt: skip
+    """One learning run and its pictures; and some of them to look at."""
+    folder = Path("example") / instance
+    things, judge, base = load_things(folder), load_judge(), load_base_model(model_path)
+    started = time.monotonic()
+    config = replace(recipe_config(base.family, recipe), seed=run)
+    bundle = learn(load_instance(folder), base, config, work / f"{recipe}-{run}")
+    size = sum(p.stat().st_size for p in bundle.folder.rglob("*") if p.is_file()) / 2**20
+    entry: dict[str, Any] = {"learn_seconds": round(time.monotonic() - started, 1), "bundle_mib": round(size, 2)}
+    entry |= {key: bundle.metadata[key] for key in ("peak_gib", "attention_inside_mask")}
+    control = synthesis_preset(base.family)
+    with attach(base, bundle):
+        entry["alone"], alone = measure_alone(base, bundle, things, judge, seeds)
+        entry["in_boxes"], placed = measure_boxes(base, bundle, things, judge, control, images)
+        plain = replace(control, bounded=False, guidance=replace(control.guidance, enabled=False))
+        entry["without_box_control"], free = measure_boxes(base, bundle, things, judge, plain, images, False)
+    shown = [caption_below(enlarge(i, 192), f"{recipe}: alone") for i in alone[:9]]
+    shown += [caption_below(i, f"{recipe}: boxes") for i in placed]
+    return entry, shown + [caption_below(i, f"{recipe}: no boxes") for i in free[:3]]
 
 
 if __name__ == "__main__":

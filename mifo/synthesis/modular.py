@@ -1,0 +1,97 @@
+"""Box control as a block of diffusers' modular pipelines for Stable Diffusion XL, for programs that build on those."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, ClassifierFreeGuidance, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers.modular_pipelines import ModularPipelineBlocks, StableDiffusionXLAutoBlocks
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from ..boxes import layout_of
+from ..errors import InputError
+from ..model.base import BaseModel
+from ..model.prompt_embeds import ImageSize
+from ..presets import synthesis_preset
+from ..prompts import NEGATIVE, assets_in, tokenize_prompt
+from ..sampling.denoise import denoise
+from ..sampling.layout_control import LayoutHooks, check_boxes, controlled, layout_control, read_texts
+
+
+def boxed_blocks() -> Any:
+    """The blocks of Stable Diffusion XL with `BoxedDenoise` as their denoising step: they take `boxes` beside `prompt`."""
+    blocks = StableDiffusionXLAutoBlocks()
+    blocks.sub_blocks["denoise"].sub_blocks["denoise"] = BoxedDenoise()
+    return blocks
+
+
+def boxed_pipeline(pipe: Any) -> Any:
+    """A modular pipeline with those blocks and the parts of `pipe`, a `StableDiffusionXLPipeline` such as `Bundle.to_pipeline`
+    makes: `boxed(prompt=..., boxes=..., output="images")`."""
+    made = boxed_blocks().init_pipeline()
+    parts = {name: part for name, part in pipe.components.items() if name in made.components and part is not None}
+    made.update_components(**parts, force_zeros_for_empty_prompt=pipe.config.force_zeros_for_empty_prompt)
+    return made
+
+
+class BoxedDenoise(ModularPipelineBlocks):  # type: ignore[misc]
+    """Denoises with each asset kept to its box, as `mifo.synthesize` does; the pipeline's own scheduler and guidance scale hold."""
+
+    model_name = "stable-diffusion-xl"
+
+    @property
+    def description(self) -> str:
+        return "Denoises latents with each asset of the prompt kept to its box (Bounded Attention, arXiv 2403.16990)."
+
+    @property
+    def expected_components(self) -> list[ComponentSpec]:
+        kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "scheduler": EulerDiscreteScheduler,
+                 "tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer, "text_encoder": CLIPTextModel,
+                 "text_encoder_2": CLIPTextModelWithProjection}  # fmt: skip
+        guider = ComponentSpec("guider", ClassifierFreeGuidance, default_creation_method="from_config")
+        return [*(ComponentSpec(name, kind) for name, kind in kinds.items()), guider]
+
+    @property
+    def inputs(self) -> list[InputParam]:
+        return [
+            InputParam("prompt", required=True, description="One prompt, which names assets: <asset0>, ..."),
+            InputParam("boxes", required=True,
+                       description="[x0, y0, x1, y1] from 0 to 1, one per asset in the prompt's order, or by token"),
+            InputParam("control", description="A mifo.config.SynthesisConfig; its steps and guidance scale are not used"),
+            InputParam("negative_prompt", description="One negative prompt"),
+            InputParam("latents", required=True, type_hint=torch.Tensor),
+            InputParam("num_inference_steps", required=True, type_hint=int),
+        ]  # fmt: skip
+
+    @property
+    def intermediate_outputs(self) -> list[OutputParam]:
+        return [OutputParam("latents", type_hint=torch.Tensor, description="The denoised latents")]
+
+    def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
+        asked = self.get_block_state(state)
+        if not isinstance(asked.prompt, str):
+            raise InputError(f"boxes belong to one prompt, not to {type(asked.prompt).__name__}; give a string")
+        base = BaseModel("pipeline", "pipeline", None, "", components.tokenizer, components.text_encoder, components.vae,
+                         components.unet, components.scheduler, text_encoder_2=components.text_encoder_2,
+                         padding_2=components.tokenizer_2.pad_token_id,
+                         zero_negative=bool(components.config.force_zeros_for_empty_prompt))  # fmt: skip
+        assets, latents = assets_in(asked.prompt), asked.latents
+        config = replace(asked.control or synthesis_preset("sdxl"), guidance_scale=float(components.guider.guidance_scale))
+        tokenized = tokenize_prompt(base.tokenizer, asked.prompt, assets)
+        negative = tokenize_prompt(base.tokenizer, asked.negative_prompt or "", [], NEGATIVE)
+        layout, (height, width) = layout_of(asked.boxes, assets), latents.shape[-2:]
+        check_boxes(base, layout, (height, width))
+        control = layout_control(base, config, tokenized, layout, (height, width), len(latents))
+        pixels = (height * base.vae_factor, width * base.vae_factor)
+        texts = read_texts(base, control, tokenized.input_ids, negative.input_ids, ImageSize(pixels, pixels))
+        hooks = LayoutHooks(base, config, control, texts.guiding)
+        scheduler = components.scheduler  # the block before has scaled its noise already
+        with controlled(base, control):
+            asked.latents = denoise(base.unet, scheduler, latents / scheduler.init_noise_sigma, texts.prompt, texts.negative,
+                                    asked.num_inference_steps, config.guidance_scale, hooks.before_step,
+                                    hooks.after_step)  # fmt: skip
+        self.set_block_state(state, asked)
+        return components, state
