@@ -166,6 +166,7 @@ def scale_table() -> str:
          f"{result['one_process_four_jobs_seconds']:.0f} s, {result['ratio_four_jobs']:.1f} times"),
         (f"{result['cluster_jobs']} jobs on one Ray worker, once it is warm", f"{one:.1f} a minute"),
         ("on two workers", f"{two:.1f} a minute, {result['scaling_1_to_2']:.2f} times one"),
+        ("two processes without Ray, beside one", f"{result['scaling_of_two_plain_processes']:.2f} times"),
         ("the same bytes from all of these", "yes" if result["same_bytes"] else "no"),
         ("a job beside drawing (reading, writing, lending the adapters)", f"{result['beside_drawing']:.2f} s"),
         ("until a worker's first job is done", f"{result['workers']['1']['first_job']:.0f} s"),

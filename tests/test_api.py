@@ -174,7 +174,7 @@ def test_the_lines_of_readme_and_docs_run_as_printed(tmp_path: Path, monkeypatch
     blocks = [(page.name, block) for page in (root / "README.md", *sorted((root / "docs").glob("*.md")))
               for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]  # fmt: skip
     assert {name for name, _ in blocks} >= {"README.md", "exchange.md", "learn.md", "place.md"}
-    real, small = mifo.api.learn_preset, RefinementConfig(levels=(2,))
+    real = mifo.api.learn_preset
 
     def short(family: str) -> LearnConfig:
         config = real(family)
@@ -184,8 +184,9 @@ def test_the_lines_of_readme_and_docs_run_as_printed(tmp_path: Path, monkeypatch
     monkeypatch.setattr(mifo.api, "learn_preset", short)
     monkeypatch.setattr(mifo.api, "synthesis_preset", lambda family: replace(synthesis_preset(family), steps=2))
     monkeypatch.setattr(mifo.api, "edit_preset", lambda family: replace(edit_preset(family), steps=2))
-    guidance = GuidanceConfig(steps=1, max_iterations=1, levels=(1, 2))
-    monkeypatch.setattr(mifo.synthesis.modular, "synthesis_preset", lambda _: SynthesisConfig(guidance=guidance, refinement=small))
+    control = SynthesisConfig(guidance=GuidanceConfig(steps=1, max_iterations=1, levels=(1, 2)),
+                              refinement=RefinementConfig(levels=(2,)))  # fmt: skip
+    monkeypatch.setattr(mifo.synthesis.modular, "synthesis_preset", lambda family: control)
     monkeypatch.chdir(tmp_path)
     write_instance(tmp_path / "my_photos" / "desk", assets=3)
     Image.open(tmp_path / "my_photos" / "desk" / "img.png").save("street.jpg")
@@ -194,6 +195,6 @@ def test_the_lines_of_readme_and_docs_run_as_printed(tmp_path: Path, monkeypatch
     for name, block in blocks:
         lines = block.replace('"sd2.1"', repr(str(tiny_base_folder()))).replace('"sdxl"', repr(str(tiny_xl_folder())))
         exec(compile(lines.replace("num_inference_steps=30", "num_inference_steps=2"), name, "exec"), {})
-    for written in ("Model_ours/desk/bundle.json", "output/beach/000000.png", "output/street/edit00.png", "output/first/000000.png",
-                    "night.png", "pair.png"):  # fmt: skip
+    for written in ("Model_ours/desk/bundle.json", "output/beach/000000.png", "output/street/edit00.png",
+                    "output/first/000000.png", "night.png", "pair.png"):  # fmt: skip
         assert (tmp_path / written).is_file()

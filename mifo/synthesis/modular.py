@@ -38,7 +38,7 @@ def boxed_pipeline(pipe: Any) -> Any:
 
 
 class BoxedDenoise(ModularPipelineBlocks):  # type: ignore[misc]
-    """Denoises with each asset kept to its box, as `mifo.synthesize` does; the pipeline's own scheduler and guidance scale hold."""
+    """Denoises with each asset kept to its box, as `mifo.synthesize` does, by the pipeline's own scheduler and guidance scale."""
 
     model_name = "stable-diffusion-xl"
 
