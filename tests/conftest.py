@@ -21,7 +21,8 @@ SLOW_MODULES = {
     "test_api", "test_bad_input", "test_batch", "test_bases_that_people_have", "test_browser", "test_bundle",
     "test_cli", "test_cluster", "test_compiled", "test_edit_commands",
     "test_edit_photos", "test_evaluate", "test_fingerprint", "test_finite", "test_gpu_paths", "test_hostile_files", "test_import",
-    "test_library", "test_main_job", "test_memory", "test_notebook", "test_pipeline", "test_privacy", "test_samplers",
+    "test_library", "test_main_job", "test_memory", "test_notebook", "test_pages", "test_pipeline", "test_privacy",
+    "test_samplers",
     "test_sdxl", "test_service", "test_strangers_files", "test_terminal", "test_toybench", "test_worker",
 }  # fmt: skip
 
