@@ -58,8 +58,8 @@ class BoxedDenoise(ModularPipelineBlocks):  # type: ignore[misc]
     def inputs(self) -> list[InputParam]:
         return [
             InputParam("prompt", required=True, description="One prompt, which names assets: <asset0>, ..."),
-            InputParam("boxes", required=True,
-                       description="[x0, y0, x1, y1] from 0 to 1, one per asset in the prompt's order, or by token"),
+            InputParam("boxes", description="[x0, y0, x1, y1] from 0 to 1, one per asset in the prompt's order, or by token; "
+                       "without any the prompt is drawn as it is"),
             InputParam("control", description="A mifo.config.SynthesisConfig; its steps and guidance scale are not used"),
             InputParam("negative_prompt", description="One negative prompt"),
             InputParam("latents", required=True, type_hint=torch.Tensor),
@@ -83,7 +83,8 @@ class BoxedDenoise(ModularPipelineBlocks):  # type: ignore[misc]
         tokenized = tokenize_prompt(base.tokenizer, asked.prompt, assets)
         negative = tokenize_prompt(base.tokenizer, asked.negative_prompt or "", [], NEGATIVE)
         layout, (height, width) = layout_of(asked.boxes, assets), latents.shape[-2:]
-        check_boxes(base, layout, (height, width))
+        if layout:
+            check_boxes(base, layout, (height, width))
         control = layout_control(base, config, tokenized, layout, (height, width), len(latents))
         pixels = (height * base.vae_factor, width * base.vae_factor)
         texts = read_texts(base, control, tokenized.input_ids, negative.input_ids, ImageSize(pixels, pixels))

@@ -134,7 +134,10 @@ def _tracker() -> Any:
 
     # Its hook for a module's inputs holds the gradient of each until all are there. SDXL's residual blocks read the time, whose
     # gradient is there last of all, so all the other inputs' would be counted to the end; `any` holds none.
-    mod_tracker.register_multi_grad_hook = lambda tensors, hook, mode="any": register_multi_grad_hook(tensors, hook, mode="any")
+    def hold_none(tensors: Any, hook: Any, *, mode: str = "any") -> Any:
+        return register_multi_grad_hook(tensors, hook, mode="any")
+
+    vars(mod_tracker)["register_multi_grad_hook"] = hold_none
 
     class Tracker(MemTracker):
         def _track_module_params_and_buffers(self, module: torch.nn.Module, install_grad_hooks: bool = True) -> tuple[int, int]:

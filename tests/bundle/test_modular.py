@@ -31,9 +31,9 @@ def pipeline() -> Any:
     return base, bundle, pipe
 
 
-def drawn(pipe: Any, boxes: Any = None, prompt: Any = PROMPT) -> np.ndarray:
+def drawn(pipe: Any, boxes: Any = BOXES, prompt: Any = PROMPT) -> np.ndarray:
     latents = initial_latents((pipe.unet.config.in_channels, 16, 16), 3, 1, "cpu")
-    found: np.ndarray = pipe(prompt=prompt, boxes=boxes or BOXES, control=CONTROL, num_inference_steps=4, latents=latents,
+    found: np.ndarray = pipe(prompt=prompt, boxes=boxes, control=CONTROL, num_inference_steps=4, latents=latents,
                              height=128, width=128, output_type="np", output="images")[0]  # fmt: skip
     return found
 
@@ -43,6 +43,8 @@ def test_a_modular_pipeline_draws_what_mifo_draws(pipeline: Any) -> None:
     mine = np.asarray(api.synthesize(base, bundle, PROMPT, BOXES, seed=3, config=CONTROL).images[0], float) / 255
     assert np.abs(drawn(pipe) - mine).max() <= 0.5 / 255 + 1e-4  # mifo's is rounded to bytes
     assert np.abs(drawn(pipe, BOXES[::-1]) - mine).max() > 0.01  # the boxes do something
+    plain = np.asarray(api.synthesize(base, bundle, PROMPT, None, seed=3, config=CONTROL).images[0], float) / 255
+    assert np.abs(drawn(pipe, None) - plain).max() <= 0.5 / 255 + 1e-4
 
 
 def test_what_it_cannot_draw_is_told(pipeline: Any) -> None:
