@@ -208,8 +208,10 @@ def composites_table() -> str:
     columns = [(title, result[name], "in_boxes") for name, title in named.items() if name in result]
     columns.insert(1, ("mifo without box control", result["mifo"], "without_box_control"))
     lines = ["| | " + " | ".join(title for title, _, _ in columns) + " |", "|---|" + "---|" * len(columns)]
-    lines += [f"| {label} | " + " | ".join(value(e, e[k]) for _, e, k in columns) + " |" for label, value in MAIN_JOB_ROWS]
-    note = ["", BREAK_A_SCENE] if len(columns) > 2 else []
+    timed = result.get("processes", 1) == 1  # else seconds are beside other work
+    lines += [f"| {label} | " + " | ".join(value(e, e[k]) for _, e, k in columns) + " |" for label, value in MAIN_JOB_ROWS
+              if timed or "seconds" not in label]  # fmt: skip
+    note = ["", BREAK_A_SCENE] if "break-a-scene-with-composites" in result else []
     apart = "; ".join(f"{title}: alone right {_each(entry, 'alone', 'right')}, in boxes right {_each(entry, 'in_boxes', 'right')}"
                       for title, entry, where in columns if where == "in_boxes")  # fmt: skip
     runs = f"{_runs(result).capitalize()} each." + (f" Run by run, in percent: {apart}." if result["runs"] > 1 else "")
