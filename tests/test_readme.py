@@ -31,7 +31,8 @@ def test_every_comparison_with_break_a_scene_says_that_it_does_not_hold() -> Non
     """Until it is measured again."""
     text = (ROOT / "docs" / "results.md").read_text()
     tables = re.findall(r"<!-- table:\w+ -->.*?<!-- end -->", text, re.DOTALL)
-    comparing = [table for table in tables if "reak-a-scene" in table.lower() and "table:main_job" not in table]
+    said = {table: re.sub(r"`python -m [^`]*`", "", table) for table in tables}  # a command may name a recipe that is not shown
+    comparing = [table for table in tables if "reak-a-scene" in said[table].lower() and "table:main_job" not in table]
     assert len(comparing) >= 4 and all("does not hold as it stands" in table for table in comparing)
 
 
