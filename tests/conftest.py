@@ -22,7 +22,7 @@ SLOW_MODULES = {
     "test_cli", "test_cluster", "test_compiled", "test_edit_commands",
     "test_edit_photos", "test_evaluate", "test_fingerprint", "test_finite", "test_gpu_paths", "test_hostile_files", "test_import",
     "test_library", "test_main_job", "test_memory", "test_notebook", "test_pages", "test_pipeline", "test_privacy",
-    "test_samplers",
+    "test_processes", "test_relearn", "test_samplers", "test_several", "test_tracking",
     "test_sdxl", "test_service", "test_strangers_files", "test_terminal", "test_toybench", "test_worker",
 }  # fmt: skip
 
