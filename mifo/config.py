@@ -67,8 +67,8 @@ class LoraPhase(Checked):
     draws: AtLeastOne = 1
     use_8bit_adam: bool = True
     averaged_share: Part = 0.0
-    """Of the steps: what is learned is the mean of the weights after each of so many of the last. 0 as published: those after the
-    last one."""
+    """Of the steps, the last ones, over which the learned weights are averaged. 0 as published: the weights after the last step.
+    Where `KeepConfig` keeps the best checkpoint, nothing is averaged."""
     attention: AttentionTerms = field(
         default_factory=lambda: AttentionTerms(blocks=("down_blocks", "mid_block", "up_blocks"), levels=(4,))
     )

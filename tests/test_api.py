@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from _pages import PAGES, blocks_of
 from _tiny import (
     copy_bundle,
     snapshot,
@@ -165,14 +166,10 @@ def test_a_plan_counts_and_refuses() -> None:
 
 def test_the_lines_of_readme_and_docs_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With tiny models under the names that they give, and few steps; one page after the other in one folder."""
-    import re
-
     import mifo.api
     import mifo.synthesis.modular
 
-    root = Path(__file__).parent.parent
-    blocks = [(page.name, block) for page in (root / "README.md", *sorted((root / "docs").glob("*.md")))
-              for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]  # fmt: skip
+    blocks = [(page.name, block) for page in PAGES for block in blocks_of(page, "python")]
     assert {name for name, _ in blocks} >= {"README.md", "exchange.md", "learn.md", "place.md"}
     real = mifo.api.learn_preset
 

@@ -6,9 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+from _pages import PAGES, ROOT, commands_of
 
 
 def test_the_pages_hold_the_measured_numbers() -> None:
@@ -36,16 +34,6 @@ def test_every_comparison_with_break_a_scene_says_that_it_does_not_hold() -> Non
     assert len(comparing) >= 4 and all("does not hold as it stands" in table for table in comparing)
 
 
-def commands() -> list[str]:
-    """Every `python cli.py ...` line of the pages, continuation lines joined."""
-    found = []
-    for page in PAGES:
-        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
-            lines = block.replace("\\\n", " ").splitlines()
-            found += [line for line in lines if line.startswith("python cli.py")]
-    return found
-
-
 def test_the_commands_of_the_pages_have_the_options_that_they_name() -> None:
     import shlex
 
@@ -54,9 +42,10 @@ def test_the_commands_of_the_pages_have_the_options_that_they_name() -> None:
     from mifo.cli import app
 
     known = get_command(app).commands  # type: ignore[attr-defined]
-    assert len(commands()) > 15
-    for line in commands():
-        words = shlex.split(line, comments=True)[2:]
+    lines = [line for page in PAGES for line in commands_of(page)]
+    assert len(lines) > 15
+    for line in lines:
+        words = shlex.split(line, comments=True)
         command = known[words[0]]
         while hasattr(command, "commands"):  # `cluster learn`
             words = words[1:]

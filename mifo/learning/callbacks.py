@@ -49,8 +49,11 @@ class EarlyStopping(Callback):
         if self.keeper:
             trainer.state.kept = {"phase": phase.name, **self.keeper.restore()}
 
-    def load_state(self, checkpoint: dict[str, Any]) -> None:
-        self._saved = checkpoint["keeper"]
+    def state(self) -> dict[str, Any] | None:
+        return self.keeper.state() if self.keeper else None
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._saved = state
 
 
 class AverageWeights(Callback):
@@ -77,24 +80,26 @@ class AverageWeights(Callback):
         if self.mean is not None:
             self.mean.apply()
 
-    def load_state(self, checkpoint: dict[str, Any]) -> None:
-        self._saved = checkpoint["mean"]
+    def state(self) -> dict[str, Any] | None:
+        return self.mean.state() if self.mean else None
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._saved = state
 
 
 class SaveCheckpoints(Callback):
     """Writes the state every so many steps, and at the end of a phase or of an interrupted run. Comes after those that decide on
     weights, whose own states it holds."""
 
-    def __init__(self, checkpoints: Checkpoints, decides: EarlyStopping | AverageWeights):
-        self.checkpoints, self.decides = checkpoints, decides
+    def __init__(self, checkpoints: Checkpoints):
+        self.checkpoints = checkpoints
 
     def on_step_end(self, trainer: Trainer, phase: PhaseRun) -> bool:
         if self.checkpoints.due(phase.steps_done, phase.stop_asked or phase.is_last_step):
             trainer.check_finite({"weight": max(float(p.detach().abs().max()) for p in phase.parameters)}, phase)
-            keeper = self.decides.keeper if isinstance(self.decides, EarlyStopping) else None
-            mean = self.decides.mean if isinstance(self.decides, AverageWeights) else None
-            saved = capture(trainer.state, phase, trainer.stepper.scaler, keeper.state() if keeper else None,
-                            mean.state() if mean else None)  # fmt: skip
+            states = {type(callback).__name__: callback.state() for callback in trainer.callbacks}
+            kept = {name: state for name, state in states.items() if state is not None}
+            saved = capture(trainer.state, phase, trainer.stepper.scaler, kept)
             where = place(phase.name, phase.steps_done, phase.config.train_steps)
             self.checkpoints.save(saved, where)
             trainer.state.last_saved = where

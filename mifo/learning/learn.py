@@ -167,8 +167,8 @@ def prepare(instance: Instance, base: BaseModel, config: LearnConfig, prior_cach
 def _callbacks(config: LearnConfig, checkpoints: Checkpoints, judge: CheckpointJudge | None, more: Sequence[Callback],
                is_main: bool) -> list[Callback]:  # fmt: skip
     """In a process that is not the main one, that alone which decides on weights."""
-    decides = EarlyStopping(config.keep, judge) if config.keep.enabled and judge else AverageWeights()
-    return [decides, SaveCheckpoints(checkpoints, decides), Snapshots(), *more] if is_main else [decides]
+    decides: Callback = EarlyStopping(config.keep, judge) if config.keep.enabled and judge else AverageWeights()
+    return [decides, SaveCheckpoints(checkpoints), Snapshots(), *more] if is_main else [decides]
 
 
 @dataclass(frozen=True)

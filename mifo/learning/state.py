@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,9 +89,9 @@ def place(phase: str, step: int, total: int) -> str:
     return f"{PHASE_NAMES[phase]}, step {step} of {total}"
 
 
-def capture(state: TrainerState, phase: PhaseRun, scaler: Any = None, kept: Any = None, mean: Any = None) -> dict[str, Any]:
-    """The whole state between two steps. `scaler`: the gradient scaler; `kept`, `mean`: early stopping's and averaging's own
-    states."""
+def capture(state: TrainerState, phase: PhaseRun, scaler: Any = None,
+            callbacks: Mapping[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
+    """The whole state between two steps. `scaler`: the gradient scaler; `callbacks`: their own states, by class."""
     return {
         "phase": phase.name,
         "step": phase.steps_done,
@@ -104,13 +104,12 @@ def capture(state: TrainerState, phase: PhaseRun, scaler: Any = None, kept: Any 
         "curve": state.loss_history,
         "snapshots": state.snapshots,
         "skipped_steps": state.skipped_steps,
-        "keeper": kept,
-        "mean": mean,
+        "callbacks": dict(callbacks or {}),
     }
 
 
 def restore(state: TrainerState, phase: PhaseRun, saved: dict[str, Any], scaler: Any = None) -> None:
-    """Puts everything back as `capture` saw it; `saved["keeper"]` and `saved["mean"]` are their callbacks' to load."""
+    """Puts everything back as `capture` saw it; `saved["callbacks"]` is theirs to load."""
     with torch.no_grad():
         for parameter, value in zip(phase.parameters, saved["parameters"], strict=True):
             parameter.copy_(value)

@@ -60,8 +60,12 @@ class Callback:
     def on_phase_end(self, trainer: Trainer, phase: PhaseRun) -> None:
         """After the last step."""
 
-    def load_state(self, checkpoint: dict[str, Any]) -> None:
-        """Takes its own part of a checkpoint, before `on_phase_start` of the phase that goes on."""
+    def state(self) -> dict[str, Any] | None:
+        """What a checkpoint of the phase that runs holds of it, besides weights and `TrainerState`; None for nothing."""
+        return None
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes back what `state` gave, before `on_phase_start` of the phase that goes on."""
 
 
 class Trainer:
@@ -113,7 +117,8 @@ class Trainer:
         if self.checkpoint is not None:
             restore(self.state, phase, self.checkpoint, self.stepper.scaler)
             for callback in self.callbacks:
-                callback.load_state(self.checkpoint)
+                if kept := self.checkpoint["callbacks"].get(type(callback).__name__):
+                    callback.load_state(kept)
             self.checkpoint = None
         mine = self.processes.share(config.draws) if self.processes else None
         with stop_between_steps() as stop, record_attention(self.base.unet, sites) as recorder, self._threads(config) as pool:

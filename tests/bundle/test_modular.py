@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from _tiny import tiny_xl_bundle_folder, tiny_xl_folder
-from diffusers import ClassifierFreeGuidance
+from diffusers import ClassifierFreeGuidance, EulerAncestralDiscreteScheduler, PerturbedAttentionGuidance
 
 from mifo import api
 from mifo.bundle.store import load_bundle
@@ -31,10 +32,11 @@ def pipeline() -> Any:
     return base, bundle, pipe
 
 
-def drawn(pipe: Any, boxes: Any = BOXES, prompt: Any = PROMPT) -> np.ndarray:
+def drawn(pipe: Any, boxes: Any = BOXES, prompt: Any = PROMPT, generator: Any = None) -> np.ndarray:
     latents = initial_latents((pipe.unet.config.in_channels, 16, 16), 3, 1, "cpu")
     found: np.ndarray = pipe(prompt=prompt, boxes=boxes, control=CONTROL, num_inference_steps=4, latents=latents,
-                             height=128, width=128, output_type="np", output="images")[0]  # fmt: skip
+                             height=128, width=128, output_type="np", output="images",
+                             generator=generator)[0]  # fmt: skip
     return found
 
 
@@ -53,3 +55,19 @@ def test_what_it_cannot_draw_is_told(pipeline: Any) -> None:
         drawn(pipe, prompt=[PROMPT, PROMPT])
     with pytest.raises(InputError, match="box"):
         drawn(pipe, boxes=[[0, 0, 2, 1], [0, 0, 1, 1]])
+    with pytest.raises(InputError, match="the assets that exist are <asset0>, <asset1>"):
+        drawn(pipe, prompt="a photo of <asset7> and <asset1>")
+    usual = pipe.guider
+    pipe.update_components(guider=PerturbedAttentionGuidance(perturbed_guidance_layers=["mid_block"]))
+    with pytest.raises(InputError, match="ClassifierFreeGuidance"):
+        drawn(pipe)
+    pipe.update_components(guider=usual)
+
+
+def test_a_sampler_that_adds_noise_draws_the_same_by_the_same_generator(pipeline: Any) -> None:
+    _, _, pipe = pipeline
+    usual = pipe.scheduler
+    pipe.update_components(scheduler=EulerAncestralDiscreteScheduler.from_config(usual.config))
+    first, again, other = (drawn(pipe, generator=torch.Generator().manual_seed(seed)) for seed in (5, 5, 6))
+    pipe.update_components(scheduler=usual)
+    assert np.array_equal(first, again) and not np.array_equal(first, other)

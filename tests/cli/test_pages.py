@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from _pages import PAGES, ROOT, commands_of
 from _tiny import FAST, mifo, tiny_base_folder, write_instance
 from PIL import Image
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-#: Run in tests of their own: test_demo.py and test_browser.py, test_cluster.py, test_service.py.
+#: Run in tests of their own: test_cli.py, test_cluster.py and test_service.py.
 ELSEWHERE = ("demo", "cluster", "serve")
 DESK = Path("my_photos") / "desk"
 #: What makes a command short.
@@ -22,14 +20,7 @@ SHORT = {"synthesize": ["--steps", "2"], "edit": ["--steps", "2"], "variations":
          "evaluate": ["--samples", "1", "--steps", "1"]}  # fmt: skip
 
 
-def lines_of(page: Path) -> list[str]:
-    """Its `python cli.py ...` lines, continuation lines joined."""
-    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [line for line in lines if "cli.py" in line]
-
-
-SHOWN = {page.name: lines_of(page) for page in PAGES if lines_of(page)}
+SHOWN = {page.name: commands_of(page) for page in PAGES if commands_of(page)}
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +44,6 @@ def test_the_commands_of_a_page_run_as_printed(page: str, furnished: Path, tmp_p
         shutil.copytree(furnished, tmp_path, dirs_exist_ok=True)
     for line in SHOWN[page]:
         words = shlex.split(line, comments=True)
-        words = words[words.index("cli.py" if "cli.py" in words else ".venv/bin/python") + 1 :]
-        if words[0] == "cli.py":
-            words = words[1:]
         if words[0] in ELSEWHERE:
             continue
         make_ready(line)
