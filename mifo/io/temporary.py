@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .json_text import json_text
-from .manifest import is_ours, remove_ours
+from .manifest import MANIFEST, is_ours, remove_ours
 
 MARKER = ".mifo-writing"
 #: What is being written, and a folder that another has replaced and that is about to be removed.
@@ -41,11 +41,14 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             if os.path.samestat(os.lstat(path), made):  # another folder may have this name by now: the one that was replaced
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
 
 
 def remove_abandoned(folder: Path, after: float = ABANDONED_AFTER) -> None:
-    """Removes what killed runs left half-written in `folder`: by its name, its marker or its manifest, and its process's end."""
+    """Removes what killed runs left half-written in `folder`: by its name, its marker or its manifest, and its process's end.
+
+    One that is empty needs no marker: a run can be killed before it has written that, or when it has removed it.
+    """
     for path in folder.iterdir():
         named = NAME.fullmatch(path.name)
         with suppress(OSError):
@@ -54,9 +57,28 @@ def remove_abandoned(folder: Path, after: float = ABANDONED_AFTER) -> None:
                 continue
             there = read_owner(path / MARKER)
             if there is not None and there["token"] == named[1] and not is_running(there):
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
             elif is_ours(path):
                 remove_ours(path)
+            else:
+                if os.listdir(path) == [MARKER] and os.lstat(path / MARKER).st_size == 0:  # killed before it was written
+                    (path / MARKER).unlink()
+                path.rmdir()  # fails where anything is in it
+
+
+def _remove(folder: Path) -> None:
+    """Removes it as far as that goes, and last what it is known by: a kill in between leaves what can be found again."""
+    known_by = (MANIFEST, MARKER)
+    for entry in list(os.scandir(folder)):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path, ignore_errors=True)
+        elif entry.name not in known_by:
+            with suppress(OSError):
+                os.unlink(entry.path)
+    for name in known_by:
+        with suppress(FileNotFoundError):
+            os.unlink(folder / name)
+    folder.rmdir()
 
 
 def owner(token: str) -> dict[str, Any]:

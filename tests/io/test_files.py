@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -190,7 +191,7 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path: Path, monkeypat
 
 
 def test_only_our_own_abandoned_folders_are_removed(tmp_path: Path):
-    """By the name, by the marker inside with the same number, and when the process is gone; never by the name alone."""
+    """By the name, by the marker inside with the same number, and when the process is gone; by the name alone only what is empty."""
     kept = [".x.partial", ".mifo-0123456789abcdef.partial", ".mifo-1123456789abcdef.partial", ".mifo-2123456789abcdef.partial",
             ".mifo-3123456789abcdef.old", ".mifo-4123456789abcdef.partial", ".mifo-xyz.partial"]  # fmt: skip
     for name in kept:
@@ -208,6 +209,10 @@ def test_only_our_own_abandoned_folders_are_removed(tmp_path: Path):
     (ours[0] / MARKER).write_text(json.dumps({**gone, "token": "a123456789abcdef"}))
     write(tmp_path / "x", "replaced")
     (tmp_path / "x").rename(ours[1])  # as a kill after an exchange leaves the old one
+    ours += [tmp_path / ".mifo-c123456789abcdef.partial", tmp_path / ".mifo-d123456789abcdef.partial"]
+    for path in ours[2:]:  # as a kill leaves them before the marker is there, and before it is written
+        path.mkdir()
+    (ours[3] / MARKER).touch()
     before = {name: content for name, content in snapshot(tmp_path).items() if not name.startswith(tuple(p.name for p in ours))}
     remove_abandoned(tmp_path)
     assert all(path.exists() for path in ours), "they could be those of a run that goes on"
@@ -216,6 +221,36 @@ def test_only_our_own_abandoned_folders_are_removed(tmp_path: Path):
     write(tmp_path / "y", "new")
     shutil.rmtree(tmp_path / "y")
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_a_kill_while_a_temporary_folder_is_removed_leaves_what_the_next_run_removes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+):
+    """What it is known by goes last, and an empty one is known by its name: there is no moment in between."""
+    removed = 0
+
+    def dying(remove: Callable[..., None]) -> Callable[..., None]:
+        def counting(*given: object, **options: object) -> None:
+            nonlocal removed
+            if removed == at:
+                raise KeyboardInterrupt
+            removed += 1
+            remove(*given, **options)
+
+        return counting
+
+    with suppress(KeyboardInterrupt), temporary_folder(tmp_path) as temporary:
+        (temporary / "more").mkdir()
+        for name in ("half", "zero", "more/half"):
+            (temporary / name).write_text("half a file")
+        for name in ("unlink", "rmdir"):
+            monkeypatch.setattr(os, name, dying(getattr(os, name)))
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == [temporary.name]
+    monkeypatch.setattr("mifo.io.temporary.is_running", lambda who: False)
+    remove_abandoned(tmp_path, after=-1)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_temporary_folder_that_was_exchanged_for_another_takes_nothing_with_it(tmp_path: Path):
