@@ -25,7 +25,7 @@ import torch
 import typer
 
 from mifo.bundle.store import attach
-from mifo.config import LearnConfig
+from mifo.config import AttentionTerms, LearnConfig
 from mifo.data.instance import load_instance
 from mifo.learning.learn import learn
 from mifo.model.base import BaseModel, load_base_model
@@ -59,20 +59,19 @@ def preset_of(recipe: str) -> dict[str, float]:
 
 def configured(recipe: str, values: Mapping[str, float], seed: int = 0) -> LearnConfig:
     """The preset with another attention loss, other rates and another weight of that loss."""
-    config = learn_preset("toybox")
-    theirs = learn_preset("toybox", "break-a-scene")
-    phases = []
-    for ours, other in ((config.embedding, theirs.embedding), (config.lora, theirs.lora)):
+    ours, theirs = learn_preset("toybox"), learn_preset("toybox", "break-a-scene")
+    weight = values.get("attention_weight", 0.0)
+
+    def terms(own: AttentionTerms, other: AttentionTerms) -> AttentionTerms:
         if recipe == "mifo":
-            terms = replace(ours.attention, penalty_weight=values["attention_weight"], reward_weight=values["attention_weight"])
-        elif recipe == "break-a-scene":
-            terms = replace(other.attention, penalty_weight=values["attention_weight"])
-        else:
-            terms = replace(ours.attention, loss="none")
-        phases.append(replace(ours, attention=terms))
-    embedding = replace(phases[0], learning_rate=values["embedding_rate"])
-    lora = replace(phases[1], learning_rate=values["lora_rate"], row_learning_rate=values["row_rate"])
-    return replace(config, embedding=embedding, lora=lora, seed=seed)
+            return replace(own, penalty_weight=weight, reward_weight=weight)
+        return replace(other, penalty_weight=weight) if recipe == "break-a-scene" else replace(own, loss="none")
+
+    embedding = replace(ours.embedding, learning_rate=values["embedding_rate"],
+                        attention=terms(ours.embedding.attention, theirs.embedding.attention))  # fmt: skip
+    lora = replace(ours.lora, learning_rate=values["lora_rate"], row_learning_rate=values["row_rate"],
+                   attention=terms(ours.lora.attention, theirs.lora.attention))  # fmt: skip
+    return replace(ours, embedding=embedding, lora=lora, seed=seed)
 
 
 def suggest(trial: optuna.Trial, recipe: str) -> dict[str, float]:
