@@ -8,10 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..data.instance import Instance
+from ..data.instance import Instance, with_background, without_background
 from ..errors import InputError
 from ..io.files import check_replaceable
 from ..io.read_files import read_regular
+from ..prompts import BACKGROUND_TOKEN
 from .catalogue import RECORD
 from .files import MAX_JSON_BYTES
 from .store import KIND
@@ -52,7 +53,18 @@ def _differences(record: dict[str, Any], instance: Instance, fingerprint: str | 
     there = record.get("base")
     base = there if isinstance(there, dict) else {}
     if record.get("photo_digest") != photo_digest(instance):
-        return "from another photo or other masks"
+        return _with_or_without_background(record, instance) or "from another photo or other masks"
     if fingerprint is not None and base.get("fingerprint") != fingerprint:
         return f"on another base model ({str(base.get('name'))[:100]})"
     return ""
+
+
+def _with_or_without_background(record: dict[str, Any], instance: Instance) -> str:
+    """What is told where photo and masks are the same but for `<background>`; else empty."""
+    try:
+        turned = without_background(instance) if instance.has_background else with_background(instance)
+    except InputError:  # there is none
+        return ""
+    if record.get("photo_digest") != photo_digest(turned):
+        return ""
+    return f"{'without' if instance.has_background else 'with'} {BACKGROUND_TOKEN} from the same photo"

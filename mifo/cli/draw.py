@@ -204,7 +204,7 @@ def decompose(
 
     def shots(bundle: Bundle, base: BaseModel, config: SynthesisConfig) -> list[Shot]:
         if "<background>" not in bundle.tokens:
-            say("note: the background was not learned; 'learn --background-asset' adds it")
+            say("note: the background was not learned; 'learn --background-asset --overwrite' adds it")
         return decomposition(bundle.tokens, compute.seed, _places(bundle, base, config))
 
     _run_shots(job, model_id, "decompose", source, sampling, output, compute, {}, shots)

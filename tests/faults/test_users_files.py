@@ -198,6 +198,18 @@ def test_learn_replaces_the_same_photo_and_asks_for_any_other(place: Path):
     assert len(json.loads((place / "out" / "cups" / "bundle.json").read_text())["tokens"]) == 1
 
 
+def test_learning_the_background_too_is_no_other_photo_and_is_told_so(place: Path):
+    """A note of `decompose` sends people from the one to the other."""
+    learn(place, "cups")
+    before = snapshot(place)
+    said = learn(place, "cups", "--background-asset", exit_code=2).stderr
+    assert "holds a bundle that was learned without <background> from the same photo; give another --name, or --overwrite" in said
+    assert snapshot(place) == before
+    learn(place, "cups", "--background-asset", "--overwrite")
+    said = learn(place, "cups", exit_code=2).stderr
+    assert "holds a bundle that was learned with <background> from the same photo" in said
+
+
 def test_learn_never_replaces_a_folder_for_its_bundle_json(place: Path):
     (place / "out" / "cups").mkdir(parents=True)
     (place / "out" / "cups" / "bundle.json").write_text("{}")

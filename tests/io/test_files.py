@@ -191,7 +191,7 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path: Path, monkeypat
 
 
 def test_only_our_own_abandoned_folders_are_removed(tmp_path: Path):
-    """By the name, by the marker inside with the same number, and when the process is gone; by the name alone only what is empty."""
+    """By the name, by the marker inside with the same number, and when the process is gone; by the name alone what is empty."""
     kept = [".x.partial", ".mifo-0123456789abcdef.partial", ".mifo-1123456789abcdef.partial", ".mifo-2123456789abcdef.partial",
             ".mifo-3123456789abcdef.old", ".mifo-4123456789abcdef.partial", ".mifo-xyz.partial"]  # fmt: skip
     for name in kept:
