@@ -62,12 +62,11 @@ METHODS = _read_methods(Path(__file__).with_name("methods.json"))
 
 
 def choose_methods(text: str) -> list[str]:
-    """'main', 'ablations', 'study' (what the attention losses are worth), 'all', or names with commas; raises KeyError for a
-    name that does not exist."""
-    main = [name for name, method in METHODS.items() if method.group == "main"]
-    study = [name for name, method in METHODS.items() if method.group == "study"]
-    ablations = ["mifo", *(n for n in METHODS if n not in main and n not in study)]
-    groups = {"main": main, "ablations": ablations, "study": study, "all": list(METHODS)}
+    """'main', 'ablations', 'study' (what the attention losses are worth), 'tuned' (attention losses on composites, each with its
+    own search), 'all', or names with commas; raises KeyError for a name that does not exist."""
+    groups = {group: [name for name, method in METHODS.items() if method.group == group] for group in ("main", "study", "tuned")}
+    ablations = ["mifo", *(name for name, method in METHODS.items() if method.group in ("ablation", "drawing"))]
+    groups |= {"ablations": ablations, "tuned": ["mifo", *groups["tuned"]], "all": list(METHODS)}
     names = [name for part in text.split(",") for name in groups.get(part.strip(), (part.strip(),))]
     for name in names:
         METHODS[name]
