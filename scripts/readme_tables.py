@@ -330,6 +330,48 @@ def toybench_table(name: str) -> str:
     return "\n".join([*lines, *doubt, figure, "", source(name, result)])
 
 
+#: what stands beside this project in the comparison of attention losses, each on composites and with its own search
+TUNED = {"break-a-scene-tuned": "Break-A-Scene's loss", "no-attention-loss-tuned": "no attention loss"}
+
+
+def tuned_table(name: str) -> str:
+    """Attention losses that had the same search, on scenes of toybench."""
+    result = load(name)
+    if result is None:
+        return "Not measured yet."
+    from scripts.toybench.toybench_report import difference_table, table
+
+    seeds = result["learning_seeds"]
+    lines = [f"{result['scenes']} held-out scenes of look-alikes (one class in several colours, or in several patterns), "
+             f"{seeds} learning run{'s' * (seeds > 1)} of each, the same seeds for every method; "
+             "95 % bootstrap intervals over scenes.", "", table(result["methods"]), ""]  # fmt: skip
+    for other, title in TUNED.items():
+        if other in result["methods"]:
+            lines += [f"mifo beside {title}, scene by scene; bold where the interval of five scenes or more leaves 0 out:", "",
+                      difference_table(result["methods"], other), ""]  # fmt: skip
+    return "\n".join([*lines, source(name, result)])
+
+
+def search_table() -> str:
+    """What the search of rates and attention weight found for each attention loss."""
+    rows, sources = [], []
+    for recipe, title in (("mifo", "reward, then penalty"), ("break_a_scene", "Break-A-Scene's"), ("none", "none")):
+        result = load(f"search_{recipe}")
+        if result is None:
+            return "Not measured yet."
+        best, first = result["trials"][0], next(t for t in result["trials"] if t["number"] == 0)
+        rates = " / ".join(f"{best[key]:.2g}" for key in ("embedding_rate", "lora_rate", "row_rate"))
+        shares = " | ".join(f"{50 * (best[key] + best['again'][key]):.0f} %"
+                            for key in ("right", "confused", "right_in_boxes", "wrong_in_boxes"))  # fmt: skip
+        weight, start = best.get("attention_weight", 0), first.get("mean", first["value"])
+        trials = len(result["trials"])
+        rows.append(f"| {title} | {trials} | {rates} | {weight:.2g} | {best['mean']:.2f} | {start:.2f} | {shares} |")
+        sources.append(source(f"search_{recipe}", result))
+    head = ("| attention loss | trials | best rates: embedding, LoRA, rows | its weight | value | of the preset's rates | "
+            "alone: looks right | alone: confused | in boxes: looks right | another in the box |")  # fmt: skip
+    return "\n".join([head, "|" + "---|" * 10, *rows, "", *sources])
+
+
 def edit_table() -> str:
     result = load("edit")
     if result is None:
@@ -571,7 +613,8 @@ TABLES: dict[str, Callable[[], str]] = {
           "headline": headline_table, "main_job": main_job_table, "base_model": base_model_table, "toybox_xl": xl_table,
           "samplers": samplers_table, "several": several_table, "composites": composites_table,
           "photos": photos_table, "relearn": relearn_table, "bundles_cost": bundles_cost_table,
-          "scale": scale_table, "edit": edit_table,
+          "scale": scale_table, "edit": edit_table, "search": search_table,
+          "toybench_tuned": partial(tuned_table, "toybench_tuned"),
           "bench": bench_table, "bench_jobs": jobs_table, "bench_growth": growth_table, "memory_goals": goals_table,
           "memory_goals_sdxl": xl_goals_table,
           "memory": memory_table, "bench_families": families_table, "compile": compile_table, "segment": segment_table,
