@@ -3,8 +3,8 @@
     python -m scripts.quality.draw_comparison
 
 A row a scene (toybench's first three held-out scenes with three things of one class: colours, patterns, colours): the photo,
-mifo in its boxes, the same learned without an attention loss, the same without box control, Break-A-Scene's recipe in the same
-boxes. One seed for all of them.
+mifo in its boxes, the same without boxes, and in boxes with no attention loss and with Break-A-Scene's, each as its own search found
+it. One seed for all of them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from scripts.toybench.toybench_scenes import Cell, bench_scene
 
 CELLS = (Cell("colors", 3, 0, "holdout"), Cell("patterns", 3, 0, "holdout"), Cell("colors", 3, 1, "holdout"))
 SIDE = 256
-RECIPES = {"mifo": "mifo", "no attention loss": "mifo-without-attention-loss", "Break-A-Scene's recipe": "break-a-scene"}
+RECIPES = {"mifo": "mifo", "no attention loss": "no-attention-loss-tuned", "Break-A-Scene's loss": "break-a-scene-tuned"}
 
 
 def photo_with_masks(instance: Instance) -> Image.Image:

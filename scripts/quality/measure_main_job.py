@@ -2,7 +2,7 @@
 
     python -m scripts.quality.measure_main_job
     python -m scripts.quality.measure_main_job --instance shelf --name main_job_shelf
-    python -m scripts.quality.measure_main_job --recipes mifo,mifo-without-attention-loss --name main_job_parts
+    python -m scripts.quality.measure_main_job --recipes mifo,no-attention-loss-tuned,break-a-scene-tuned --runs 3
 
 Runs side by side: this project, Break-A-Scene's recipe, and this project without box control.
 """
@@ -36,6 +36,7 @@ from mifo.toybox.judge import Finding, Verdict, judge_images, load_judge
 from mifo.toybox.scoring import best_in_box, compare, nearest, surest
 from mifo.toybox.world import BACKGROUND_PHRASES, Thing
 from scripts.record import share, spread, write_result
+from scripts.toybench.methods import training
 
 PLACES = ("beach", "snow", "grass")
 #: three arrangements for the boxes; each is used with every place
@@ -63,7 +64,7 @@ def arrangement(things: list[Thing], corners: tuple[tuple[float, float], ...]) -
 
 
 def recipe_config(family: str, name: str) -> LearnConfig:
-    """A recipe of the product, or one of its parts: which of them does what."""
+    """A recipe of the product, one of its parts (which of them does what), or a method of toybench."""
     ours, theirs = learn_preset(family), learn_preset(family, "break-a-scene")
     none = replace(ours.lora.attention, loss="none")
     variants = {
@@ -80,9 +81,8 @@ def recipe_config(family: str, name: str) -> LearnConfig:
         "mifo-without-composites": replace(ours, composites=theirs.composites),
         "mifo-with-locality-and-placements": replace(ours, composites=theirs.composites, placements=8, locality_weight=1.0,
                                                      locality_every=2),
-        "break-a-scene-with-composites": replace(theirs, prior=ours.prior, composites=ours.composites, masked_loss_by_area=True),
     }  # fmt: skip
-    return variants[name]
+    return variants[name] if name in variants else training(name, 0).config
 
 
 def measure_alone(base: BaseModel, bundle: Bundle, things: list[Thing], judge: Any,
