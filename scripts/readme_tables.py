@@ -307,27 +307,16 @@ def samplers_table() -> str:
 
 
 def toybench_table(name: str) -> str:
+    """Methods beside this project, scene by scene."""
     result = load(name)
     if result is None:
         return "Not measured yet."
-    from scripts.toybench.toybench_report import difference_table, paired_table, table, versus_table
+    from scripts.toybench.toybench_report import paired_table
 
-    if result.get("paired"):
-        text = ("Each method minus mifo, scene by scene, with 95 % bootstrap intervals over the scenes that both have; bold "
-                "where the interval of five scenes or more leaves 0 out.")  # fmt: skip
-        doubt = [BREAK_A_SCENE, ""] if "break-a-scene" in result["methods"] else []
-        return "\n".join([text, "", paired_table(result["methods"]), "", *doubt, source(name, result)])
-    held = " that were never used for choosing anything" if result["split"] == "holdout" else ""
-    scenes = f"{result['scenes']} scenes{held}, the same scenes and seeds for every method; 95 % bootstrap intervals over scenes."
-    figure = f"![{name}: a bar with its interval for every method and level](scripts/results/{name}.png)"
-    lines = [scenes, "", table(result["methods"]), ""]
-    if "mifo_against_it" in result["methods"].get("break-a-scene", {}):
-        lines += ["By level and by number of things, bold where the intervals of five scenes or more stay apart:", "",
-                  versus_table(result["methods"], "break-a-scene"), "",
-                  "The same, scene by scene; bold where the interval of five scenes or more leaves 0 out:", "",
-                  difference_table(result["methods"], "break-a-scene"), ""]  # fmt: skip
+    text = ("Each method minus mifo, scene by scene, with 95 % bootstrap intervals over the scenes that both have; bold "
+            "where the interval of five scenes or more leaves 0 out.")  # fmt: skip
     doubt = [BREAK_A_SCENE, ""] if "break-a-scene" in result["methods"] else []
-    return "\n".join([*lines, *doubt, figure, "", source(name, result)])
+    return "\n".join([text, "", paired_table(result["methods"]), "", *doubt, source(name, result)])
 
 
 #: what stands beside this project in the comparison of attention losses, each on composites and with its own search
@@ -339,12 +328,14 @@ def tuned_table(name: str) -> str:
     result = load(name)
     if result is None:
         return "Not measured yet."
-    from scripts.toybench.toybench_report import difference_table, table
+    from scripts.toybench.toybench_report import difference_table, table, versus_table
 
     seeds = result["learning_seeds"]
     lines = [f"{result['scenes']} held-out scenes of look-alikes (one class in several colours, or in several patterns), "
-             f"{seeds} learning run{'s' * (seeds > 1)} of each, the same seeds for every method; "
+             f"{'one learning run' if seeds == 1 else f'{seeds} learning runs'} of each, the same seeds for every method; "
              "95 % bootstrap intervals over scenes.", "", table(result["methods"]), ""]  # fmt: skip
+    lines += ["By level and by number of things, bold where the intervals of five scenes or more stay apart:", "",
+              versus_table(result["methods"], "break-a-scene-tuned"), ""]  # fmt: skip
     for other, title in TUNED.items():
         if other in result["methods"]:
             lines += [f"mifo beside {title}, scene by scene; bold where the interval of five scenes or more leaves 0 out:", "",
@@ -619,8 +610,7 @@ TABLES: dict[str, Callable[[], str]] = {
           "memory_goals_sdxl": xl_goals_table,
           "memory": memory_table, "bench_families": families_table, "compile": compile_table, "segment": segment_table,
           **{name: partial(toybench_table, name) for name in (
-              "toybench", "toybench_holdout", "toybench_large", "toybench_steps", "toybench_baselines",
-              "toybench_ablations")}}  # fmt: skip
+              "toybench_steps", "toybench_baselines", "toybench_ablations")}}  # fmt: skip
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 

@@ -3,7 +3,7 @@
     python -m scripts.quality.draw_comparison
 
 A row a scene (toybench's first three held-out scenes with three things of one class: colours, patterns, colours): the photo,
-mifo in its boxes, the same without boxes, and in boxes with no attention loss and with Break-A-Scene's, each as its own search found
+mifo in its boxes, the same without boxes, and in boxes no attention loss and Break-A-Scene's, each as its own search found
 it. One seed for all of them.
 """
 
