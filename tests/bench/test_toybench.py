@@ -75,6 +75,22 @@ def test_methods_change_what_they_say():
         choose_methods("best-method")
 
 
+@pytest.mark.parametrize(("method", "recipe"), [("mifo", "mifo"), ("break-a-scene-tuned", "break_a_scene"),
+                                                ("no-attention-loss-tuned", "none")])  # fmt: skip
+def test_tuned_methods_are_what_their_own_search_found_best(method: str, recipe: str):
+    """A table that says "each with its own search" must be of those settings, and differ in nothing else."""
+    result = json.loads((Path(__file__).parents[2] / "scripts" / "results" / f"search_{recipe}.json").read_text())
+    best, tuned, ours = result["trials"][0], training(method, 0).config, training("mifo", 0).config
+    assert len(result["trials"]) >= 12 and best["mean"] == max(t["mean"] for t in result["trials"] if "mean" in t)
+    assert tuned.embedding.learning_rate == pytest.approx(best["embedding_rate"], rel=0.01)  # as they are rounded there
+    assert tuned.lora.learning_rate == pytest.approx(best["lora_rate"], rel=0.01)
+    assert tuned.lora.row_learning_rate == pytest.approx(best["row_rate"], rel=0.01)
+    for phase, own in ((tuned.embedding, ours.embedding), (tuned.lora, ours.lora)):
+        assert (phase.attention.penalty_weight == best.get("attention_weight")) == (phase.attention.loss != "none")
+        assert (phase.train_steps, phase.draws) == (own.train_steps, own.draws)
+    assert (tuned.prior, tuned.composites, tuned.union_sampling) == (ours.prior, ours.composites, ours.union_sampling)
+
+
 def test_pairs_hold_the_subset_alone_on_one_color(tmp_path: Path):
     base = load_base()
     fitted = fit_instance(load_instance(write_instance(tmp_path / "cups")), 128)
