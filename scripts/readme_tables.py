@@ -53,7 +53,9 @@ def headline_table() -> str:
     if not (job and edits and base and canaries):
         return "Not measured yet."
     ours, car, quiet = job["mifo"], edits["toy_car"]["insert"], load("learn_seconds")
-    alone, on = (quiet["mifo"], "two cores of a fast CPU; a slow one takes three times as long") if quiet else (ours, "a busy CPU, one thread")
+    alone, on = (ours, "a busy CPU, one thread")
+    if quiet:
+        alone, on = quiet["mifo"], "two cores of a fast CPU; a slow one takes three times as long"
     broken = len(canaries["broken"])
     rows = [
         ("three look-alike cars, each in its box: the right one", percent(ours["in_boxes"]["right_instance"]),
