@@ -75,6 +75,8 @@ def _remove(folder: Path) -> None:
         elif entry.name not in known_by:
             with suppress(OSError):
                 os.unlink(entry.path)
+    if set(os.listdir(folder)).difference(known_by):  # something cannot be removed now: a later run will find it by these
+        return
     for name in known_by:
         with suppress(FileNotFoundError):
             os.unlink(folder / name)

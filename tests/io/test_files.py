@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from _tiny import snapshot
@@ -248,6 +249,24 @@ def test_a_kill_while_a_temporary_folder_is_removed_leaves_what_the_next_run_rem
             monkeypatch.setattr(os, name, dying(getattr(os, name)))
     monkeypatch.undo()
     assert os.listdir(tmp_path) == [temporary.name]
+    monkeypatch.setattr("mifo.io.temporary.is_running", lambda who: False)
+    remove_abandoned(tmp_path, after=-1)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_temporary_folder_that_cannot_be_removed_yet_keeps_its_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    unlink = os.unlink
+
+    def busy(path: Any, **options: Any) -> None:
+        if str(path).endswith("open"):
+            raise PermissionError("another program has it open")
+        unlink(path, **options)
+
+    with temporary_folder(tmp_path) as temporary:
+        (temporary / "open").touch()
+        monkeypatch.setattr(os, "unlink", busy)
+    monkeypatch.undo()
+    assert sorted(os.listdir(temporary)) == [MARKER, "open"]
     monkeypatch.setattr("mifo.io.temporary.is_running", lambda who: False)
     remove_abandoned(tmp_path, after=-1)
     assert os.listdir(tmp_path) == []
