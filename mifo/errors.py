@@ -18,6 +18,10 @@ class NotFinite(Exception):
     helps."""
 
 
+class OtherProcessEnded(Exception):
+    """Of the processes that share a job, another has ended, and this one cannot go on without it: exit status 1."""
+
+
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """"; did you mean 'toy_car'?" where one of `known` is close to what was given, else nothing."""
     close = get_close_matches(given, list(known), 1)

@@ -17,7 +17,7 @@ from ..errors import InputError, NotFinite
 from ..io.console import Bar, Job, say, waiting
 from ..io.files import check_writable
 from ..io.outputs import PLACE, check_apart
-from ..io.processes import is_main_process
+from ..io.processes import is_main_process, process_count
 from .app import app
 from .job import job_command
 from .options import ComputeOptions, EvaluatorOptions, InstanceName, Keep, LearnInput, LearnOutput, LogWith, TrainingOptions
@@ -146,7 +146,7 @@ def learn(
         try:
             learn_one(each, target, initial)
         except (InputError, NotFinite) as error:
-            if len(instances) == 1:
+            if len(instances) == 1 or process_count() > 1:  # which would no longer be at the same place
                 raise
             failed[each.name] = str(error)  # the others may well succeed
             say(f"{each.name} failed: {error}")

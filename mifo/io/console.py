@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TextIO
 
 import typer
 
-from ..errors import InputError, NotFinite
+from ..errors import InputError, NotFinite, OtherProcessEnded
 from .files import is_full, unwritable
 from .interrupts import BROKEN_PIPE, Terminated, heard
 from .json_text import record_text
@@ -84,7 +84,7 @@ def running(as_json: bool, quiet: bool = False) -> Iterator[Job]:
     except InputError as error:
         say(f"error: {error}")
         raise typer.Exit(2) from None
-    except NotFinite as error:
+    except (NotFinite, OtherProcessEnded) as error:
         say(f"error: {error}")
         raise typer.Exit(1) from None
     except Terminated as end:

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from torch import distributed
 
 from ..config import LearnConfig
+from ..errors import OtherProcessEnded
 from ..io.processes import process_count
 from .objective import StepLosses
 
@@ -63,7 +64,7 @@ class Processes:
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         values = [x.detach().float().reshape(1) for x in (losses.diffusion, losses.attention, losses.prior)]
         flat = torch.cat([x.float().flatten().to(self.device) for x in (*parts, there, *values)])
-        distributed.all_reduce(flat)
+        self._sum(flat)
         sums = flat.split([*(part.numel() for part in parts), len(there), 3])
         for parameter, part, has, grad in zip(parameters, parts, sums[-2].tolist(), sums, strict=False):
             parameter.grad = grad.view_as(part).to(part.dtype) if has else None
@@ -72,18 +73,34 @@ class Processes:
     def any(self, flag: bool) -> bool:
         """True in all where it is true in one."""
         found = torch.tensor([float(flag)], device=self.device)
-        distributed.all_reduce(found)
+        self._sum(found)
         return bool(found.item())
 
     def wait(self) -> None:
         """Until all are here."""
-        self.state.wait_for_everyone()
+        self._sum(torch.zeros(1, device=self.device))
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """The main process runs the block, and then the others, for whom it has left something."""
-        with self.state.main_process_first():
-            yield
+        if not self.is_main:
+            self.wait()
+        yield
+        if self.is_main:
+            self.wait()
+
+    def _sum(self, values: torch.Tensor) -> None:
+        """In place, over all processes.
+
+        Raises OtherProcessEnded where one of them is gone.
+        """
+        try:
+            distributed.all_reduce(values)
+        except RuntimeError as error:  # what gloo and NCCL raise for a connection that the other end closed
+            raise OtherProcessEnded(
+                f"another of the job's {self.count} processes has ended; it says why, unless it was killed. Start all of them "
+                "again, with --resume to go on from the last checkpoint"
+            ) from error
 
 
 def _leave() -> None:

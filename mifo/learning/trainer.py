@@ -152,10 +152,10 @@ class Trainer:
                 self.report(Progress(name, phase.steps_done, config.train_steps, phase.losses))
                 phase.stop_asked = self._any(stop.asked is not None)
                 ended = self._any(any([callback.on_step_end(self, phase) for callback in self.callbacks]))
-                if stop.asked is not None:
+                if phase.stop_asked:  # a stop that was not heard above waits for the next step, whose state is kept by all
+                    if stop.asked is None:
+                        raise Terminated  # another process was asked
                     stop.take_effect()
-                elif phase.stop_asked:  # another process was asked
-                    raise Terminated
         for callback in self.callbacks:
             callback.on_phase_end(self, phase)
 

@@ -28,6 +28,8 @@ from mifo.io.tensor_file import read_state, write_state
 from mifo.learning.checkpoints import Checkpointing, latest
 from mifo.learning.learn import learn
 from mifo.learning.objective import Objective
+from mifo.learning.state import PhaseRun
+from mifo.learning.trainer import Callback, Trainer
 
 pytestmark = pytest.mark.usefixtures("quick_preview")
 
@@ -158,6 +160,24 @@ def test_a_signal_keeps_the_state_after_the_step(tmp_path: Path, monkeypatch: py
     resumed = mifo(*learn_arguments(cups, tmp_path / "out", *arguments, "--resume"))
     assert "note: goes on from phase 1, step 2 of 2" in resumed.stderr
     assert learned(tmp_path / "out" / "cups") == learned(tmp_path / "whole" / "cups")
+
+
+class AskAfterSaving(Callback):
+    """Ctrl-C in the moment after a step's checkpoint was or was not due."""
+
+    def on_step_end(self, trainer: Trainer, phase: PhaseRun) -> bool:
+        if phase.steps_done == 1:
+            signal.raise_signal(signal.SIGINT)
+        return False
+
+
+def test_a_signal_after_the_checkpoint_was_due_waits_for_the_next(instance: Instance, tmp_path: Path,
+                                                                  on_ctrl_c: Callable[[Any], None]):  # fmt: skip
+    on_ctrl_c(signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt):
+        learn(instance, base(), config(), tmp_path / "cups", checkpointing=Checkpointing(50), callbacks=[AskAfterSaving()])
+    saved = latest(tmp_path / "cups")
+    assert saved is not None and saved.where == "phase 1, step 2 of 3"
 
 
 @pytest.fixture

@@ -47,6 +47,13 @@ def ended(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, st
     return [(process.returncode, *text) for process, text in zip(processes, texts, strict=True)]
 
 
+def wait_for_checkpoint(output: Path) -> Path:
+    kept, deadline = output / ".checkpoints" / "desk", time.monotonic() + 300
+    while not list(kept.glob("*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return kept
+
+
 def weights(bundle: Bundle) -> torch.Tensor:
     named = {f"{name}.{key}": value for name in bundle.adapters for key, value in bundle.lora[name].weights.items()}
     return torch.cat([bundle.token_embeddings.flatten(), *(named[key].float().flatten() for key in sorted(named))])
@@ -68,10 +75,7 @@ def test_a_stop_that_one_hears_stops_both_and_they_go_on(tmp_path: Path) -> None
     write_instance(tmp_path / "desk")
     steps = ("--phase1-train-steps", 40)
     both = start(tmp_path, 2, "two", *steps, "--checkpoint-every", 1)
-    kept = tmp_path / "two" / ".checkpoints" / "desk"
-    deadline = time.monotonic() + 300
-    while not list(kept.glob("*.safetensors")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    kept = wait_for_checkpoint(tmp_path / "two")
     both[1].send_signal(signal.SIGTERM)
     assert [status for status, _, _ in ended(both)] == [143, 143]
     assert list(kept.glob("*.safetensors")) and not (tmp_path / "two" / "desk").exists()
@@ -81,6 +85,17 @@ def test_a_stop_that_one_hears_stops_both_and_they_go_on(tmp_path: Path) -> None
     ended(start(tmp_path, 2, "whole", *steps))
     resumed, whole = (load_bundle(tmp_path / name / "desk") for name in ("two", "whole"))
     assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_a_process_that_is_killed_ends_the_other_with_one_message(tmp_path: Path) -> None:
+    write_instance(tmp_path / "desk")
+    both = start(tmp_path, 2, "two", "--phase1-train-steps", 4000, "--checkpoint-every", 1)
+    wait_for_checkpoint(tmp_path / "two")
+    both[1].kill()
+    (status, _, messages), _ = ended(both)
+    said = [line for line in messages.splitlines() if line.startswith("error:")]
+    assert status == 1 and len(said) == 1 and "another of the job's 2 processes has ended" in said[0], messages
+    assert "Traceback" not in messages and list((tmp_path / "two" / ".checkpoints" / "desk").glob("*.safetensors"))
 
 
 def test_other_commands_do_not_run_in_several(tmp_path: Path) -> None:
