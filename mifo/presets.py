@@ -36,7 +36,7 @@ def learn_preset(family: str, recipe: str = "mifo") -> LearnConfig:
     if family == "sdxl":
         config = replace(config, aspect="photo", crop_conditioning=True)
     if family == "toybox":
-        terms = AttentionTerms(levels=(1, 2), penalty_weight=0.5, reward_weight=0.5)
+        terms = AttentionTerms(levels=(1, 2), penalty_weight=0.5, reward_weight=0.5, relative_penalty_weight=0.02)
         rewarded = replace(terms, reward_steps=50)
         config = replace(
             config,
@@ -59,7 +59,7 @@ def _as_break_a_scene(config: LearnConfig, family: str) -> LearnConfig:
     the published rates teach a model as small as that next to nothing (LOG.md).
     """
     match = replace(config.lora.attention, loss="match", reward_weight=0.0, penalty_weight=1e-2, reward_steps=0,
-                    max_timestep=1000, average_sites=True)  # fmt: skip
+                    max_timestep=1000, average_sites=True, relative_penalty_weight=0.0)  # fmt: skip
     embedding = replace(config.embedding, cosine_restarts=False, attention=match)
     lora = replace(config.lora, attention=match)
     if family != "toybox":

@@ -178,10 +178,9 @@ def _learn_config(config: LearnConfig, training: TrainingOptions, seed: int, pre
                          draws=training.draws)  # fmt: skip
     lora = override(config.lora, train_steps=training.phase2_train_steps, learning_rate=training.phase2_learning_rate,
                     rank=training.lora_rank, text_encoder=training.train_text_encoder, draws=training.draws)  # fmt: skip
-    weight = training.penalty_weight
-    if weight is not None:
-        embedding = replace(embedding, attention=replace(embedding.attention, penalty_weight=weight))
-        lora = replace(lora, attention=replace(lora.attention, penalty_weight=weight))
+    weights = {"penalty_weight": training.penalty_weight, "relative_penalty_weight": training.relative_penalty_weight}
+    embedding = replace(embedding, attention=override(embedding.attention, **weights))
+    lora = replace(lora, attention=override(lora.attention, **weights))
     prior = override(config.prior, class_prompt=training.class_prompt, num_class_images=training.num_class_images,
                      enabled=training.prior_preservation)  # fmt: skip
     keep = replace(config.keep, enabled=training.keep is Keep.best)

@@ -301,6 +301,9 @@ class TrainingOptions(OptionGroup):
     lora_rank: Annotated[int | None, typer.Option(min=1, max=256, help="Higher: more detail, a larger bundle.")] = None
     train_text_encoder: Annotated[bool | None, typer.Option(help="LoRA in the text encoder too.")] = None
     penalty_weight: Annotated[float | None, number(0, help="Weight of the penalty attention loss.")] = None
+    relative_penalty_weight: Annotated[
+        float | None, number(0, help="Of the penalty on maps relative to their maximum, for four look-alikes and more.")
+    ] = None
     prior_preservation: Annotated[bool, typer.Option(help="Keep the base model's knowledge with its own pictures.")] = True
     class_prompt: Annotated[str | None, typer.Option(help="For prior preservation; several, separated by '|'.")] = None
     num_class_images: Annotated[int | None, typer.Option(min=1, max=10_000, help="Drawn once, for prior preservation.")] = None

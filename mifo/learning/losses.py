@@ -35,10 +35,24 @@ def penalty_loss(attention: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (attention.float() * (1 - mask)).pow(2).mean()
 
 
+def relative_penalty_loss(attention: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """MSE(A / max A (1 - M), 0): the penalty, whatever the map's strength (this project's own).
+
+    One of many tokens has a few hundredths of a pixel's attention, whose square pulls next to nothing, and which a token can
+    lower by being looked at less everywhere. Beside the map's own maximum only the place counts.
+    """
+    return (_relative(attention) * (1 - mask)).pow(2).mean()
+
+
 def match_loss(attention: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """MSE(A / max A, M): Break-A-Scene's attention loss (section 3.3), which look-alikes blend under."""
+    """MSE(A / max A, M): Break-A-Scene's attention loss (section 3.3)."""
+    return F.mse_loss(_relative(attention), mask)
+
+
+def _relative(attention: torch.Tensor) -> torch.Tensor:
+    """A map whose maximum is 1."""
     attention = attention.float()
-    return F.mse_loss(attention / attention.max().clamp(min=1e-8), mask)
+    return attention / attention.max().clamp(min=1e-8)
 
 
 def separation_loss(attentions: Sequence[torch.Tensor]) -> torch.Tensor:

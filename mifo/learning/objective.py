@@ -20,7 +20,7 @@ from ..model.base import BaseModel
 from ..model.prompt_embeds import ImageSize, joined, predict
 from ..prompts import TokenizedPrompt, tokenize_prompt
 from .dataset import Batch, InstanceData
-from .losses import masked_diffusion_loss, match_loss, penalty_loss, reward_loss, separation_loss
+from .losses import masked_diffusion_loss, match_loss, penalty_loss, relative_penalty_loss, reward_loss, separation_loss
 from .prior import PriorData
 
 
@@ -196,14 +196,21 @@ def attention_loss(maps: dict[str, torch.Tensor], sites: Sequence[Site], terms: 
                    latent_size: tuple[int, int]) -> torch.Tensor:  # fmt: skip
     """Weighted attention loss of one step: summed over sites and assets, averaged over the draws.
 
-    A draw counts only where its own timestep, the instance's, is below `max_timestep`.
+    A draw counts only where its own timestep, the instance's, is below `max_timestep`; for the relative penalty each does.
     """
     total = torch.zeros((), device=timesteps.device)
-    rows = [row for row in range(first_row, len(timesteps)) if int(timesteps[row]) < terms.max_timestep]
-    if terms.loss == "none":
-        return total
-    for row in rows:
+    for row in range(first_row, len(timesteps)):
+        counts = terms.loss != "none" and int(timesteps[row]) < terms.max_timestep
+        if not counts and not terms.relative_penalty_weight:
+            continue
         by_asset = [token_maps(maps, sites, positions[token], row, latent_size) for token in batch.tokens]
+        if terms.relative_penalty_weight:
+            for attention, mask in zip(map(_mean_map, by_asset), batch.asset_masks, strict=True):
+                size = (attention.shape[0], attention.shape[1])
+                relative = relative_penalty_loss(attention, mask_at_map(mask[0], size))
+                total = total + terms.relative_penalty_weight * relative
+        if not counts:
+            continue
         if terms.average_sites:
             by_asset = [[_mean_map(found)] for found in by_asset]
         for found, mask in zip(by_asset, batch.asset_masks, strict=True):

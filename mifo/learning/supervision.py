@@ -33,7 +33,7 @@ def sizes_of(base: BaseModel, config: LearnConfig) -> MaskSizes:
     latent = resolution // base.vae_factor
     maps = set()
     for terms in (config.embedding.attention, config.lora.attention):
-        if terms.loss != "none":
+        if terms.loss != "none" or terms.relative_penalty_weight:
             maps |= {site.map_size(latent, latent)[0] for site in choose_sites(base.unet, terms.blocks, terms.levels)}
     return MaskSizes(resolution, latent, tuple(sorted(maps, reverse=True)))
 

@@ -65,7 +65,9 @@ def configured(recipe: str, values: Mapping[str, float], seed: int = 0) -> Learn
     def terms(own: AttentionTerms, other: AttentionTerms) -> AttentionTerms:
         if recipe == "mifo":
             return replace(own, penalty_weight=weight, reward_weight=weight)
-        return replace(other, penalty_weight=weight) if recipe == "break-a-scene" else replace(own, loss="none")
+        if recipe == "break-a-scene":
+            return replace(other, penalty_weight=weight)
+        return replace(own, loss="none", relative_penalty_weight=0.0)
 
     embedding = replace(ours.embedding, learning_rate=values["embedding_rate"],
                         attention=terms(ours.embedding.attention, theirs.embedding.attention))  # fmt: skip

@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from mifo.learning.losses import masked_diffusion_loss, match_loss, penalty_loss, reward_loss, separation_loss
+from mifo.learning.losses import (
+    masked_diffusion_loss,
+    match_loss,
+    penalty_loss,
+    relative_penalty_loss,
+    reward_loss,
+    separation_loss,
+)
 from mifo.sampling.guidance import alpha_schedule, box_guidance_loss
 
 #: the left half of the picture
@@ -74,6 +81,20 @@ def test_a_soft_mask_punishes_its_edge_in_part() -> None:
     # the edge is half inside: (0.4 * 0.5)^2 in 4 of 16 pixels
     edge = torch.tensor([[1.0, 0.5, 1.0, 1.0]] * 4)
     assert penalty_loss(torch.full((4, 4), 0.4), edge).item() == pytest.approx(0.04 / 4)
+
+
+def test_the_relative_penalty_is_the_penalty_of_a_map_scaled_to_one() -> None:
+    assert relative_penalty_loss(0.3 * LEFT, LEFT).item() == 0  # the inside is free
+    # 0.4 -> 1 and 0.2 -> 0.5: the half of the pixels that is outside at 0.5
+    assert relative_penalty_loss(LEANING, LEFT).item() == pytest.approx(0.5**2 / 2)
+    assert relative_penalty_loss(torch.zeros(4, 4), LEFT).item() == 0
+
+
+def test_the_relative_penalty_is_not_paid_by_looking_less_everywhere() -> None:
+    strength = torch.tensor(0.01, requires_grad=True)
+    relative_penalty_loss(strength * LEANING, LEFT).backward()
+    assert strength.grad is not None and strength.grad.item() == pytest.approx(0, abs=1e-6)
+    assert relative_penalty_loss(0.01 * LEANING, LEFT).item() == pytest.approx(relative_penalty_loss(LEANING, LEFT).item())
 
 
 def test_match_compares_with_the_whole_mask_after_scaling_to_one() -> None:

@@ -13,12 +13,12 @@ import torch
 from _tiny import load_base, write_instance
 
 from mifo.attention.record import record_attention
-from mifo.attention.sites import choose_sites
-from mifo.config import LearnConfig, LoraPhase
+from mifo.attention.sites import Site, choose_sites
+from mifo.config import AttentionTerms, LearnConfig, LoraPhase
 from mifo.data.instance import fit_instance, load_instance
-from mifo.learning.dataset import InstanceData
+from mifo.learning.dataset import Batch, InstanceData
 from mifo.learning.learn import lend_adapters
-from mifo.learning.objective import Objective, StepLosses
+from mifo.learning.objective import Objective, StepLosses, attention_loss
 from mifo.learning.prior import PriorData
 from mifo.model.embedding import initial_vectors, use_assets
 from mifo.presets import learn_preset
@@ -57,6 +57,31 @@ class Step:
             else:
                 losses = objective.gradients(self.phase, step, sites, recorder, self.prior, parameters, pool)
             return losses, [None if p.grad is None else p.grad.clone() for p in parameters]
+
+
+def test_the_relative_penalty_stands_beside_the_loss_on_one_map_of_all_sites_at_all_timesteps() -> None:
+    sites = [Site(f"up_blocks.{k}", "up_blocks", True, k) for k in (0, 1)]
+    mask = torch.zeros(1, 1, 4, 4)
+    mask[..., :2] = 1  # the left half
+    batch = Batch((0,), ("<asset0>",), "a photo of <asset0>", torch.zeros(2, 4, 4, 4), mask, mask)
+    large, small = torch.zeros(2, 16, 3), torch.zeros(2, 4, 3)  # (draws, pixels, tokens): the asset's is the second
+    large[:, :, 1] = torch.tensor([0.02, 0.02, 0.01, 0.01] * 4)
+    small[:, :, 1] = torch.tensor([0.02, 0.01] * 2)
+    maps = {sites[0].name: large, sites[1].name: small}
+
+    def loss(late: int, **terms: Any) -> float:
+        """Of two draws, at timesteps 100 and `late`."""
+        weights = AttentionTerms(**{"penalty_weight": 1.0, **terms})
+        return float(attention_loss(maps, sites, weights, batch, {"<asset0>": (1,)}, torch.tensor([100, late]), 0, 0, (4, 4)))
+
+    # the mean of the two sites' maps is at its maximum of 0.02 on the left, at half of it in the outer column on the right, and in
+    # between as the smaller map is enlarged: 0.01 and 0.0125
+    relative = ((0.01 + 0.0125) / 2 / 0.02) ** 2 / 4 + 0.5**2 / 4
+    alone = loss(900, loss="none", relative_penalty_weight=3.0)
+    assert alone == pytest.approx(3 * relative, rel=1e-5), "every draw counts, whatever its timestep"
+    assert loss(900, loss="none") == 0
+    assert loss(900, relative_penalty_weight=3.0) == pytest.approx(alone + loss(900))
+    assert loss(100) == pytest.approx(2 * loss(900)) and loss(900) > 0, "the published penalty below max_timestep alone"
 
 
 def test_a_step_in_parts_on_threads_equals_the_step_whole(tmp_path: Path) -> None:
