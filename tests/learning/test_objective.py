@@ -74,8 +74,8 @@ def test_the_relative_penalty_stands_beside_the_loss_on_one_map_of_all_sites_at_
         weights = AttentionTerms(**{"penalty_weight": 1.0, **terms})
         return float(attention_loss(maps, sites, weights, batch, {"<asset0>": (1,)}, torch.tensor([100, late]), 0, 0, (4, 4)))
 
-    # the mean of the two sites' maps is at its maximum of 0.02 on the left, at half of it in the outer column on the right, and in
-    # between as the smaller map is enlarged: 0.01 and 0.0125
+    # the two sites' mean has its maximum of 0.02 on the left and half of it in the last column; the column between has 0.01 and,
+    # of the smaller map as it is enlarged, 0.0125
     relative = ((0.01 + 0.0125) / 2 / 0.02) ** 2 / 4 + 0.5**2 / 4
     alone = loss(900, loss="none", relative_penalty_weight=3.0)
     assert alone == pytest.approx(3 * relative, rel=1e-5), "every draw counts, whatever its timestep"
