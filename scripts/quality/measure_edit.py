@@ -230,13 +230,14 @@ def measure_seconds(bundle: Bundle, folder: Path, repeats: int = 3) -> dict[str,
     drawing.image.save(folder / "img.png")
     Image.fromarray(Box(0.5, 0.5, 0.9, 0.8).rasterize(PHOTO, PHOTO).astype(np.uint8) * 255).save(folder / "mask.png")
     command = [sys.executable, "cli.py", "edit", str(bundle.folder), "--init-image", str(folder / "img.png"), "--mask",
-               str(folder / "mask.png"), "--prompt", "a photo of <asset0>", "--output-path", str(folder / "out")]  # fmt: skip
+               str(folder / "mask.png"), "--prompt", "a photo of <asset0>"]  # fmt: skip
     numbers = {}
     for name, more in (("one", []), ("four_candidates", ["--batch-size", "4"])):
         values = []
-        for _ in range(repeats):
+        for repeat in range(repeats):  # a command replaces no earlier output, so each has its own
+            output = folder / f"{bundle.name}-{name}-{repeat}"
             started = time.monotonic()
-            subprocess.run([*command, *more], check=True, capture_output=True)
+            subprocess.run([*command, "--output-path", str(output), *more], check=True, capture_output=True)
             values.append(time.monotonic() - started)
         numbers[name] = spread(values)
     return numbers
