@@ -151,6 +151,14 @@ def test_break_a_scenes_recipe_runs(learned: Path, tmp_path: Path):
     assert bundle.adapters == ("unet_lora",)
 
 
+def test_weights_of_the_attention_terms_reach_both_phases(learned: Path, tmp_path: Path):
+    options = ("--penalty-weight", "0.7", "--relative-penalty-weight", "0.3", "--no-prior-preservation")
+    mifo(*learn_arguments(learned / "cups", tmp_path, *options))
+    config = load_bundle(tmp_path / "cups").config
+    for terms in (config.embedding.attention, config.lora.attention):
+        assert (terms.penalty_weight, terms.relative_penalty_weight) == (0.7, 0.3)
+
+
 def test_without_an_instance_each_of_the_folder_is_learned(tmp_path: Path):
     for name in ("a", "b"):
         write_instance(tmp_path / "photos" / name, assets=1)

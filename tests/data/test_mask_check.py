@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from _tiny import FAST, load_base, mifo, tiny_base_folder, write_instance
@@ -73,6 +75,18 @@ def test_sizes_without_loading_agree_with_the_loaded_model():
     assert sizes_by_name(str(tiny_base_folder())) == sizes_of(base, learn_preset("stable-diffusion"))
     assert sizes_by_name("toybox") == MaskSizes(128, 16, (16, 8))
     assert sizes_by_name("sd2.1") == MaskSizes(512, 64, (32, 16)) and sizes_by_name("sd1.5", 768).maps == (48, 24)
+
+
+def test_maps_are_supervised_by_the_relative_penalty_alone_too():
+    base, preset = load_base(), learn_preset("toybox")
+
+    def maps(**terms: Any) -> tuple[int, ...]:
+        phases = {name: replace(getattr(preset, name), attention=replace(getattr(preset, name).attention, **terms))
+                  for name in ("embedding", "lora")}  # fmt: skip
+        return sizes_of(base, replace(preset, **phases)).maps
+
+    assert maps(loss="none", relative_penalty_weight=0.1) == maps() != ()
+    assert maps(loss="none", relative_penalty_weight=0.0) == ()
 
 
 def test_check_command_and_notes_of_learn(cups: Path, tmp_path: Path):
