@@ -343,6 +343,43 @@ def tuned_table(name: str) -> str:
     return "\n".join([*lines, source(name, result)])
 
 
+#: attention loss -> its methods in the study, learned from the photo and from composites; what stands last is what it was called
+#: before the relative penalty stood beside the default
+STUDY = {
+    "none": (("published-no-attention-loss",), ("no-attention-loss",)),
+    "reward": (("published-reward",), ("reward", "no-penalty")),
+    "penalty": (("published-penalty",), ("penalty", "no-reward")),
+    "reward, then penalty": (("published-both",), ("reward-then-penalty", "mifo")),
+    "Break-A-Scene's match": (("published-match",), ("break-a-scene-tuned",)),
+}
+
+
+def study_table() -> str:
+    """What each attention loss is worth, from the photo and from composites, by the number of look-alikes."""
+    result, relative = load("toybench_study"), load("toybench_relative")
+    if result is None:
+        return "Not measured yet."
+    methods, rows = result["methods"], []
+    for title, kinds in STUDY.items():
+        for kind, names in zip(("photo", "composites"), kinds, strict=True):
+            if found := next((methods[name] for name in names if name in methods), None):
+                rows.append((kind, title, found))
+    if relative is not None:
+        rows.append(("composites", "reward, then penalty; relative penalty beside it", relative["methods"]["mifo"]))
+    groups, columns = ("3 instances", "4 instances"), ("margin_in_boxes", "confused_in_boxes", "margin_alone", "confused_alone")
+    lines = ["| learned from | attention loss | "
+             + " | ".join(f"{group[0]} things, {'margin' if 'margin' in c else 'confused'} {c.split('_', 1)[1].replace('_', ' ')}"
+                          for group in groups for c in columns) + " | attention in others' masks |",
+             "|" + "---|" * (3 + len(groups) * len(columns))]  # fmt: skip
+    for kind, title, entry in sorted(rows, key=lambda row: row[0], reverse=True):
+        cells = [f"{entry[group][c]['mean']:.2f}" for group in groups for c in columns]
+        lines.append(f"| {kind} | {title} | {' | '.join(cells)} | {entry['all']['attention_in_others']['mean']:.2f} |")
+    about = (f"{result['scenes']} scenes of three and four look-alikes, {result['learning_seeds']} learning runs of each; means. "
+             "Differences below about 0.2 say nothing: runs of one and the same method differ by as much.")  # fmt: skip
+    sources = [source(name, found) for name, found in (("toybench_study", result), ("toybench_relative", relative)) if found]
+    return "\n".join([about, "", *lines, "", *sources])
+
+
 def search_table() -> str:
     """What the search of rates and attention weight found for each attention loss."""
     rows, sources = [], []
@@ -604,7 +641,7 @@ TABLES: dict[str, Callable[[], str]] = {
           "headline": headline_table, "main_job": main_job_table, "base_model": base_model_table, "toybox_xl": xl_table,
           "samplers": samplers_table, "several": several_table, "composites": composites_table,
           "photos": photos_table, "relearn": relearn_table, "bundles_cost": bundles_cost_table,
-          "scale": scale_table, "edit": edit_table, "search": search_table,
+          "scale": scale_table, "edit": edit_table, "search": search_table, "study": study_table,
           "toybench_tuned": partial(tuned_table, "toybench_tuned"),
           "bench": bench_table, "bench_jobs": jobs_table, "bench_growth": growth_table, "memory_goals": goals_table,
           "memory_goals_sdxl": xl_goals_table,
