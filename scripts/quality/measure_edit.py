@@ -94,7 +94,10 @@ def learned(example: str, base: BaseModel, folder: Path, background: bool = Fals
 def measure_insert(base: BaseModel, bundle: Bundle, things: list[Thing], judge: Any, config: EditConfig, scenes: int,
                    first: int, candidates: int = 1) -> tuple[dict[str, Any], list[Image.Image]]:  # fmt: skip
     """`<asset_i>` into the free places: the first and the best candidate, and what became of the rest of the picture."""
-    right, own, best_own, all_own, differences, same_pixels, same_verdict, seconds, cells = [], [], [], [], [], [], [], [], []
+    right: list[bool] = []
+    best_right: list[bool] = []
+    own, best_own, all_own = [], [], []
+    differences, same_pixels, same_verdict, seconds, cells = [], [], [], [], []
     with attach(base, bundle):
         for index, token in enumerate(bundle.tokens):
             for k, (scene, box) in enumerate(tqdm(free_places(things[index], scenes, FIRST_SEED + first), desc=token)):
@@ -108,8 +111,9 @@ def measure_insert(base: BaseModel, bundle: Bundle, things: list[Thing], judge: 
                 before, *after = judge_images(judge, [drawing.image, *images])
                 hits = [_is_instance(v, box, things, index) for v in after]
                 unranked = min(range(candidates), key=lambda c: result.candidates[c].seed)
-                found, iou = best_in_box(after[unranked], box)
-                right.append(compare(found, things[index]).all and iou > 0.1)
+                for verdict, values in ((after[unranked], right), (after[0], best_right)):
+                    found, iou = best_in_box(verdict, box)
+                    values.append(compare(found, things[index]).all and iou > 0.1)
                 own.append(hits[unranked])
                 best_own.append(hits[0])
                 all_own += hits
@@ -120,7 +124,8 @@ def measure_insert(base: BaseModel, bundle: Bundle, things: list[Thing], judge: 
                     cells += [caption_below(enlarge(drawing.image, 192), f"{token}, seed {k}"), enlarge(images[0], 192)]
     numbers = {"right_instance": share(own), "class_colors_pattern": share(right)}
     if candidates > 1:
-        numbers |= {"right_instance_best_ranked": share(best_own), "right_instance_all_candidates": share(all_own)}
+        numbers |= {"class_colors_pattern_best_ranked": share(best_right), "right_instance_best_ranked": share(best_own),
+                    "right_instance_all_candidates": share(all_own)}  # fmt: skip
     return {
         **numbers, "candidates": candidates, "max_difference_outside": max(differences),
         "objects_unchanged_pixels": share(same_pixels), "objects_unchanged_judge": share(same_verdict),
