@@ -382,8 +382,9 @@ def study_table() -> str:
         cells = [f"{entry[group][c]['mean']:.2f}" for group in groups for c in columns]
         lines.append(f"| {kind} | {title} | {' | '.join(cells)} | {entry['all']['attention_in_others']['mean']:.2f} |")
     about = (f"{result['scenes']} scenes of three and four look-alikes, {result['learning_seeds']} learning runs of each; means. "
-             "Differences below about 0.2 say nothing: runs of one and the same method differ by as much. On composites Break-A-Scene's has "
-             "the weight that its search found, and the others the preset's; from the photo no loss had a search.")  # fmt: skip
+             "Differences below about 0.2 say nothing: runs of one and the same method differ by as much. "
+             "On composites Break-A-Scene's has the weight that its search found, and the others the preset's; from the photo no "
+             "loss had a search.")  # fmt: skip
     sources = [source(name, found) for name, found in (("toybench_study", result), ("toybench_relative", relative)) if found]
     return "\n".join([about, "", *lines, "", *sources])
 
