@@ -36,7 +36,7 @@ class AttentionTerms(Checked):
     """Weight of the cosine similarity between the assets' maps; 0.1 is the published variant."""
     relative_penalty_weight: NotNegative = 0.0
     """Beside the loss: weight of the penalty on maps relative to their maximum, averaged over sites, at all timesteps. This
-    project's own; keeps four look-alikes apart where the loss alone does not (LOG.md)."""
+    project's own; what it is worth is in LOG.md."""
     max_timestep: Count = 500
     """Attention terms apply where the instance's timestep (of 1000) is below this."""
     average_sites: bool = False

@@ -363,7 +363,7 @@ STUDY = {
 
 def study_table() -> str:
     """What each attention loss is worth, from the photo and from composites, by the number of look-alikes."""
-    result, relative = load("toybench_study"), load("toybench_relative")
+    result = load("toybench_study")
     if result is None:
         return "Not measured yet."
     methods, rows = result["methods"], []
@@ -371,8 +371,6 @@ def study_table() -> str:
         for kind, names in zip(("photo", "composites"), kinds, strict=True):
             if found := next((methods[name] for name in names if name in methods), None):
                 rows.append((kind, title, found))
-    if relative is not None:
-        rows.append(("composites", "reward, then penalty; relative penalty beside it", relative["methods"]["mifo"]))
     groups, columns = ("3 instances", "4 instances"), ("margin_in_boxes", "confused_in_boxes", "margin_alone", "confused_alone")
     lines = ["| learned from | attention loss | "
              + " | ".join(f"{group[0]} things, {'margin' if 'margin' in c else 'confused'} {c.split('_', 1)[1].replace('_', ' ')}"
@@ -385,8 +383,7 @@ def study_table() -> str:
              "Differences below about 0.2 say nothing: runs of one and the same method differ by as much. "
              "On composites Break-A-Scene's has the weight that its search found, and the others the preset's; from the photo no "
              "loss had a search.")  # fmt: skip
-    sources = [source(name, found) for name, found in (("toybench_study", result), ("toybench_relative", relative)) if found]
-    return "\n".join([about, "", *lines, "", *sources])
+    return "\n".join([about, "", *lines, "", source("toybench_study", result)])
 
 
 def search_table() -> str:

@@ -302,7 +302,7 @@ class TrainingOptions(OptionGroup):
     train_text_encoder: Annotated[bool | None, typer.Option(help="LoRA in the text encoder too.")] = None
     penalty_weight: Annotated[float | None, number(0, help="Weight of the penalty attention loss.")] = None
     relative_penalty_weight: Annotated[
-        float | None, number(0, help="Of the penalty on maps relative to their maximum, for four look-alikes and more.")
+        float | None, number(0, help="Of the penalty on attention maps relative to their maximum; toybox: 0.02.")
     ] = None
     prior_preservation: Annotated[bool, typer.Option(help="Keep the base model's knowledge with its own pictures.")] = True
     class_prompt: Annotated[str | None, typer.Option(help="For prior preservation; several, separated by '|'.")] = None

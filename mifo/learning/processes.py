@@ -96,10 +96,13 @@ class Processes:
         """
         try:
             distributed.all_reduce(values)
+        except torch.OutOfMemoryError:  # this process's own
+            raise
         except RuntimeError as error:  # what gloo and NCCL raise for a connection that the other end closed
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise OtherProcessEnded(
-                f"another of the job's {self.count} processes has ended; it says why, unless it was killed. Start all of them "
-                "again, with --resume to go on from the last checkpoint"
+                f"another of the job's {self.count} processes has ended or cannot be reached; it says why, unless it was killed. "
+                f"Start all of them again, with --resume to go on from the last checkpoint ({said})"
             ) from error
 
 
