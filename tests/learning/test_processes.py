@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _tiny import learn_arguments, tiny_base_folder, write_instance
+from _tiny import learn_arguments, write_instance
 from _warm import python_line
 
 from mifo.bundle.store import Bundle, load_bundle
@@ -96,23 +96,6 @@ def test_a_process_that_is_killed_ends_the_other_with_one_message(tmp_path: Path
     said = [line for line in messages.splitlines() if line.startswith("error:")]
     assert status == 1 and len(said) == 1 and "another of the job's 2 processes has ended" in said[0], messages
     assert "Traceback" not in messages and list((tmp_path / "two" / ".checkpoints" / "desk").glob("*.safetensors"))
-
-
-def test_several_photos_end_at_the_first_that_fails(tmp_path: Path) -> None:
-    """Alone the next one is learned; several processes could then be at different photos."""
-    for name in ("a", "b"):
-        write_instance(tmp_path / "photos" / name, assets=1)
-    (tmp_path / "out" / "a").mkdir(parents=True)
-    (tmp_path / "out" / "a" / "mine.txt").write_text("not mifo's")
-    names = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = python_line("-m", "mifo", "learn", "--folder-path", tmp_path / "photos", "--output-dir", tmp_path / "out",
-                          "--model-path", tiny_base_folder(), "--phase1-train-steps", 1, "--phase2-train-steps", 0)  # fmt: skip
-    both = [subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path,
-                             env={**os.environ, **names, "RANK": str(k), "LOCAL_RANK": str(k), "PYTHONPATH": str(ROOT)})
-            for k in range(2)]  # fmt: skip
-    found = ended(both)
-    assert [status for status, _, _ in found] == [2, 2], found
-    assert not (tmp_path / "out" / "b").exists() and (tmp_path / "out" / "a" / "mine.txt").exists()
 
 
 def test_other_commands_do_not_run_in_several(tmp_path: Path) -> None:
