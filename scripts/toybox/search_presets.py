@@ -1,10 +1,13 @@
-"""Searches the toybox's rates and attention weight on dev scenes, for each attention loss with the same budget.
+"""Searches the toybox's rates and attention weight on dev scenes, for each method with the same budget.
 
     python -m scripts.toybox.search_presets --recipe mifo --study runs/search/mifo.db
     python -m scripts.toybox.search_presets --recipe break-a-scene --study runs/search/break_a_scene.db
     python -m scripts.toybox.search_presets --recipe none --study runs/search/none.db
+    python -m scripts.toybox.search_presets --recipe textual-inversion --study runs/search/textual_inversion.db
+    python -m scripts.toybox.search_presets --recipe dreambooth-lora --study runs/search/dreambooth_lora.db
 
-All else is the preset's: composites, steps, draws, prior. A trial learns two scenes of three look-alikes (toybench's first dev
+All else is the preset's: composites, draws, prior, and the number of steps. Textual inversion takes them all for embeddings and
+DreamBooth-LoRA all for LoRA; both may also choose to learn from the photo inside its masks instead of composites. A trial learns two scenes of three look-alikes (toybench's first dev
 scenes of the levels `colors` and `patterns`), draws each asset alone on three backgrounds, and all in boxes. The first trial of
 each is the preset's rates; the best three are learned again with another seed, and the mean of both decides. Several processes
 may share a study. Interrupted, the same command goes on. Writes every trial to scripts/results/search_<recipe>.json.
@@ -40,7 +43,15 @@ from scripts.record import write_result
 from scripts.toybench.toybench_scenes import Cell, bench_scene
 
 CELLS = (Cell("colors", 3, 0, "dev"), Cell("patterns", 3, 0, "dev"))
-RECIPES = ("mifo", "break-a-scene", "none")
+#: which rates each searches; all but the last two have both phases
+RATES = {
+    "mifo": ("embedding_rate", "lora_rate", "row_rate"),
+    "break-a-scene": ("embedding_rate", "lora_rate", "row_rate"),
+    "none": ("embedding_rate", "lora_rate", "row_rate"),
+    "textual-inversion": ("embedding_rate",),
+    "dreambooth-lora": ("lora_rate", "row_rate"),
+}
+ONE_PHASE = ("textual-inversion", "dreambooth-lora")
 AGAIN = 3  # of the best, learned once more
 RANGES = {"embedding_rate": (5e-3, 4e-2), "lora_rate": (1e-3, 8e-3), "row_rate": (5e-4, 8e-3)}
 WEIGHTS = {"mifo": (0.05, 5.0), "break-a-scene": (1e-3, 1.0)}
@@ -49,15 +60,18 @@ WEIGHTS = {"mifo": (0.05, 5.0), "break-a-scene": (1e-3, 1.0)}
 START = {"mifo": 0.5, "break-a-scene": 0.1}
 
 
-def preset_of(recipe: str) -> dict[str, float]:
+def preset_of(recipe: str) -> dict[str, Any]:
     """Where the search starts: our own rates, for every loss."""
     ours = learn_preset("toybox")
     rates = {"embedding_rate": ours.embedding.learning_rate, "lora_rate": ours.lora.learning_rate,
              "row_rate": ours.lora.row_learning_rate}  # fmt: skip
-    return rates if recipe == "none" else {**rates, "attention_weight": START[recipe]}
+    start: dict[str, Any] = {name: rates[name] for name in RATES[recipe]}
+    if recipe in START:
+        start["attention_weight"] = START[recipe]
+    return {**start, "composites": True} if recipe in ONE_PHASE else start
 
 
-def configured(recipe: str, values: Mapping[str, float], seed: int = 0) -> LearnConfig:
+def configured(recipe: str, values: Mapping[str, Any], seed: int = 0) -> LearnConfig:
     """The preset with another attention loss, other rates and another weight of that loss."""
     ours, theirs = learn_preset("toybox"), learn_preset("toybox", "break-a-scene")
     weight = values.get("attention_weight", 0.0)
@@ -69,16 +83,25 @@ def configured(recipe: str, values: Mapping[str, float], seed: int = 0) -> Learn
             return replace(other, penalty_weight=weight)
         return replace(own, loss="none", relative_penalty_weight=0.0)
 
-    embedding = replace(ours.embedding, learning_rate=values["embedding_rate"],
+    embedding = replace(ours.embedding, learning_rate=values.get("embedding_rate", ours.embedding.learning_rate),
                         attention=terms(ours.embedding.attention, theirs.embedding.attention))  # fmt: skip
-    lora = replace(ours.lora, learning_rate=values["lora_rate"], row_learning_rate=values["row_rate"],
+    lora = replace(ours.lora, learning_rate=values.get("lora_rate", ours.lora.learning_rate),
+                   row_learning_rate=values.get("row_rate", ours.lora.row_learning_rate),
                    attention=terms(ours.lora.attention, theirs.lora.attention))  # fmt: skip
-    return replace(ours, embedding=embedding, lora=lora, seed=seed)
+    steps = embedding.train_steps + lora.train_steps
+    if recipe == "textual-inversion":
+        embedding, lora = replace(embedding, train_steps=steps), replace(lora, train_steps=0)
+    if recipe == "dreambooth-lora":
+        embedding, lora = replace(embedding, train_steps=0), replace(lora, train_steps=steps)
+    composites = ours.composites if values.get("composites", True) else theirs.composites
+    return replace(ours, embedding=embedding, lora=lora, composites=composites, seed=seed)
 
 
-def suggest(trial: optuna.Trial, recipe: str) -> dict[str, float]:
-    ranges = {**RANGES, **({"attention_weight": WEIGHTS[recipe]} if recipe in WEIGHTS else {})}
-    return {name: trial.suggest_float(name, low, high, log=True) for name, (low, high) in ranges.items()}
+def suggest(trial: optuna.Trial, recipe: str) -> dict[str, Any]:
+    names = (*RATES[recipe], *(("attention_weight",) if recipe in WEIGHTS else ()))
+    ranges = {name: RANGES.get(name) or WEIGHTS[recipe] for name in names}
+    found: dict[str, Any] = {name: trial.suggest_float(name, low, high, log=True) for name, (low, high) in ranges.items()}
+    return {**found, "composites": trial.suggest_categorical("composites", [True, False])} if recipe in ONE_PHASE else found
 
 
 def measure(base: BaseModel, judge: Any, config: LearnConfig, samples: int, images: int, cache: Path) -> dict[str, float]:
@@ -108,7 +131,7 @@ def measure(base: BaseModel, judge: Any, config: LearnConfig, samples: int, imag
 
 
 def main(
-    recipe: Annotated[str, typer.Option(help=", ".join(RECIPES))] = "mifo",
+    recipe: Annotated[str, typer.Option(help=", ".join(RATES))] = "mifo",
     trials: int = 12,
     samples: Annotated[int, typer.Option(help="Pictures of each asset and background.")] = 2,
     images: Annotated[int, typer.Option(help="Pictures in boxes of each scene.")] = 4,
@@ -117,8 +140,8 @@ def main(
     name: str | None = None,
 ) -> None:
     """Searches and writes scripts/results/<name>.json."""
-    if recipe not in RECIPES:
-        raise typer.BadParameter(f"{recipe} is not known; choose {', '.join(RECIPES)}")
+    if recipe not in RATES:
+        raise typer.BadParameter(f"{recipe} is not known; choose {', '.join(RATES)}")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.manual_seed(0)
     cache = study.parent / "work"
