@@ -7,10 +7,11 @@
     python -m scripts.toybox.search_presets --recipe dreambooth-lora --study runs/search/dreambooth_lora.db
 
 All else is the preset's: composites, draws, prior, and the number of steps. Textual inversion takes them all for embeddings and
-DreamBooth-LoRA all for LoRA; both may also choose to learn from the photo inside its masks instead of composites. A trial learns two scenes of three look-alikes (toybench's first dev
-scenes of the levels `colors` and `patterns`), draws each asset alone on three backgrounds, and all in boxes. The first trial of
-each is the preset's rates; the best three are learned again with another seed, and the mean of both decides. Several processes
-may share a study. Interrupted, the same command goes on. Writes every trial to scripts/results/search_<recipe>.json.
+DreamBooth-LoRA all for LoRA; both may also choose to learn from the photo inside its masks instead of composites. A trial learns
+two scenes of three look-alikes (toybench's first dev scenes of the levels `colors` and `patterns`), draws each asset alone on
+three backgrounds, and all in boxes. The first trial of each is the preset's rates; the best three are learned again with another
+seed, and the mean of both decides. Several processes may share a study. Interrupted, the same command goes on.
+Writes every trial to scripts/results/search_<recipe>.json.
 """
 
 from __future__ import annotations
