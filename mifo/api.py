@@ -128,7 +128,8 @@ def learn(instance: Instance, base: BaseModel, output: PathLike, config: LearnCo
     if start is not None and Path(os.path.realpath(folder)) == Path(os.path.realpath(start.bundle.folder)):
         overwrite = True  # that is what was asked for
     check_apart(folder, folder, {}, {**_closed(base, Several()), "the instance": instance.source}, "output")
-    preset = relearn_config(learn_preset(base.family), start.bundle) if start else learn_preset(base.family)
+    preset = learn_preset(base.family, assets=instance.count)
+    preset = relearn_config(preset, start.bundle) if start else preset
     chosen = replace(config or preset, mixed_precision=precision_name(base.dtype))  # type: ignore[arg-type]
     if seed is not None:
         chosen = replace(chosen, seed=seed)

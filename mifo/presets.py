@@ -20,6 +20,9 @@ SINGLE_TOYS = "|".join(f"a photo of a toy {place}" for place in (
     "at the beach", "in the snow", "on the grass", "at night", "on a wooden floor", "on a plain background"))  # fmt: skip
 
 
+ASSETS = 3
+"""How many the toybox's steps were measured with."""
+
 PLACES = ("at the beach", "in the snow", "on the grass", "at night", "in front of a brick wall", "on a wooden floor",
           "on a plain background")  # fmt: skip
 TOYBOX_COMPOSITES = CompositeConfig(share=1.0, backgrounds="|".join(f"a photo {place}" for place in PLACES), num_backgrounds=21,
@@ -27,9 +30,10 @@ TOYBOX_COMPOSITES = CompositeConfig(share=1.0, backgrounds="|".join(f"a photo {p
 TOYBOX_PRIOR = PriorConfig(every_steps=2, num_class_images=16, sampling_steps=15, guidance_scale=2.0, class_prompt=SINGLE_TOYS)
 
 
-def learn_preset(family: str, recipe: str = "mifo") -> LearnConfig:
+def learn_preset(family: str, recipe: str = "mifo", assets: int = ASSETS) -> LearnConfig:
     """`family`: 'stable-diffusion' (published numbers; LoRA's rate found by others), 'sdxl' (the same, at the levels at which its
-    UNet looks at the text) or 'toybox' (measured, LOG.md)."""
+    UNet looks at the text) or 'toybox' (measured, LOG.md). `assets`: how many are learned, `<background>` included; of more than
+    three, the toybox takes more steps."""
     if recipe not in ("mifo", "break-a-scene"):
         raise InputError(f"recipe '{recipe}' is not known; choose mifo or break-a-scene")
     config = LearnConfig()
@@ -49,7 +53,19 @@ def learn_preset(family: str, recipe: str = "mifo") -> LearnConfig:
         )
     if recipe == "break-a-scene":
         config = _as_break_a_scene(config, family)
-    return config
+    return scale_steps(config, assets / ASSETS) if family == "toybox" and assets > ASSETS else config
+
+
+def scale_steps(config: LearnConfig, by: float) -> LearnConfig:
+    """As many steps of each phase, and of the reward in it, times `by`; one at least where there were any."""
+
+    def scaled(steps: int) -> int:
+        return max(1, round(steps * by)) if steps else 0
+
+    first, second = config.embedding, config.lora
+    rewarded, then = (replace(p.attention, reward_steps=scaled(p.attention.reward_steps)) for p in (first, second))
+    return replace(config, embedding=replace(first, train_steps=scaled(first.train_steps), attention=rewarded),
+                   lora=replace(second, train_steps=scaled(second.train_steps), attention=then))  # fmt: skip
 
 
 def _as_break_a_scene(config: LearnConfig, family: str) -> LearnConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,12 +22,15 @@ from _tiny import (
     tiny_xl_folder,
     write_instance,
 )
+from _tiny import mifo as mifo_command
 from PIL import Image
 
 import mifo
 from mifo import edit, evaluate, learn, load_base_model, load_bundle, load_instance, plan, synthesize
 from mifo.config import GuidanceConfig, LearnConfig, RefinementConfig, SynthesisConfig
 from mifo.errors import InputError
+from mifo.jobs.job import LearnJob
+from mifo.jobs.workshop import Workshop
 from mifo.learning.trainer import Progress
 from mifo.model import base as base_model
 from mifo.presets import edit_preset, learn_preset, synthesis_preset
@@ -128,6 +132,48 @@ def test_learning_knows_its_base_models_precision(tmp_path: Path, monkeypatch: p
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         learn(photo, base_model.load_base_model(str(tiny_base_folder()), dtype=dtype), tmp_path / "out")
     assert seen == ["no", "fp16", "bf16"]
+
+
+class Asked(Exception):
+    """Instead of learning."""
+
+
+def test_more_than_three_things_are_learned_in_more_steps_however_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At three things' steps four look-alikes are confused (LOG.md)."""
+
+    def stop(instance: object, base: object, config: LearnConfig, *_: object, **__: object) -> None:
+        raise Asked(config)
+
+    monkeypatch.setattr("mifo.api.run_learn", stop)
+    base, bundles = load_base_model("toybox"), tmp_path / "bundles"
+
+    def steps(assets: int, model: str = "toybox", **options: bool) -> tuple[int, int, int]:
+        """Of phase 1, of the reward in it, and of phase 2, the same by API, command and job."""
+        folder = tmp_path / f"cups{assets}"
+        if not folder.exists():
+            write_instance(folder, assets)
+        asked = []
+        ways: list[Callable[[], object]] = [
+            lambda: mifo_command("learn", folder, "--model-path", model, "--output-dir", bundles,
+                                 *(["--background-asset"] if options else [])),
+            lambda: Workshop(bundles).do(LearnJob(str(folder), model=model, **options)),
+        ]
+        if not options and model == "toybox":
+            ways.append(lambda: learn(load_instance(folder), base, bundles / "cups"))
+        for way in ways:
+            with pytest.raises(Asked) as stopped:
+                way()
+            found = stopped.value.args[0]
+            asked.append((found.embedding.train_steps, found.embedding.attention.reward_steps, found.lora.train_steps))
+        assert len(set(asked)) == 1
+        return asked[0]
+
+    assert steps(2) == steps(3) == (150, 50, 200) and steps(4) == (200, 67, 267)
+    assert steps(3, background=True) == steps(4), "<background> is learned beside them"
+    whole = str(tiny_base_folder())
+    assert steps(2, whole) == steps(5, whole), "Stable Diffusion's are the published ones: nobody measured others"
 
 
 def test_boxes_in_every_form_are_the_same_layout(tmp_path: Path) -> None:

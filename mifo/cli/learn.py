@@ -103,7 +103,7 @@ def learn(
 
     def learn_one(each: Instance, target: Path, initial: list[str | None] | None) -> None:
         nonlocal base
-        preset = learn_preset(family_of(source.model_path), training.recipe.value)
+        preset = learn_preset(family_of(source.model_path), training.recipe.value, each.count)
         preset = relearn_config(preset, start.bundle) if start else preset
         config = _learn_config(preset, training, compute.seed, precision_name(dtype))
         plan = plan_within("learn", source.model_path, chosen, dtype, training.resolution, compute.vram_gib, attention.name,

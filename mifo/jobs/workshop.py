@@ -141,7 +141,7 @@ class Workshop:
         return with_background(instance) if job.background else instance
 
     def _learn_config(self, job: LearnJob, assets: int) -> tuple[LearnConfig, MemoryConfig]:
-        config = learn_preset(family_of(job.model))
+        config = learn_preset(family_of(job.model), assets=assets)
         device = choose_device(self.device)
         dtype = choose_dtype(self.precision, device)
         steps = {"embedding": job.phase1_train_steps, "lora": job.phase2_train_steps}

@@ -15,7 +15,11 @@ GROWTH = 1 / 32  # of the picture's side: masks rarely hold the last soft pixels
 def clean_plate(image: Image.Image, things: Sequence[Image.Image]) -> Image.Image:
     """The RGB `image` with all that the masks `things` (L, of its size) cover filled from around it (Telea's fast marching,
     doi:10.1080/10867651.2004.10487596, by OpenCV)."""
-    holes = np.max([np.asarray(mask) for mask in things], axis=0)
-    grown = 2 * max(1, round(GROWTH * max(image.size))) + 1
-    holes = cv2.dilate(holes, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (grown, grown)))
-    return Image.fromarray(cv2.inpaint(np.asarray(image), holes, RADIUS, cv2.INPAINT_TELEA))
+    return Image.fromarray(cv2.inpaint(np.asarray(image), np.asarray(holes(things)), RADIUS, cv2.INPAINT_TELEA))
+
+
+def holes(things: Sequence[Image.Image]) -> Image.Image:
+    """What a clean plate fills (L): the masks, a little grown."""
+    covered = np.max([np.asarray(mask) for mask in things], axis=0)
+    grown = 2 * max(1, round(GROWTH * max(covered.shape))) + 1
+    return Image.fromarray(cv2.dilate(covered, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (grown, grown))))

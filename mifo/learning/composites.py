@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy import ndimage
 
 from ..config import CompositeConfig, PriorConfig
@@ -25,13 +25,14 @@ from ..io.threads import map_in_order
 from ..model.base import BaseModel
 from ..prompts import BACKGROUND_TOKEN, join_assets
 from ..segmentation.grabcut import GrabCut, propose
-from .clean_plate import clean_plate
+from .clean_plate import clean_plate, holes
 from .prior import make_prior
 from .union_sampling import choose_assets
 
 TRIES = 30  # to find a place where a thing covers no other
 SEARCHED_SIDE = 256  # pixels: what GrabCut wants to see of a small picture
 GROWN = 6  # pixels of that: the soft rim of what is painted over
+PLATE_SHARE = 0.25  # of the composites that stand on the photo's own background and name it, where `<background>` is learned
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Composite:
     """(len(assets), 1, H, W) of 0 and 1; what a later thing covers is not an earlier one's"""
     weights: torch.Tensor
     """(1, 1, h, w): of the diffusion loss; 1 on the things"""
+    filled: torch.Tensor | None = None
+    """(1, 1, h, w) in [0, 1]: where the photo's own background was filled in"""
 
 
 class Composites:
@@ -67,21 +70,54 @@ class Composites:
         self.base, self.config, self.tokens = base, config, fitted.tokens
         self.backgrounds = draw_backgrounds(base, config, fitted.image.size[::-1], seed, cache, report)
         self.cutouts = cut_out_things(fitted)
+        self.plate = Plate.of(fitted) if BACKGROUND_TOKEN in fitted.tokens else None
 
     def draw(self, rng: np.random.Generator, union_sampling: bool, flip_probability: float,
              about: frozenset[int] = frozenset()) -> Composite:  # fmt: skip
         """`about`: assets of which it has one at least."""
-        prompt, background = self.backgrounds[int(rng.integers(len(self.backgrounds)))]
+        if self.plate is not None and rng.random() < PLATE_SHARE:
+            (background, filled), place = self.plate.cut(self.backgrounds[0][1].size, rng), ""
+        else:
+            prompt, background = self.backgrounds[int(rng.integers(len(self.backgrounds)))]
+            filled, place = None, prompt.removeprefix("a photo").strip()
         chosen = choose_assets(sorted(self.cutouts), rng, union_sampling, about)
         cutouts = [self.cutouts[i][int(rng.integers(len(self.cutouts[i])))] for i in chosen]
         picture, masks = paste(cutouts, background, self.config.scale, flip_probability, rng)
         mean, std = self.base.encode(pixels_to_tensor(picture))
-        masks = masks.float().to(mean.device)
-        union = union_at_latents(masks, (mean.shape[-2], mean.shape[-1]))
+        masks, size = masks.float().to(mean.device), (mean.shape[-2], mean.shape[-1])
+        if filled is not None:
+            free = 1 - masks.amax(0, keepdim=True)
+            chosen, masks = (*chosen, self.tokens.index(BACKGROUND_TOKEN)), torch.cat([masks, free])
+            filled = union_at_latents(filled.to(mean.device) * free, size)
+        union = union_at_latents(masks, size)
         words = join_assets([self.tokens[i] for i in chosen])
-        place = prompt.removeprefix("a photo").strip()
         weights = union + self.config.outside_weight * (1 - union)
-        return Composite(chosen, f"{words} {place}".strip(), mean, std, masks, weights)
+        return Composite(chosen, f"{words} {place}".strip(), mean, std, masks, weights, filled)
+
+
+@dataclass(frozen=True)
+class Plate:
+    """The photo's own background, for things to be put on."""
+
+    image: Image.Image
+    filled: Image.Image
+    """L: where it was filled in"""
+
+    @classmethod
+    def of(cls, fitted: FittedInstance) -> Plate:
+        """The photo without its things and without what pads it."""
+        things = fitted.masks[: fitted.tokens.index(BACKGROUND_TOKEN)]
+        photo = np.max([np.asarray(mask) for mask in fitted.masks], axis=0) > 127
+        rows, columns = (np.flatnonzero(photo.any(axis)) for axis in (1, 0))
+        box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+        return cls(clean_plate(fitted.image, things).crop(box), holes(things).crop(box))
+
+    def cut(self, size: tuple[int, int], rng: np.random.Generator) -> tuple[Image.Image, torch.Tensor]:
+        """As much of it as fills (width, height), anywhere, and where it was filled in (1, 1, H, W)."""
+        centering = (float(rng.random()), float(rng.random()))
+        image = ImageOps.fit(self.image, size, Image.Resampling.LANCZOS, centering=centering)
+        filled = np.asarray(ImageOps.fit(self.filled, size, Image.Resampling.BILINEAR, centering=centering))
+        return image, torch.from_numpy(filled.copy()).float()[None, None] / 255
 
 
 def draw_backgrounds(base: BaseModel, config: CompositeConfig, size: tuple[int, int], seed: int, cache: Path | None = None,

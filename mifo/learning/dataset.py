@@ -15,11 +15,12 @@ from ..io.sheets import pixels_to_tensor
 from ..model.base import BaseModel
 from ..model.prompt_embeds import ImageSize
 from ..prompts import BACKGROUND_TOKEN, join_assets
-from .clean_plate import clean_plate
+from .clean_plate import clean_plate, holes
 from .composites import Composite, Composites
 from .union_sampling import choose_assets
 
 PLATE_SHARE = 0.75  # of the steps with <background>
+PLATE_STEPS = 0.125  # of all steps that are about <background> alone, where the others are composites
 ABOUT_SHARE = 0.5  # of the composites while an asset is relearned: these have it, the others are of any
 
 
@@ -40,6 +41,8 @@ class Batch:
     """(len(assets), 1, H, W) in [0, 1] at pixel size, in the order of `assets`"""
     size: ImageSize | None = None
     """As in `View`"""
+    filled: torch.Tensor | None = None
+    """(1, 1, h, w) in [0, 1]: where the picture was filled in and its details are not the photo's"""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class View:
     """The assets that lie inside the picture as they did before the shift"""
     size: ImageSize
     """What the UNet is told of the picture: its crop is how many pixels lie outside, as SDXL counts them"""
+    filled: torch.Tensor | None = None
+    """As in `Batch`"""
 
 
 @dataclass(frozen=True)
@@ -107,40 +112,51 @@ class InstanceData:
 
     def _plate(self, fitted: FittedInstance, base: BaseModel) -> dict[bool, View]:
         """The picture without its things, by flip. Its mask for each asset is all that is not padding."""
-        pixels, views = pixels_to_tensor(clean_plate(fitted.image, fitted.masks[: self.background])), {}
+        things = fitted.masks[: self.background]
+        pixels, views = pixels_to_tensor(clean_plate(fitted.image, things)), {}
+        covered = torch.from_numpy(np.asarray(holes(things)).copy()).float()[None, None].to(base.device) / 255
         for flip in (False, True):
             valid = self.masks[flip].amax(0, keepdim=True).expand_as(self.masks[flip])
-            views[flip] = View(*base.encode(pixels.flip(-1) if flip else pixels), valid, frozenset(), self.size)
+            mean, std = base.encode(pixels.flip(-1) if flip else pixels)
+            filled = union_at_latents(covered.flip(-1) if flip else covered, (mean.shape[-2], mean.shape[-1]))
+            views[flip] = View(mean, std, valid, frozenset(), self.size, filled)
         return views
 
     def sample(self, rng: np.random.Generator, generator: torch.Generator, draws: int, union_sampling: bool,
                flip_probability: float) -> Batch:  # fmt: skip
         """Draws a photo, a subset of its assets, a flip, and `draws` latents; or takes a composite."""
+        if self.composites and self.plate and rng.random() < PLATE_STEPS:
+            return self._of_plate(bool(rng.random() < flip_probability), generator, draws)
         if self.composites and rng.random() < self.composite_share:
             about = self.about if self.about and rng.random() < ABOUT_SHARE else frozenset()
             made = self.composites.draw(rng, union_sampling, flip_probability, about)
-            return self._composite(made, generator, draws)
+            return self._of_composite(made, generator, draws)
         photo = self.photos[int(rng.integers(len(self.photos))) if len(self.photos) > 1 else 0]
         assets = choose_assets(photo.shown, rng, union_sampling, self.about)
         flip = bool(rng.random() < flip_probability)
         if self.plate and union_sampling and self.background in assets and rng.random() < PLATE_SHARE:
-            assets, view = (self.background,), self.plate[flip]
-        else:
-            fitting = [view for view in photo.views[flip] if view.whole.issuperset(assets)]
-            view = fitting[int(rng.integers(len(fitting)))] if len(fitting) > 1 else fitting[0]
+            return self._of_plate(flip, generator, draws)
+        fitting = [view for view in photo.views[flip] if view.whole.issuperset(assets)]
+        view = fitting[int(rng.integers(len(fitting)))] if len(fitting) > 1 else fitting[0]
+        return self._of_view(assets, view, generator, draws)
+
+    def _of_plate(self, flip: bool, generator: torch.Generator, draws: int) -> Batch:
+        assert self.background is not None and self.plate is not None
+        return self._of_view((self.background,), self.plate[flip], generator, draws)
+
+    def _of_view(self, assets: tuple[int, ...], view: View, generator: torch.Generator, draws: int) -> Batch:
         mean, std = view.mean, view.std
         noise = torch.randn((draws, *mean.shape[1:]), generator=generator).to(mean)
         masks = view.masks[list(assets)]
         union = union_at_latents(masks, (mean.shape[-2], mean.shape[-1]))
         tokens = tuple(self.tokens[i] for i in assets)
-        return Batch(assets, tokens, join_assets(tokens), mean + std * noise, union, masks, view.size)
+        return Batch(assets, tokens, join_assets(tokens), mean + std * noise, union, masks, view.size, view.filled)
 
-
-    def _composite(self, taken: Composite, generator: torch.Generator, draws: int) -> Batch:
+    def _of_composite(self, taken: Composite, generator: torch.Generator, draws: int) -> Batch:
         noise = torch.randn((draws, *taken.mean.shape[1:]), generator=generator).to(taken.mean)
         tokens = tuple(self.tokens[i] for i in taken.assets)
         latents = taken.mean + taken.std * noise
-        return Batch(taken.assets, tokens, taken.prompt, latents, taken.weights, taken.masks, self.drawn_size)
+        return Batch(taken.assets, tokens, taken.prompt, latents, taken.weights, taken.masks, self.drawn_size, taken.filled)
 
 
 def _views(picture: Image.Image, masks_of: Sequence[Image.Image | None], base: BaseModel, placements: int,

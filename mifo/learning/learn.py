@@ -154,7 +154,6 @@ def prepare(instance: Instance, base: BaseModel, config: LearnConfig, prior_cach
     if share and list(about) != [BACKGROUND_TOKEN]:  # which is nothing to cut out
         composites = Composites(fitted, base, config.composites, config.seed, prior_cache,
                                 lambda k, n: report(Progress("prior", k, n)))  # fmt: skip
-        share = share / 2 if instance.has_background else share  # the background is learned from the photo alone
     data = InstanceData(fitted, base, config.placements, config.seed, instance.image.size,
                         [photo.image.size for photo in instance.others], about, composites, share)  # fmt: skip
     prior = None

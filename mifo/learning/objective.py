@@ -40,6 +40,9 @@ class StepLosses:
         return {k: float(getattr(self, k).detach()) for k in ("diffusion", "attention", "prior")}
 
 
+FILLED_FROM = 500
+"""The timestep from which a place that was filled in counts."""
+
 PARTS = 2
 """Of a step's draws, for a model so small that threads within an operation gain nothing. A constant, because sums of other parts
 round otherwise: the same run gives the same bytes on any number of cores."""
@@ -119,7 +122,8 @@ class Objective:
         prediction = predict(self.base.unet, noisy, timesteps, prompt_embeds)
         maps = recorder.take()
         target = diffusion_target(self.base.scheduler, latents, noise, timesteps)
-        diffusion = masked_diffusion_loss(prediction[own], target[own], batch.union_mask, config.masked_loss_by_area)
+        weights = where_it_counts(batch, timesteps[own])
+        diffusion = masked_diffusion_loss(prediction[own], target[own], weights, config.masked_loss_by_area)
         latent_size = (latents.shape[-2], latents.shape[-1])
         positions = tokenized[-1].asset_positions
         attention = attention_loss(maps, sites, phase.attention, batch, positions, timesteps, own.start, step, latent_size)
@@ -176,6 +180,15 @@ class Objective:
             prompt_embeds = self.base.encode_prompt(torch.tensor([ids]), self.size_of(batch)).expand(len(noisy))
             without = predict(self.base.unet, noisy, timesteps, prompt_embeds)
         return share * masked_diffusion_loss(prediction, without, 1 - batch.union_mask, self.config.masked_loss_by_area)
+
+
+def where_it_counts(batch: Batch, timesteps: torch.Tensor) -> torch.Tensor:
+    """Weights of the diffusion loss, (1 or B, 1, h, w). What was filled in has the colours of what is around it and no details of
+    its own, so it counts where there is too much noise to see any."""
+    if batch.filled is None:
+        return batch.union_mask
+    early = (timesteps >= FILLED_FROM).to(batch.filled)[:, None, None, None]
+    return batch.union_mask * (1 - batch.filled * (1 - early))
 
 
 def diffusion_target(scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

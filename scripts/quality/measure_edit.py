@@ -75,15 +75,15 @@ def crops_of(bundle: Bundle) -> dict[str, Image.Image]:
 
 def learned(example: str, base: BaseModel, folder: Path, background: bool = False) -> Bundle:
     """The example's bundle in `folder`; learned now unless it is there, with the same settings, from an earlier run."""
-    config, target = learn_preset(base.family), folder / f"{example}{'_background' * background}"
+    instance = load_instance(Path("example") / example)
+    if background:
+        instance = with_background(instance)
+    config, target = learn_preset(base.family, assets=instance.count), folder / f"{example}{'_background' * background}"
     if target.exists():
         bundle = load_bundle(target)
         if bundle.config != config:
             raise typer.BadParameter(f"{target} was learned with other settings; move it away")
         return bundle
-    instance = load_instance(Path("example") / example)
-    if background:
-        instance = with_background(instance)
     words = [*[None] * (instance.count - 1), "background"] if background else None
     return learn(instance, base, config, target, initializer_words=words)
 

@@ -70,12 +70,6 @@ def recipe_config(family: str, name: str) -> LearnConfig:
     variants = {
         "mifo": ours,
         "break-a-scene": theirs,
-        "break-a-scene-as-published": replace(
-            theirs,
-            embedding=replace(theirs.embedding, train_steps=400, learning_rate=5e-4, draws=1),
-            lora=replace(theirs.lora, train_steps=400, learning_rate=1e-3, row_learning_rate=1e-3, draws=1),
-            prior=replace(theirs.prior, every_steps=1),
-        ),
         "mifo-without-attention-loss": replace(ours, embedding=replace(ours.embedding, attention=none),
                                                lora=replace(ours.lora, attention=none)),
         "mifo-without-composites": replace(ours, composites=theirs.composites),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mifo.config import LearnConfig, SynthesisConfig
-from mifo.presets import learn_preset
+from mifo.presets import ASSETS, learn_preset, scale_steps
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class Method:
     """A row of the table, as `methods.json` describes it.
 
     `change` and `drawing`: settings by dotted name, of `LearnConfig` and of `SynthesisConfig`; `*.` stands for both phases.
-    `steps`: 'as they are', 'all in embedding' and 'all in lora' (the same total in one phase), or 'by count' (more for more than
-    three things). `training`: the method whose learned assets are drawn. `boxes`: false where nothing keeps assets to boxes.
+    `steps`: 'as they are' (more for more than three things), 'all in embedding' and 'all in lora' (the same total in one phase),
+    or 'of three' (however many things there are). `training`: the method whose learned assets are drawn. `boxes`: false where
+    nothing keeps assets to boxes.
     """
 
     training: str
@@ -62,11 +63,16 @@ METHODS = _read_methods(Path(__file__).with_name("methods.json"))
 
 
 def choose_methods(text: str) -> list[str]:
-    """'main', 'ablations', 'study' (what the attention losses are worth), 'tuned' (attention losses on composites, each with its
-    own search), 'all', or names with commas; raises KeyError for a name that does not exist."""
-    groups = {group: [name for name, method in METHODS.items() if method.group == group] for group in ("main", "study", "tuned")}
-    ablations = ["mifo", *(name for name, method in METHODS.items() if method.group in ("ablation", "drawing"))]
-    groups |= {"ablations": ablations, "tuned": ["mifo", *groups["tuned"]], "all": list(METHODS)}
+    """Names with commas, or groups: 'tuned' (each after a search of its own), 'published' (steps and rates as papers or usual
+    scripts have them), 'main' (both), 'our-rates' (baselines at this project's steps and rates), 'study' (what the attention
+    losses are worth), 'ablations', 'all'. All but 'study' hold this project's own. Raises KeyError for an unknown name."""
+
+    def of(*wanted: str) -> list[str]:
+        return [name for name, method in METHODS.items() if method.group in wanted]
+
+    groups = {name: ["mifo", *of(name)] for name in ("tuned", "published", "our-rates")}
+    groups |= {"main": ["mifo", *of("tuned", "published")], "study": of("study"),
+               "ablations": ["mifo", *of("ablation", "drawing")], "all": list(METHODS)}  # fmt: skip
     names = [name for part in text.split(",") for name in groups.get(part.strip(), (part.strip(),))]
     for name in names:
         METHODS[name]
@@ -79,20 +85,13 @@ def choose_methods(text: str) -> list[str]:
 def training(name: str, seed: int, share: float = 1.0, count: int = 3) -> Training:
     """What a method trains with, for `count` things; `share` of the steps, for quick runs."""
     method = METHODS[name]
-    config = _changed(learn_preset("toybox", method.recipe), method.change)
+    config = _changed(learn_preset("toybox", method.recipe, ASSETS if method.steps == "of three" else count), method.change)
     both = config.embedding.train_steps + config.lora.train_steps
     first, second = {"all in embedding": (both, 0), "all in lora": (0, both)}.get(
         method.steps, (config.embedding.train_steps, config.lora.train_steps)
     )
-    if method.steps == "by count":
-        share *= max(1, count / 3)
-    rewarded = config.embedding.attention.reward_steps
-    steps = {"embedding.train_steps": first, "embedding.attention.reward_steps": rewarded, "lora.train_steps": second}
-    return Training(method.kind, _changed(config, {**{k: _scaled(v, share) for k, v in steps.items()}, "seed": seed}))
-
-
-def _scaled(steps: int, share: float) -> int:
-    return max(1, round(steps * share)) if steps else 0
+    config = _changed(config, {"embedding.train_steps": first, "lora.train_steps": second, "seed": seed})
+    return Training(method.kind, scale_steps(config, share) if share != 1 else config)
 
 
 def _changed(config: Any, changes: Mapping[str, Any]) -> Any:

@@ -241,7 +241,7 @@ def run_all(jobs: Sequence[Job], workers: int, report: Callable[[list[str]], Non
 def main(
     quick: Annotated[bool, typer.Option(help="One scene, two methods, a tenth of the steps: does everything run.")] = False,
     split: Annotated[str, typer.Option(help="dev, or holdout: the third of the seeds that choices never see.")] = "dev",
-    methods: Annotated[str, typer.Option(help="main, ablations, study, all, or names with commas.")] = "main",
+    methods: Annotated[str, typer.Option(help="main, tuned, published, our-rates, ablations, study, all, or names.")] = "main",
     levels: str = ",".join(LEVELS),
     counts: str = ",".join(map(str, COUNTS)),
     large: Annotated[bool, typer.Option(help="The series with 6 and 8 instances instead.")] = False,

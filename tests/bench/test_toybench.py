@@ -68,9 +68,18 @@ def test_methods_change_what_they_say():
     assert (quick.embedding.train_steps, quick.embedding.attention.reward_steps, quick.lora.train_steps) == (15, 5, 20)
     changed = {method.training for method in METHODS.values()} - {"mifo"}
     assert all(training(name, 3, count=4) != training("mifo", 3, count=4) for name in changed)
-    steps = [training("steps-by-count", 0, count=count).config.lora.train_steps for count in (2, 3, 6)]
-    assert steps == [200, 200, 400], "more things, more steps; never fewer than one photo's worth"
+
+    def steps(name: str) -> list[int]:
+        return [training(name, 0, count=count).config.lora.train_steps for count in (2, 3, 6)]
+
+    assert steps("mifo") == steps("break-a-scene-tuned") == [200, 200, 400] and steps("steps-of-three") == [200] * 3
     assert choose_methods("main,rank-4")[-1] == "rank-4" and "masks-only" in choose_methods("ablations")
+    assert {"mifo", "break-a-scene-tuned", "break-a-scene-as-published"} < set(choose_methods("main"))
+    assert choose_methods("our-rates,mifo").count("mifo") == 1 and "mifo" not in choose_methods("study")
+    published = training("break-a-scene-as-published", 0).config  # arXiv 2305.16311, section 4 and appendix
+    assert [(p.train_steps, p.draws) for p in (published.embedding, published.lora)] == [(400, 1), (400, 1)]
+    assert published.embedding.learning_rate == 5e-4 and published.lora.attention.penalty_weight == 0.01
+    assert published.composites.share == 0 and published.lora.averaged_share == 0 and not published.masked_loss_by_area
     with pytest.raises(KeyError):
         choose_methods("best-method")
 

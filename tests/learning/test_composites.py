@@ -96,6 +96,43 @@ def test_things_of_all_photos_are_cut_out_and_the_background_is_none(tmp_path: P
     assert {asset: len(cutouts) for asset, cutouts in found.items()} == {0: 1, 1: 2}
 
 
+def test_the_photos_own_background_has_a_part_of_the_composites_and_is_named_there(tmp_path: Path) -> None:
+    """`<background>` is learned beside the things, not in their place: their steps stay composites."""
+    instance = with_background(load_instance(write_instance(tmp_path / "desk", assets=3, size=(96, 64))))  # padded at 128
+    fitted, base = fit_instance(instance, 128), load_base()
+    composites = Composites(fitted, base, CONFIG, seed=0)
+    rng = np.random.default_rng(0)
+    made = [composites.draw(rng, True, 0.5) for _ in range(120)]
+    on_it = [each for each in made if 3 in each.assets]
+    assert 15 < len(on_it) < 45  # a quarter, of which three deviations are 14
+    assert all(1 <= len(each.assets) <= 4 and (each.assets[-1] == 3) == (3 in each.assets) for each in made)
+    for each in made:
+        assert ("<background>" in each.prompt) == (3 in each.assets) == (not any(p in each.prompt for p in ("snow", "night")))
+    for each in on_it:
+        assert torch.equal(each.masks.sum(0), torch.ones(1, 128, 128))  # each pixel a thing's or the background's
+        assert float(each.weights.min()) == 1.0  # what is learned there counts as the things do
+    data = InstanceData(fitted, base, composites=composites, composite_share=1.0)
+    generator = torch.Generator().manual_seed(0)
+    steps = [data.sample(rng, generator, 1, True, 0.0) for _ in range(160)]
+    alone = [each for each in steps if each.tokens == ("<background>",)]
+    assert 8 < len(alone) < 33  # an eighth, of which three deviations are 12
+    assert data.plate is not None and torch.equal(alone[0].asset_masks, data.plate[False].masks[[3]])
+    assert all(each.prompt == "a photo of <background>" for each in alone)
+
+
+def test_the_background_under_composites_is_the_photos_without_its_things_and_its_padding(tmp_path: Path) -> None:
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    photo, mask = Image.new("RGB", (128, 64), (20, 160, 40)), Image.new("L", (128, 64))
+    photo.paste((200, 30, 30), (16, 16, 48, 48))
+    mask.paste(255, (16, 16, 48, 48))
+    photo.save(folder / "img.png")
+    mask.save(folder / "mask0.png")
+    composites = Composites(fit_instance(with_background(load_instance(folder)), 128), load_base(), CONFIG, seed=0)
+    drawn = np.asarray(composites.plate.cut((128, 128), np.random.default_rng(0))[0]).astype(int)
+    assert drawn.shape == (128, 128, 3) and abs(drawn - (20, 160, 40)).max() < 12  # nothing red, and no bar above or below
+
+
 def test_things_on_a_drawn_background_are_painted_over() -> None:
     picture = Image.new("RGB", (128, 128), (120, 180, 220))
     ImageDraw.Draw(picture).ellipse((40, 50, 80, 90), fill=(200, 30, 30), outline=(0, 0, 0), width=3)

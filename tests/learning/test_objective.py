@@ -15,10 +15,11 @@ from _tiny import load_base, write_instance
 from mifo.attention.record import record_attention
 from mifo.attention.sites import Site, choose_sites
 from mifo.config import AttentionTerms, LearnConfig, LoraPhase
-from mifo.data.instance import fit_instance, load_instance
+from mifo.data.instance import fit_instance, load_instance, with_background
+from mifo.data.mask_sizes import union_at_latents
 from mifo.learning.dataset import Batch, InstanceData
 from mifo.learning.learn import lend_adapters
-from mifo.learning.objective import Objective, StepLosses, attention_loss
+from mifo.learning.objective import FILLED_FROM, Objective, StepLosses, attention_loss, where_it_counts
 from mifo.learning.prior import PriorData
 from mifo.model.embedding import initial_vectors, use_assets
 from mifo.presets import learn_preset
@@ -82,6 +83,40 @@ def test_the_relative_penalty_stands_beside_the_loss_on_one_map_of_all_sites_at_
     assert loss(900, loss="none") == 0
     assert loss(900, relative_penalty_weight=3.0) == pytest.approx(alone + loss(900))
     assert loss(100) == pytest.approx(2 * loss(900)) and loss(900) > 0, "the published penalty below max_timestep alone"
+
+
+def test_what_was_filled_in_counts_where_there_is_too_much_noise_to_see_its_details() -> None:
+    """Its blur was learned as what the background looks like, and drawn into walls."""
+    mask, filled = torch.tensor([[[[1.0, 1.0], [0.5, 0.0]]]]), torch.tensor([[[[1.0, 0.0], [0.5, 1.0]]]])
+    batch = Batch((0,), ("<background>",), "a photo of <background>", torch.zeros(2, 4, 2, 2), mask, mask, filled=filled)
+    late, early = where_it_counts(batch, torch.tensor([FILLED_FROM - 1, FILLED_FROM]))
+    assert torch.equal(late, torch.tensor([[[0.0, 1.0], [0.25, 0.0]]])) and torch.equal(early, mask[0])
+    assert torch.equal(where_it_counts(replace(batch, filled=None), torch.tensor([0, 999])), mask)
+
+
+def test_a_step_on_the_clean_plate_counts_filled_places_early_alone(tmp_path: Path) -> None:
+    instance = with_background(load_instance(write_instance(tmp_path / "cups")))
+    base = load_base()
+    data = InstanceData(fit_instance(instance, base.resolution), base)
+    assert data.plate is not None and data.plate[False].filled is not None
+    things = union_at_latents(data.masks[False][:2], tuple(data.plate[False].filled.shape[-2:]))
+    assert bool((data.plate[False].filled >= things).all()) and float(data.plate[False].filled.mean()) < 1
+    add_asset_tokens(base.tokenizer, data.tokens)
+    ids = [base.tokenizer.get_added_vocab()[t] for t in data.tokens]
+    phase = replace(CONFIG.lora, draws=1, attention=AttentionTerms(loss="none"))
+    sites = choose_sites(base.unet, phase.attention.blocks, phase.attention.levels)
+    objective = Objective(base, data, replace(CONFIG, locality_weight=0.0), np.random.default_rng(0), torch.Generator())
+    vectors = initial_vectors(base.text_encoders, base.tokenizer, [None] * 3)
+    losses = {}
+    with use_assets(base.text_encoders, ids, vectors), record_attention(base.unet, sites) as recorder, torch.no_grad():
+        drawn = objective.draw(phase, 0, None)
+        for kind, filled in (("all", torch.ones(1, 1, 16, 16)), ("none", None)):
+            for timestep in (FILLED_FROM - 1, FILLED_FROM):
+                at = replace(drawn, batch=replace(drawn.batch, filled=filled), timesteps=torch.tensor([timestep]))
+                found = objective.compute(at, phase, 0, sites, recorder, slice(0, 1), with_prior=False)
+                losses[kind, timestep] = float(found.diffusion)
+    assert losses["all", FILLED_FROM - 1] == 0 < losses["none", FILLED_FROM - 1]
+    assert losses["all", FILLED_FROM] == losses["none", FILLED_FROM] > 0
 
 
 def test_a_step_in_parts_on_threads_equals_the_step_whole(tmp_path: Path) -> None:
