@@ -9,7 +9,7 @@ backgrounds often hold things of their own, which are looked for and painted ove
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +58,7 @@ class Composite:
     weights: torch.Tensor
     """(1, 1, h, w): of the diffusion loss; 1 on the things"""
     filled: torch.Tensor | None = None
-    """(1, 1, h, w) in [0, 1]: where the photo's own background was filled in"""
+    """(1, 1, h, w) in [0, 1]: where the background was painted over; None for nowhere"""
 
 
 class Composites:
@@ -70,82 +70,92 @@ class Composites:
         self.base, self.config, self.tokens = base, config, fitted.tokens
         self.backgrounds = draw_backgrounds(base, config, fitted.image.size[::-1], seed, cache, report)
         self.cutouts = cut_out_things(fitted)
-        self.plate = Plate.of(fitted) if BACKGROUND_TOKEN in fitted.tokens else None
+        self.plate = photo_without_things(fitted) if BACKGROUND_TOKEN in fitted.tokens else None
 
     def draw(self, rng: np.random.Generator, union_sampling: bool, flip_probability: float,
              about: frozenset[int] = frozenset()) -> Composite:  # fmt: skip
         """`about`: assets of which it has one at least."""
-        if self.plate is not None and rng.random() < PLATE_SHARE:
-            (background, filled), place = self.plate.cut(self.backgrounds[0][1].size, rng), ""
+        on_plate = self.plate is not None and rng.random() < PLATE_SHARE
+        if self.plate is not None and on_plate:
+            background = cut_anywhere(self.plate, self.backgrounds[0].image.size, rng)
         else:
-            prompt, background = self.backgrounds[int(rng.integers(len(self.backgrounds)))]
-            filled, place = None, prompt.removeprefix("a photo").strip()
+            background = self.backgrounds[int(rng.integers(len(self.backgrounds)))]
         chosen = choose_assets(sorted(self.cutouts), rng, union_sampling, about)
         cutouts = [self.cutouts[i][int(rng.integers(len(self.cutouts[i])))] for i in chosen]
-        picture, masks = paste(cutouts, background, self.config.scale, flip_probability, rng)
+        picture, masks = paste(cutouts, background.image, self.config.scale, flip_probability, rng)
         mean, std = self.base.encode(pixels_to_tensor(picture))
         masks, size = masks.float().to(mean.device), (mean.shape[-2], mean.shape[-1])
-        if filled is not None:
-            free = 1 - masks.amax(0, keepdim=True)
+        free = 1 - masks.amax(0, keepdim=True)
+        if on_plate:
             chosen, masks = (*chosen, self.tokens.index(BACKGROUND_TOKEN)), torch.cat([masks, free])
-            filled = union_at_latents(filled.to(mean.device) * free, size)
+        filled = background.filled
         union = union_at_latents(masks, size)
         words = join_assets([self.tokens[i] for i in chosen])
         weights = union + self.config.outside_weight * (1 - union)
-        return Composite(chosen, f"{words} {place}".strip(), mean, std, masks, weights, filled)
+        return Composite(chosen, f"{words} {background.place}".strip(), mean, std, masks, weights,
+                         None if filled is None else union_at_latents(as_mask(filled).to(free) * free, size))  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Plate:
-    """The photo's own background, for things to be put on."""
+class Backdrop:
+    """What things are put on."""
 
+    place: str
+    """Words for it, which follow those for the things"""
     image: Image.Image
-    filled: Image.Image
-    """L: where it was filled in"""
+    filled: Image.Image | None
+    """L: where it was painted over"""
 
-    @classmethod
-    def of(cls, fitted: FittedInstance) -> Plate:
-        """The photo without its things and without what pads it."""
-        things = fitted.masks[: fitted.tokens.index(BACKGROUND_TOKEN)]
-        photo = np.max([np.asarray(mask) for mask in fitted.masks], axis=0) > 127
-        rows, columns = (np.flatnonzero(photo.any(axis)) for axis in (1, 0))
-        box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-        return cls(clean_plate(fitted.image, things).crop(box), holes(things).crop(box))
 
-    def cut(self, size: tuple[int, int], rng: np.random.Generator) -> tuple[Image.Image, torch.Tensor]:
-        """As much of it as fills (width, height), anywhere, and where it was filled in (1, 1, H, W)."""
-        centering = (float(rng.random()), float(rng.random()))
-        image = ImageOps.fit(self.image, size, Image.Resampling.LANCZOS, centering=centering)
-        filled = np.asarray(ImageOps.fit(self.filled, size, Image.Resampling.BILINEAR, centering=centering))
-        return image, torch.from_numpy(filled.copy()).float()[None, None] / 255
+def photo_without_things(fitted: FittedInstance) -> Backdrop:
+    """The photo's own background, without what pads it; `<background>` is the word for it."""
+    things = fitted.masks[: fitted.tokens.index(BACKGROUND_TOKEN)]
+    photo = np.max([np.asarray(mask) for mask in fitted.masks], axis=0) > 127
+    rows, columns = (np.flatnonzero(photo.any(axis)) for axis in (1, 0))
+    box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+    return Backdrop("", clean_plate(fitted.image, things).crop(box), holes(things).crop(box))
+
+
+def cut_anywhere(backdrop: Backdrop, size: tuple[int, int], rng: np.random.Generator) -> Backdrop:
+    """As much of it as fills (width, height)."""
+    where = (float(rng.random()), float(rng.random()))
+    filled = backdrop.filled and ImageOps.fit(backdrop.filled, size, Image.Resampling.BILINEAR, centering=where)
+    return replace(backdrop, image=ImageOps.fit(backdrop.image, size, Image.Resampling.LANCZOS, centering=where), filled=filled)
+
+
+def as_mask(image: Image.Image) -> torch.Tensor:
+    """L -> (1, 1, H, W) in [0, 1]"""
+    return torch.from_numpy(np.asarray(image).copy()).float()[None, None] / 255
 
 
 def draw_backgrounds(base: BaseModel, config: CompositeConfig, size: tuple[int, int], seed: int, cache: Path | None = None,
-                     report: Callable[[int, int], None] | None = None) -> list[tuple[str, Image.Image]]:  # fmt: skip
-    """(prompt, picture without things) of every background. `size`: (height, width)."""
+                     report: Callable[[int, int], None] | None = None) -> list[Backdrop]:  # fmt: skip
+    """Every background, without things. `size`: (height, width)."""
     drawn = make_prior(base, PriorConfig(num_class_images=config.num_backgrounds, class_prompt=config.backgrounds,
                                          sampling_steps=config.sampling_steps, guidance_scale=config.guidance_scale),
                        size, seed, cache, report)  # fmt: skip
 
-    def finish(latents: torch.Tensor) -> Image.Image:
+    def finish(latents: torch.Tensor) -> tuple[Image.Image, Image.Image | None]:
         """`latents`: (C, h, w)"""
         with torch.no_grad():
             return without_things(to_images(base.decode(latents[None]))[0])
 
     finished = map_in_order(finish, drawn.latents, base.is_small)
-    return [(drawn.prompts[k % len(drawn.prompts)], picture) for k, picture in enumerate(finished)]
+    places = [prompt.removeprefix("a photo").strip() for prompt in drawn.prompts]
+    return [Backdrop(places[k % len(places)], *picture) for k, picture in enumerate(finished)]
 
 
-def without_things(image: Image.Image) -> Image.Image:
-    """What stands out from the picture's rim painted over with what is around it."""
+def without_things(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """What stands out from the picture's rim painted over with what is around it, and where that was (L)."""
     scale = max(1.0, SEARCHED_SIDE / max(image.size))
     large = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
     hints = propose(large)
     masks = [mask for mask in GrabCut().masks(large, hints) if mask.any() and not mask.all()] if hints else []
     if not masks:
-        return image
+        return image, None
     found = ndimage.binary_dilation(np.any(masks, axis=0), iterations=GROWN)
-    return clean_plate(image, [Image.fromarray(found.astype(np.uint8) * 255).resize(image.size)])
+    things = [Image.fromarray(found.astype(np.uint8) * 255).resize(image.size)]
+    return clean_plate(image, things), holes(things)
 
 
 def cut_out_things(fitted: FittedInstance) -> dict[int, list[Cutout]]:

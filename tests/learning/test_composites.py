@@ -13,7 +13,15 @@ from PIL import Image, ImageDraw
 from mifo.bundle.store import load_bundle
 from mifo.config import CompositeConfig
 from mifo.data.instance import FittedInstance, fit_instance, load_instance, with_background
-from mifo.learning.composites import Composite, Composites, cut_out_things, paste, without_things
+from mifo.learning.composites import (
+    Composite,
+    Composites,
+    cut_anywhere,
+    cut_out_things,
+    paste,
+    photo_without_things,
+    without_things,
+)
 from mifo.learning.dataset import InstanceData
 from mifo.presets import learn_preset
 
@@ -102,9 +110,9 @@ def test_the_photos_own_background_has_a_part_of_the_composites_and_is_named_the
     fitted, base = fit_instance(instance, 128), load_base()
     composites = Composites(fitted, base, CONFIG, seed=0)
     rng = np.random.default_rng(0)
-    made = [composites.draw(rng, True, 0.5) for _ in range(120)]
+    made = [composites.draw(rng, True, 0.5) for _ in range(64)]
     on_it = [each for each in made if 3 in each.assets]
-    assert 15 < len(on_it) < 45  # a quarter, of which three deviations are 14
+    assert 5 < len(on_it) < 27  # a quarter, of which three deviations are 10
     assert all(1 <= len(each.assets) <= 4 and (each.assets[-1] == 3) == (3 in each.assets) for each in made)
     for each in made:
         assert ("<background>" in each.prompt) == (3 in each.assets) == (not any(p in each.prompt for p in ("snow", "night")))
@@ -113,9 +121,9 @@ def test_the_photos_own_background_has_a_part_of_the_composites_and_is_named_the
         assert float(each.weights.min()) == 1.0  # what is learned there counts as the things do
     data = InstanceData(fitted, base, composites=composites, composite_share=1.0)
     generator = torch.Generator().manual_seed(0)
-    steps = [data.sample(rng, generator, 1, True, 0.0) for _ in range(160)]
+    steps = [data.sample(rng, generator, 1, True, 0.0) for _ in range(80)]
     alone = [each for each in steps if each.tokens == ("<background>",)]
-    assert 8 < len(alone) < 33  # an eighth, of which three deviations are 12
+    assert 1 < len(alone) < 19  # an eighth, of which three deviations are 9
     assert data.plate is not None and torch.equal(alone[0].asset_masks, data.plate[False].masks[[3]])
     assert all(each.prompt == "a photo of <background>" for each in alone)
 
@@ -128,18 +136,22 @@ def test_the_background_under_composites_is_the_photos_without_its_things_and_it
     mask.paste(255, (16, 16, 48, 48))
     photo.save(folder / "img.png")
     mask.save(folder / "mask0.png")
-    composites = Composites(fit_instance(with_background(load_instance(folder)), 128), load_base(), CONFIG, seed=0)
-    drawn = np.asarray(composites.plate.cut((128, 128), np.random.default_rng(0))[0]).astype(int)
+    plate = cut_anywhere(photo_without_things(fit_instance(with_background(load_instance(folder)), 128)), (128, 128),
+                         np.random.default_rng(0))  # fmt: skip
+    drawn = np.asarray(plate.image).astype(int)
     assert drawn.shape == (128, 128, 3) and abs(drawn - (20, 160, 40)).max() < 12  # nothing red, and no bar above or below
 
 
 def test_things_on_a_drawn_background_are_painted_over() -> None:
     picture = Image.new("RGB", (128, 128), (120, 180, 220))
     ImageDraw.Draw(picture).ellipse((40, 50, 80, 90), fill=(200, 30, 30), outline=(0, 0, 0), width=3)
-    cleaned = np.asarray(without_things(picture)).astype(int)
+    found, filled = without_things(picture)
+    cleaned = np.asarray(found).astype(int)
+    assert filled is not None and (abs(cleaned - np.asarray(picture)).max(-1)[np.asarray(filled) == 0] == 0).all()
     assert abs(cleaned - (120, 180, 220)).max() < 40  # nothing red or black is left
     plain = Image.new("RGB", (128, 128), (120, 180, 220))
-    assert np.array_equal(np.asarray(without_things(plain)), np.asarray(plain))
+    untouched, nowhere = without_things(plain)
+    assert np.array_equal(np.asarray(untouched), np.asarray(plain)) and nowhere is None
 
 
 def test_the_embedded_models_preset_has_them_and_the_published_ones_do_not() -> None:
