@@ -32,7 +32,7 @@ from .union_sampling import choose_assets
 TRIES = 30  # to find a place where a thing covers no other
 SEARCHED_SIDE = 256  # pixels: what GrabCut wants to see of a small picture
 GROWN = 6  # pixels of that: the soft rim of what is painted over
-PLATE_SHARE = 0.25  # of the composites that stand on the photo's own background and name it, where `<background>` is learned
+PLATE_SHARE = 0.15  # of the composites that stand on the photo's own background and name it, where `<background>` is learned
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from .composites import Composite, Composites
 from .union_sampling import choose_assets
 
 PLATE_SHARE = 0.75  # of the steps with <background>
-PLATE_STEPS = 0.125  # of all steps that are about <background> alone, where the others are composites
+PLATE_STEPS = 0.25  # of all steps that are about <background> alone, where the others are composites
 ABOUT_SHARE = 0.5  # of the composites while an asset is relearned: these have it, the others are of any
 
 
