@@ -32,7 +32,7 @@ from .union_sampling import choose_assets
 TRIES = 30  # to find a place where a thing covers no other
 SEARCHED_SIDE = 256  # pixels: what GrabCut wants to see of a small picture
 GROWN = 6  # pixels of that: the soft rim of what is painted over
-PLATE_SHARE = 0.15  # of the composites that stand on the photo's own background and name it, where `<background>` is learned
+PHOTO_SHARE = 0.15  # of the composites that stand on the photo's own background and name it, where `<background>` is learned
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Composites:
     def draw(self, rng: np.random.Generator, union_sampling: bool, flip_probability: float,
              about: frozenset[int] = frozenset()) -> Composite:  # fmt: skip
         """`about`: assets of which it has one at least."""
-        on_plate = self.plate is not None and rng.random() < PLATE_SHARE
+        on_plate = self.plate is not None and rng.random() < PHOTO_SHARE
         if self.plate is not None and on_plate:
             background = cut_anywhere(self.plate, self.backgrounds[0].image.size, rng)
         else:
