@@ -20,14 +20,6 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "scripts" / "results"
 
 
-#: Beside every table that compares with Break-A-Scene's recipe, until it is measured again.
-BREAK_A_SCENE = (
-    "**The comparison with Break-A-Scene's recipe does not hold as it stands.** The recipe ran here with this project's loss by "
-    "area beside the attention weight of its own loss by picture, which makes its attention term six times too weak on the "
-    "toybox; with the published loss about 40 % of the reported gap in margin is gone on four scenes. It will be measured again."
-)
-
-
 def load(name: str) -> dict[str, Any] | None:
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
@@ -320,33 +312,41 @@ def toybench_table(name: str) -> str:
         return "Not measured yet."
     from scripts.toybench.toybench_report import paired_table
 
-    text = ("Each method minus mifo, scene by scene, with 95 % bootstrap intervals over the scenes that both have; bold "
-            "where the interval of five scenes or more leaves 0 out.")  # fmt: skip
-    doubt = [BREAK_A_SCENE, ""] if "break-a-scene" in result["methods"] else []
-    return "\n".join([text, "", paired_table(result["methods"]), "", *doubt, source(name, result)])
+    seeds = result["learning_seeds"]
+    text = (f"Each method minus mifo, scene by scene, {_learned(seeds)}, with 95 % bootstrap intervals over the scenes that both "
+            "have; bold where the interval of five scenes or more leaves 0 out.")  # fmt: skip
+    return "\n".join([text, "", paired_table(result["methods"]), "", source(name, result)])
 
 
-#: what stands beside this project in the comparison of attention losses, each on composites and with its own search
-TUNED = {"break-a-scene-tuned": "Break-A-Scene's loss", "no-attention-loss-tuned": "no attention loss"}
+def _learned(seeds: int) -> str:
+    return "one learning run of each" if seeds == 1 else f"{seeds} learning runs of each"
 
 
-def tuned_table(name: str) -> str:
-    """Attention losses that had the same search, on scenes of toybench."""
+#: what stands beside this project scene by scene, where the table has it
+BESIDE = {"break-a-scene-tuned": "Break-A-Scene's loss", "no-attention-loss-tuned": "no attention loss",
+          "textual-inversion-tuned": "textual inversion", "dreambooth-lora-tuned": "DreamBooth-LoRA"}  # fmt: skip
+
+
+def comparison_table(name: str) -> str:
+    """Methods that had the same search, and as published, on scenes of toybench."""
     result = load(name)
     if result is None:
         return "Not measured yet."
     from scripts.toybench.toybench_report import difference_table, table, versus_table
+    from scripts.toybench.toybench_scenes import LEVELS
 
-    seeds = result["learning_seeds"]
-    lines = [f"{result['scenes']} held-out scenes of look-alikes (one class in several colours, or in several patterns), "
-             f"{'one learning run' if seeds == 1 else f'{seeds} learning runs'} of each, the same seeds for every method; "
-             "95 % bootstrap intervals over scenes.", "", table(result["methods"]), ""]  # fmt: skip
+    methods = result["methods"]
+    levels = ", ".join(level for level in LEVELS if level in methods["mifo"])
+    counts = ", ".join(key.split()[0] for key in methods["mifo"] if key.endswith("instances"))
+    kind = "held-out" if result["split"] == "holdout" else "development"
+    lines = [f"{result['scenes']} {kind} scenes ({levels}; {counts} things), {_learned(result['learning_seeds'])}, the same "
+             "seeds for every method; 95 % bootstrap intervals over scenes.", "", table(methods), ""]  # fmt: skip
     lines += ["By level and by number of things, bold where the intervals of five scenes or more stay apart:", "",
-              versus_table(result["methods"], "break-a-scene-tuned"), ""]  # fmt: skip
-    for other, title in TUNED.items():
-        if other in result["methods"]:
+              versus_table(methods, "break-a-scene-tuned"), ""]  # fmt: skip
+    for other, title in BESIDE.items():
+        if other in methods:
             lines += [f"mifo beside {title}, scene by scene; bold where the interval of five scenes or more leaves 0 out:", "",
-                      difference_table(result["methods"], other), ""]  # fmt: skip
+                      difference_table(methods, other), ""]  # fmt: skip
     return "\n".join([*lines, source(name, result)])
 
 
@@ -386,24 +386,30 @@ def study_table() -> str:
     return "\n".join([about, "", *lines, "", source("toybench_study", result)])
 
 
+#: file of a search -> what it is called
+SEARCHES = {"mifo": "reward, then penalty", "break_a_scene": "Break-A-Scene's", "none": "none"}
+ONE_PHASE = {"textual_inversion": "textual inversion", "dreambooth_lora": "DreamBooth-LoRA"}
+
+
 def search_table() -> str:
-    """What the search of rates and attention weight found for each attention loss."""
+    """What the search of rates and attention weight found for each method."""
     rows, sources = [], []
-    for recipe, title in (("mifo", "reward, then penalty"), ("break_a_scene", "Break-A-Scene's"), ("none", "none")):
+    for recipe, title in {**SEARCHES, **ONE_PHASE}.items():
         result = load(f"search_{recipe}")
         if result is None:
-            return "Not measured yet."
+            continue
         best, first = result["trials"][0], next(t for t in result["trials"] if t["number"] == 0)
-        rates = " / ".join(f"{best[key]:.2g}" for key in ("embedding_rate", "lora_rate", "row_rate"))
+        rates = " / ".join(f"{best[key]:.2g}" if key in best else "-" for key in ("embedding_rate", "lora_rate", "row_rate"))
         shares = " | ".join(f"{50 * (best[key] + best['again'][key]):.0f} %"
                             for key in ("right", "confused", "right_in_boxes", "wrong_in_boxes"))  # fmt: skip
-        weight, start = best.get("attention_weight", 0), first.get("mean", first["value"])
-        trials = len(result["trials"])
-        rows.append(f"| {title} | {trials} | {rates} | {weight:.2g} | {best['mean']:.2f} | {start:.2f} | {shares} |")
+        weight, start = f"{best.get('attention_weight', 0):.2g}", first.get("mean", first["value"])
+        learned_from = "composites" if best.get("composites", True) else "the photo"
+        rows.append(f"| {title} | {len(result['trials'])} | {learned_from} | {rates} | {weight} | {best['mean']:.2f} | "
+                    f"{start:.2f} | {shares} |")
         sources.append(source(f"search_{recipe}", result))
-    head = ("| attention loss | trials | best rates: embedding, LoRA, rows | its weight | value | of the preset's rates | "
-            "alone: looks right | alone: confused | in boxes: looks right | another in the box |")  # fmt: skip
-    return "\n".join([head, "|" + "---|" * 10, *rows, "", *sources])
+    head = ("| attention loss, or method | trials | learns from | best rates: embedding, LoRA, rows | its weight | value | of "
+            "the first trial | alone: looks right | alone: confused | in boxes: looks right | another in the box |")  # fmt: skip
+    return "\n".join([head, "|" + "---|" * 11, *rows, "", *sources])
 
 
 def edit_table() -> str:
@@ -651,12 +657,12 @@ TABLES: dict[str, Callable[[], str]] = {
           "samplers": samplers_table, "several": several_table, "composites": composites_table,
           "photos": photos_table, "relearn": relearn_table, "bundles_cost": bundles_cost_table,
           "scale": scale_table, "edit": edit_table, "search": search_table, "study": study_table,
-          "toybench_tuned": partial(tuned_table, "toybench_tuned"),
+          **{name: partial(comparison_table, name) for name in ("toybench", "toybench_tuned", "toybench_large")},
           "bench": bench_table, "bench_jobs": jobs_table, "bench_growth": growth_table, "memory_goals": goals_table,
           "memory_goals_sdxl": xl_goals_table,
           "memory": memory_table, "bench_families": families_table, "compile": compile_table, "segment": segment_table,
           **{name: partial(toybench_table, name) for name in (
-              "toybench_steps", "toybench_baselines", "toybench_ablations")}}  # fmt: skip
+              "toybench_steps", "toybench_ablations")}}  # fmt: skip
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 

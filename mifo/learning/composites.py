@@ -58,7 +58,7 @@ class Composite:
     weights: torch.Tensor
     """(1, 1, h, w): of the diffusion loss; 1 on the things"""
     filled: torch.Tensor | None = None
-    """(1, 1, h, w) in [0, 1]: where the background was painted over; None for nowhere"""
+    """(1, 1, h, w) in [0, 1]: where the photo's own background was filled in"""
 
 
 class Composites:
@@ -103,8 +103,9 @@ class Backdrop:
     place: str
     """Words for it, which follow those for the things"""
     image: Image.Image
-    filled: Image.Image | None
-    """L: where it was painted over"""
+    filled: Image.Image | None = None
+    """L: where the photo was filled in. A drawn one that was painted over has none: where that did not count at low noise, a thing
+    alone came twice more often (LOG.md)"""
 
 
 def photo_without_things(fitted: FittedInstance) -> Backdrop:
@@ -135,27 +136,26 @@ def draw_backgrounds(base: BaseModel, config: CompositeConfig, size: tuple[int, 
                                          sampling_steps=config.sampling_steps, guidance_scale=config.guidance_scale),
                        size, seed, cache, report)  # fmt: skip
 
-    def finish(latents: torch.Tensor) -> tuple[Image.Image, Image.Image | None]:
+    def finish(latents: torch.Tensor) -> Image.Image:
         """`latents`: (C, h, w)"""
         with torch.no_grad():
             return without_things(to_images(base.decode(latents[None]))[0])
 
     finished = map_in_order(finish, drawn.latents, base.is_small)
     places = [prompt.removeprefix("a photo").strip() for prompt in drawn.prompts]
-    return [Backdrop(places[k % len(places)], *picture) for k, picture in enumerate(finished)]
+    return [Backdrop(places[k % len(places)], picture) for k, picture in enumerate(finished)]
 
 
-def without_things(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """What stands out from the picture's rim painted over with what is around it, and where that was (L)."""
+def without_things(image: Image.Image) -> Image.Image:
+    """What stands out from the picture's rim painted over with what is around it."""
     scale = max(1.0, SEARCHED_SIDE / max(image.size))
     large = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
     hints = propose(large)
     masks = [mask for mask in GrabCut().masks(large, hints) if mask.any() and not mask.all()] if hints else []
     if not masks:
-        return image, None
+        return image
     found = ndimage.binary_dilation(np.any(masks, axis=0), iterations=GROWN)
-    things = [Image.fromarray(found.astype(np.uint8) * 255).resize(image.size)]
-    return clean_plate(image, things), holes(things)
+    return clean_plate(image, [Image.fromarray(found.astype(np.uint8) * 255).resize(image.size)])
 
 
 def cut_out_things(fitted: FittedInstance) -> dict[int, list[Cutout]]:
