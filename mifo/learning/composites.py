@@ -104,8 +104,7 @@ class Backdrop:
     """Words for it, which follow those for the things"""
     image: Image.Image
     filled: Image.Image | None = None
-    """L: where the photo was filled in. A drawn one that was painted over has none: where that did not count at low noise, a thing
-    alone came twice more often (LOG.md)"""
+    """L: where the photo was filled in. Drawn ones have none, though they were painted over: there it brought nothing (LOG.md)"""
 
 
 def photo_without_things(fitted: FittedInstance) -> Backdrop:
