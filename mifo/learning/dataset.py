@@ -80,7 +80,8 @@ class InstanceData:
     the views in which all of its assets are whole.
     Of several photos a step draws one first, and then of the assets that it shows.
     Where `<background>` is learned by union sampling, most of its steps are about it alone, on a clean plate and in the whole
-    picture: the masked loss says nothing about the places where the things stood, and the model would put things there.
+    picture: the masked loss says nothing about the places where the things stood, and the model would put things there. Beside
+    composites it has a share of the steps, and some of the composites stand on it.
     """
 
     def __init__(self, fitted: FittedInstance, base: BaseModel, placements: int = 0, seed: int = 0,
