@@ -40,8 +40,7 @@ def source(name: str, result: dict[str, Any]) -> str:
 
 def headline_table() -> str:
     """The README's few rows."""
-    of = next((name for name in (TODAY, "main_job_composites") if load(name)), "main_job")
-    job, edits, base, canaries = (load(name) for name in (of, "edit", "base_model", "canaries"))
+    job, edits, base, canaries = (load(name) for name in (TODAY, "edit", "base_model", "canaries"))
     if not (job and edits and base and canaries):
         return "Not measured yet."
     ours, car, quiet = job["mifo"], edits["toy_car"]["insert"], load("learn_seconds")
@@ -62,8 +61,51 @@ def headline_table() -> str:
          f"{canaries['lines']} command lines"),
     ]  # fmt: skip
     lines = ["| | measured (95 % interval) | on |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join([*lines, "", *([source("learn_seconds", quiet)] if quiet else []), source(of, job),
+    return "\n".join([*lines, "", *([source("learn_seconds", quiet)] if quiet else []), source(TODAY, job),
                       source("edit", edits), source("canaries", canaries)])
+
+
+def answers_table() -> str:
+    """What a person wants to know first. Each row says where its number comes from."""
+    job, tuned, bench, edits = (load(name) for name in (TODAY, "toybench_tuned", "toybench", "edit"))
+    quiet = load("learn_seconds")
+    if not (job and tuned and bench and edits and quiet):
+        return "Not measured yet."
+    ours, car, shelf = job["mifo"], edits["toy_car"]["insert"], edits["shelf"]["insert"]
+    held = tuned["methods"]
+
+    def confused(count: int) -> str:
+        found = held["mifo"][f"{count} instances"]["confused_in_boxes"]
+        low, high = found["interval_95"]
+        return f"{100 * found['mean']:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
+
+    def margins(methods: dict[str, Any], names: dict[str, str]) -> str:
+        from scripts.toybench.toybench_report import shown
+
+        return "; ".join(f"{title} {shown(methods[name]['all']['margin_in_boxes'])}" for name, title in names.items())
+
+    closest = {"mifo": "mifo", "break-a-scene-tuned": "Break-A-Scene's"}
+    others = {"mifo": "mifo", "textual-inversion-tuned": "textual inversion", "dreambooth-lora-tuned": "DreamBooth-LoRA"}
+    free = percent(ours["without_box_control"]["right_instance"])
+    rows = [
+        ("Does each of three look-alikes stand in its box?",
+         f"{percent(ours['in_boxes']['right_instance'])}; without box control {free}", "three cars"),
+        ("Does it look right there, in class, both colours and pattern? And alone?",
+         f"{percent(ours['in_boxes']['right'])}; {percent(ours['alone']['right'])}", "three cars"),
+        ("Is one taken for another, in boxes, of three look-alikes? Of four?", f"{confused(3)}; {confused(4)}",
+         "held-out scenes"),
+        ("Is that better than Break-A-Scene's loss, tuned as hard? Margin in boxes, 1 is as far apart as in the photo",
+         margins(held, closest), "held-out scenes"),
+        ("Than textual inversion and DreamBooth-LoRA, tuned as hard? The same margin",
+         margins(bench["methods"], others), "development scenes"),
+        ("Put into another picture: the right one? Right in everything? Largest change outside the mask",
+         f"{percent(car['right_instance'])}; {percent(car['class_colors_pattern'])}, another photo's things "
+         f"{percent(shelf['class_colors_pattern'])}; {car['max_difference_outside']}", "drawn scenes"),
+        ("How long, how large?", f"{quiet['mifo']['learn_seconds']:.0f} s to learn three things, "
+         f"{quiet['mifo']['in_boxes']['seconds_per_image']['median']:.1f} s a picture, {quiet['mifo']['bundle_mib']:.1f} MiB",
+         "two quiet cores of a fast CPU"),
+    ]  # fmt: skip
+    return "\n".join(["| | measured (95 % interval) | on |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def _runs(result: dict[str, Any]) -> str:
@@ -215,35 +257,6 @@ def composites_table() -> str:
                       for title, entry, where in columns if where == "in_boxes")  # fmt: skip
     runs = f"{_runs(result).capitalize()} each." + (f" Run by run, in percent: {apart}." if result["runs"] > 1 else "")
     return "\n".join([*lines, "", runs, "", *([source(TODAY, today)] if today else []), source("main_job_composites", result)])
-
-
-def main_job_table() -> str:
-    result = load("main_job")
-    if result is None:
-        return "Not measured yet."
-    ours, theirs, published = (result[name] for name in ("mifo", "break-a-scene", "break-a-scene-as-published"))
-    columns = [("mifo", ours, "in_boxes"), ("mifo without box control", ours, "without_box_control"),
-               ("Break-A-Scene's losses, our steps and rates, with our boxes", theirs, "in_boxes"),
-               ("the same without boxes, which it does not have itself", theirs, "without_box_control"),
-               ("Break-A-Scene's recipe at its published steps and rates, with our boxes", published, "in_boxes")]  # fmt: skip
-    lines = [
-        "Three look-alike cars (`example/toy_car`), toybox on a CPU, by the judge; intervals are 95 % bootstrap.",
-        "",
-        "| | " + " | ".join(c[0] for c in columns) + " |",
-        "|---|" + "---|" * len(columns),
-    ]
-    for label, value in MAIN_JOB_ROWS:
-        lines.append(f"| {label} | " + " | ".join(value(e, e[k]) for _, e, k in columns) + " |")
-    apart = "; ".join(f"{name}: right instance {_each(entry, 'in_boxes', 'right_instance')}, alone all looks right "
-                      f"{_each(entry, 'alone', 'right')}" for name, entry in
-                      (("mifo", ours), ("Break-A-Scene's losses", theirs), ("as published", published)))  # fmt: skip
-    fair = (
-        f"{_runs(result).capitalize()} each, on a busy machine: seconds are too long. The third and fourth columns have the same "
-        "number of steps, draws, prior images and rates as ours; the rates were found for ours, in a handful of runs. Run by "
-        f"run, in percent: {apart}. Which is better in general takes more scenes and learning runs. Locality and shifted copies, "
-        "which Break-A-Scene has not, keep one thing one thing and cost likeness (LOG.md)."
-    )
-    return "\n".join([*lines, "", fair, "", source("main_job", result)])
 
 
 def _each(entry: dict[str, Any], kind: str, name: str) -> str:
@@ -653,7 +666,7 @@ def _seconds(entry: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-          "headline": headline_table, "main_job": main_job_table, "base_model": base_model_table, "toybox_xl": xl_table,
+          "headline": headline_table, "answers": answers_table, "base_model": base_model_table, "toybox_xl": xl_table,
           "samplers": samplers_table, "several": several_table, "composites": composites_table,
           "photos": photos_table, "relearn": relearn_table, "bundles_cost": bundles_cost_table,
           "scale": scale_table, "edit": edit_table, "search": search_table, "study": study_table,
