@@ -3,6 +3,7 @@
     python -m scripts.quality.measure_main_job
     python -m scripts.quality.measure_main_job --instance shelf --name main_job_shelf
     python -m scripts.quality.measure_main_job --recipes mifo,no-attention-loss-tuned,break-a-scene-tuned --runs 3
+    python -m scripts.quality.measure_main_job --recipes mifo --seeds 1 --images 12 --beside-busy --name learn_seconds_busy
 
 Runs side by side: this project, Break-A-Scene's recipe, and this project without box control.
 """
@@ -12,6 +13,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -63,9 +66,9 @@ def arrangement(things: list[Thing], corners: tuple[tuple[float, float], ...]) -
     return boxes
 
 
-def recipe_config(family: str, name: str) -> LearnConfig:
+def recipe_config(family: str, name: str, assets: int = 3) -> LearnConfig:
     """A recipe of the product, one of its parts (which of them does what), or a method of toybench."""
-    ours, theirs = learn_preset(family), learn_preset(family, "break-a-scene")
+    ours, theirs = (learn_preset(family, recipe, assets) for recipe in ("mifo", "break-a-scene"))
     none = replace(ours.lora.attention, loss="none")
     variants = {
         "mifo": ours,
@@ -76,7 +79,7 @@ def recipe_config(family: str, name: str) -> LearnConfig:
         "mifo-with-locality-and-placements": replace(ours, composites=theirs.composites, placements=8, locality_weight=1.0,
                                                      locality_every=2),
     }  # fmt: skip
-    return variants[name] if name in variants else training(name, 0).config
+    return variants[name] if name in variants else training(name, 0, count=assets).config
 
 
 def measure_alone(base: BaseModel, bundle: Bundle, things: list[Thing], judge: Any,
@@ -174,11 +177,14 @@ def main(
     recipes: str = "mifo,break-a-scene",
     runs: Annotated[int, typer.Option(help="Learning runs of each recipe, of the seeds from 0 on.")] = 1,
     processes: Annotated[int, typer.Option(help="Runs at a time; with more than one, seconds are beside other work.")] = 1,
+    beside_busy: Annotated[bool, typer.Option(help="Beside another process that keeps one core busy.")] = False,
     name: str = "main_job",
     sheet: Path | None = None,
 ) -> None:
     """Measures and writes scripts/results/<name>.json. Numbers are of all runs together; `each_run` has them apart."""
-    numbers: dict[str, Any] = {"instance": instance, "model": model_path, "runs": runs, "processes": processes}
+    numbers: dict[str, Any] = {"instance": instance, "model": model_path, "runs": runs, "processes": processes,
+                               "beside_busy": beside_busy}  # fmt: skip
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if beside_busy else None
     cells = []
     asked = [(recipe, run) for recipe in recipes.split(",") for run in range(runs)]
     work = Path(tempfile.mkdtemp())
@@ -192,6 +198,8 @@ def main(
             numbers[recipe] = {**pooled(each), "each_run": each}
             print(recipe, run, record_text(entry, indent=1), flush=True)
             write_result(name, numbers)
+    if other:
+        other.kill()
     if sheet:
         grid(cells, columns=9).save(sheet)
     shutil.rmtree(work)
@@ -204,7 +212,7 @@ def measure_one(instance: str, model_path: str, recipe: str, run: int, seeds: in
     folder = Path("example") / instance
     things, judge, base = load_things(folder), load_judge(), load_base_model(model_path)
     started = time.monotonic()
-    config = replace(recipe_config(base.family, recipe), seed=run)
+    config = replace(recipe_config(base.family, recipe, len(things)), seed=run)
     bundle = learn(load_instance(folder), base, config, work / f"{recipe}-{run}")
     size = sum(p.stat().st_size for p in bundle.folder.rglob("*") if p.is_file()) / 2**20
     entry: dict[str, Any] = {"learn_seconds": round(time.monotonic() - started, 1), "bundle_mib": round(size, 2)}
