@@ -60,7 +60,7 @@ def main(
             boxes = json_text(arrangement(list(scene.things), ARRANGEMENTS[0]))
             drawn: dict[str, Image.Image] = {}
             for title, recipe in RECIPES.items():
-                config = replace(recipe_config(base.family, recipe), seed=seed)
+                config = replace(recipe_config(base.family, recipe, len(scene.things)), seed=seed)
                 bundle = learn(instance, base, config, Path(work) / recipe)
                 layout: Layout = parse_layout(boxes, bundle.tokens)
                 prompt = f"a photo of {' and '.join(bundle.tokens)} {place}"

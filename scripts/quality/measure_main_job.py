@@ -17,7 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -184,11 +186,11 @@ def main(
     """Measures and writes scripts/results/<name>.json. Numbers are of all runs together; `each_run` has them apart."""
     numbers: dict[str, Any] = {"instance": instance, "model": model_path, "runs": runs, "processes": processes,
                                "beside_busy": beside_busy}  # fmt: skip
-    other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if beside_busy else None
     cells = []
     asked = [(recipe, run) for recipe in recipes.split(",") for run in range(runs)]
     work = Path(tempfile.mkdtemp())
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    beside = busy_core() if beside_busy else nullcontext()
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool, beside:
         started = [pool.submit(measure_one, instance, model_path, recipe, run, seeds, images, work) for recipe, run in asked]
         for (recipe, run), future in zip(asked, started, strict=True):
             entry, shown = future.result()
@@ -198,12 +200,20 @@ def main(
             numbers[recipe] = {**pooled(each), "each_run": each}
             print(recipe, run, record_text(entry, indent=1), flush=True)
             write_result(name, numbers)
-    if other:
-        other.kill()
     if sheet:
         grid(cells, columns=9).save(sheet)
     shutil.rmtree(work)
     print(write_result(name, numbers))
+
+
+@contextmanager
+def busy_core() -> Iterator[None]:
+    """Another process that computes for as long as the block lasts."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        try:
+            yield
+        finally:
+            other.kill()
 
 
 def measure_one(instance: str, model_path: str, recipe: str, run: int, seeds: int, images: int,
