@@ -212,9 +212,11 @@ def named_color(pixels: np.ndarray[Any, Any]) -> str:
     return min(COLORS, key=lambda name: float(((np.array(COLORS[name]) - middle) ** 2).sum()))
 
 
-def measure_background(base: BaseModel, bundle: Bundle, things: list[Thing], judge: Any,
+def measure_background(base: BaseModel, bundle: Bundle, plain: Bundle, things: list[Thing], judge: Any,
                        samples: int) -> tuple[dict[str, Any], list[Image.Image]]:  # fmt: skip
-    """`<background>` alone, and what learning it leaves of the assets, which get fewer steps."""
+    """`<background>` alone, and what learning it leaves of the assets; `plain` was learned without it."""
+    with attach(base, plain):
+        without, _ = measure_alone(base, plain, things, judge, max(1, samples // 6))
     assets = replace(bundle, tokens=things_among(bundle.tokens))
     with attach(base, bundle):
         alone, _ = measure_alone(base, assets, things, judge, max(1, samples // 6))
@@ -226,6 +228,7 @@ def measure_background(base: BaseModel, bundle: Bundle, things: list[Thing], jud
     return {"no_object": share([not v.findings for v in verdicts]),
             "same_background": share([v.background == wanted for v in verdicts]),
             "assets_alone": {k: alone[k] for k in ("right", "not_confused")},
+            "assets_alone_without_it": {k: without[k] for k in ("right", "not_confused")},
             "assets_in_boxes": {k: boxes[k] for k in ("right_instance", "wrong_instance")}}, cells  # fmt: skip
 
 
@@ -280,17 +283,16 @@ def main(
         for example in instances.split(","):
             entry: dict[str, Any] = {}
             things = load_things(Path("example") / example)
-            plain = {"insert", "ranking", "seconds"} & set(chosen)
-            bundle = learned(example, base, kept) if plain else None
+            bundle = learned(example, base, kept) if {"insert", "ranking", "background", "seconds"} & set(chosen) else None
             if bundle and "insert" in chosen:
                 entry["insert"], shown = measure_insert(base, bundle, things, judge, config, scenes, first_seed)
                 cells += shown
             if bundle and "ranking" in chosen:
                 entry["ranking"], _ = measure_insert(base, bundle, things, judge, config, max(1, scenes // 3),
                                                      first_seed, candidates=4)  # fmt: skip
-            if "background" in chosen:
+            if bundle and "background" in chosen:
                 whole = learned(example, base, kept, background=True)
-                entry["background"], shown = measure_background(base, whole, things, judge, scenes)
+                entry["background"], shown = measure_background(base, whole, bundle, things, judge, scenes)
                 cells += shown
             if bundle and "seconds" in chosen:
                 entry["seconds_of_the_command"] = measure_seconds(bundle, work)
