@@ -40,7 +40,7 @@ IN_TABLE = ("margin_in_boxes", "confused_in_boxes", "identity_in_boxes", "margin
 VERSUS = ("margin_in_boxes", "confused_in_boxes", "margin_alone", "confused_alone")
 IN_PAIRED_TABLE = ("margin_in_boxes", "confused_in_boxes", "identity_in_boxes", "margin_alone", "confused_alone",
                    "identity_alone", "drift")  # fmt: skip
-BARS = ("margin_in_boxes", "confused_in_boxes", "identity_in_boxes", "margin_alone", "confused_alone")
+BARS = ("margin_in_boxes", "confused_in_boxes")  # the table has the others
 
 
 def load_items(folder: Path, methods: Sequence[str], cells: Sequence[Cell], paired: bool = False) -> list[Item]:
@@ -222,5 +222,5 @@ def charts(summary: dict[str, Any], scenes: int) -> list[BarChart | MatrixChart]
         if bars:
             better = "larger is better" if MEASURES[measure][2] else "smaller is better"
             title = f"{MEASURES[measure][0]} ({better}), {scenes} scenes, 95 % intervals over scenes"
-            found.append(BarChart(title, bars, (-0.5, 1.0) if "margin" in measure else (0.0, 1.0)))
+            found.append(BarChart(title, bars, (-0.2, 1.4) if "margin" in measure else (0.0, 1.0)))
     return found
