@@ -677,7 +677,7 @@ TABLES: dict[str, Callable[[], str]] = {
           "memory_goals_sdxl": xl_goals_table,
           "memory": memory_table, "bench_families": families_table, "compile": compile_table, "segment": segment_table,
           **{name: partial(toybench_table, name) for name in (
-              "toybench_steps", "toybench_ablations")}}  # fmt: skip
+              "toybench_published", "toybench_steps", "toybench_ablations")}}  # fmt: skip
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 

@@ -25,16 +25,17 @@ def test_the_readme_is_read_in_two_minutes() -> None:
     assert len((ROOT / "README.md").read_bytes()) <= 10_000
 
 
-def test_every_comparison_with_break_a_scene_is_after_its_own_search_or_says_that_it_does_not_hold() -> None:
+def test_every_comparison_with_break_a_scene_is_after_its_own_search_or_says_that_it_is_as_published() -> None:
+    """One with neither was shown once, and had to be taken back."""
     text = (ROOT / "docs" / "results.md").read_text()
     tables = dict(re.findall(r"<!-- table:(\w+) -->(.*?)<!-- end -->", text, re.DOTALL))
     # a command may name what is not shown
-    said = {name: re.sub(r"`python -m [^`]*`", "", table) for name, table in tables.items()}
-    # main_job says it in its own words
-    comparing = {name for name, table in said.items() if "reak-a-scene" in table.lower()} - {"main_job"}
-    fair = {name for name in comparing if "break-a-scene-tuned" in tables[name]} | {"search"}
-    assert fair == {"composites", "search", "study", "toybench_tuned"} and len(comparing - fair) >= 1
-    assert all("does not hold as it stands" in said[name] for name in comparing - fair)
+    said = {name: re.sub(r"`python -m [^`]*`", "", table).lower() for name, table in tables.items()}
+    comparing = {name for name, table in said.items() if "reak-a-scene" in table}
+    tuned = {name for name in comparing if "break-a-scene-tuned" in tables[name] or "tuned as hard" in said[name]} | {"search"}
+    published = {name for name in comparing - tuned if "reak-a-scene" not in said[name].replace("break-a-scene-as-published", "")}
+    assert {"answers", "composites", "study", "toybench", "toybench_tuned"} <= tuned and "toybench_published" in published
+    assert comparing == tuned | published
 
 
 def test_the_commands_of_the_pages_have_the_options_that_they_name() -> None:
