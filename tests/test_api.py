@@ -219,8 +219,8 @@ def test_the_lines_of_readme_and_docs_run_as_printed(tmp_path: Path, monkeypatch
     assert {name for name, _ in blocks} >= {"README.md", "exchange.md", "learn.md", "place.md"}
     real = mifo.api.learn_preset
 
-    def short(family: str) -> LearnConfig:
-        config = real(family)
+    def short(family: str, assets: int) -> LearnConfig:
+        config = real(family, assets=assets)
         return replace(config, embedding=replace(config.embedding, train_steps=1), lora=replace(config.lora, train_steps=1),
                        prior=replace(config.prior, enabled=False))  # fmt: skip
 

@@ -13,8 +13,8 @@ SHORT = """
 from dataclasses import replace
 import mifo.api
 whole = mifo.api.learn_preset
-def short(family):
-    config = whole(family)
+def short(family, assets):
+    config = whole(family, assets=assets)
     return replace(config, embedding=replace(config.embedding, train_steps=15), lora=replace(config.lora, train_steps=10),
                    prior=replace(config.prior, num_class_images=2),
                    composites=replace(config.composites, num_backgrounds=2))
