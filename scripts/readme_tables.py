@@ -68,8 +68,8 @@ def headline_table() -> str:
 def answers_table() -> str:
     """What a person wants to know first. Each row says where its number comes from."""
     job, tuned, bench, edits = (load(name) for name in (TODAY, "toybench_tuned", "toybench", "edit"))
-    quiet = load("learn_seconds")
-    if not (job and tuned and bench and edits and quiet):
+    quiet, busy = load("learn_seconds"), load("learn_seconds_busy")
+    if not (job and tuned and bench and edits and quiet and busy):
         return "Not measured yet."
     ours, car, shelf = job["mifo"], edits["toy_car"]["insert"], edits["shelf"]["insert"]
     held = tuned["methods"]
@@ -102,6 +102,7 @@ def answers_table() -> str:
          f"{percent(car['right_instance'])}; {percent(car['class_colors_pattern'])}, another photo's things "
          f"{percent(shelf['class_colors_pattern'])}; {car['max_difference_outside']}", "drawn scenes"),
         ("How long, how large?", f"{quiet['mifo']['learn_seconds']:.0f} s to learn three things, "
+         f"{busy['mifo']['learn_seconds']:.0f} s beside a process that keeps a core busy, "
          f"{quiet['mifo']['in_boxes']['seconds_per_image']['median']:.1f} s a picture, {quiet['mifo']['bundle_mib']:.1f} MiB",
          "two quiet cores of a fast CPU"),
     ]  # fmt: skip
