@@ -96,7 +96,7 @@ def answers_table() -> str:
          "held-out scenes"),
         ("Is that better than Break-A-Scene's loss, tuned as hard? Margin in boxes, 1 is as far apart as in the photo",
          margins(held, closest), "held-out scenes"),
-        ("Than textual inversion and DreamBooth-LoRA, tuned as hard? The same margin",
+        ("Than textual inversion and DreamBooth-LoRA, after as many trials? The same margin",
          margins(bench["methods"], others), "development scenes"),
         ("Put into another picture: the right one? Right in everything? Largest change outside the mask",
          f"{percent(car['right_instance'])}; {percent(car['class_colors_pattern'])}, another photo's things "

@@ -16,7 +16,7 @@ from ..model.base import BaseModel
 from ..model.prompt_embeds import ImageSize
 from ..prompts import BACKGROUND_TOKEN, join_assets
 from .clean_plate import clean_plate, holes
-from .composites import Composite, Composites
+from .composites import Composite, Composites, as_mask
 from .union_sampling import choose_assets
 
 PLATE_SHARE = 0.75  # of the steps with <background>
@@ -115,7 +115,7 @@ class InstanceData:
         """The picture without its things, by flip. Its mask for each asset is all that is not padding."""
         things = fitted.masks[: self.background]
         pixels, views = pixels_to_tensor(clean_plate(fitted.image, things)), {}
-        covered = torch.from_numpy(np.asarray(holes(things)).copy()).float()[None, None].to(base.device) / 255
+        covered = as_mask(holes(things)).to(base.device)
         for flip in (False, True):
             valid = self.masks[flip].amax(0, keepdim=True).expand_as(self.masks[flip])
             mean, std = base.encode(pixels.flip(-1) if flip else pixels)
