@@ -85,7 +85,7 @@ def answers_table() -> str:
         return "; ".join(f"{title} {shown(methods[name]['all']['margin_in_boxes'])}" for name, title in names.items())
 
     closest = {"mifo": "mifo", "break-a-scene-tuned": "Break-A-Scene's"}
-    others = {"mifo": "mifo", "textual-inversion-tuned": "textual inversion", "dreambooth-lora-tuned": "DreamBooth-LoRA"}
+    others = {"mifo": "mifo", "textual-inversion-tuned": "textual inversion"}
     free = percent(ours["without_box_control"]["right_instance"])
     rows = [
         ("Does each of three look-alikes stand in its box?",
@@ -96,7 +96,7 @@ def answers_table() -> str:
          "held-out scenes"),
         ("Is that better than Break-A-Scene's loss, tuned as hard? Margin in boxes, 1 is as far apart as in the photo",
          margins(held, closest), "held-out scenes"),
-        ("Than textual inversion and DreamBooth-LoRA, after as many trials? The same margin",
+        ("Than textual inversion, after as many trials? The same margin",
          margins(bench["methods"], others), "development scenes"),
         ("Put into another picture: the right one? Right in everything? Largest change outside the mask",
          f"{percent(car['right_instance'])}; {percent(car['class_colors_pattern'])}, another photo's things "
@@ -338,7 +338,7 @@ def _learned(seeds: int) -> str:
 
 #: what stands beside this project scene by scene, where the table has it
 BESIDE = {"break-a-scene-tuned": "Break-A-Scene's loss", "no-attention-loss-tuned": "no attention loss",
-          "textual-inversion-tuned": "textual inversion", "dreambooth-lora-tuned": "DreamBooth-LoRA"}  # fmt: skip
+          "textual-inversion-tuned": "textual inversion"}  # fmt: skip
 
 
 def comparison_table(name: str) -> str:

@@ -54,7 +54,7 @@ RATES = {
 }
 ONE_PHASE = ("textual-inversion", "dreambooth-lora")
 AGAIN = 3  # of the best, learned once more
-RANGES = {"embedding_rate": (5e-3, 4e-2), "lora_rate": (1e-3, 8e-3), "row_rate": (5e-4, 8e-3)}
+RANGES = {"embedding_rate": (5e-3, 4e-2), "lora_rate": (1e-4, 8e-3), "row_rate": (5e-4, 8e-3)}
 WEIGHTS = {"mifo": (0.05, 5.0), "break-a-scene": (1e-3, 1.0)}
 #: where the search of the weight begins; Break-A-Scene's published 0.01 belongs to a loss by picture, and is a guess ten times as
 #: large beside a loss by area
