@@ -7,7 +7,8 @@
     python -m scripts.toybox.search_presets --recipe dreambooth-lora --study runs/search/dreambooth_lora.db
 
 All else is the preset's: composites, draws, prior, and the number of steps. Textual inversion takes them all for embeddings and
-DreamBooth-LoRA all for LoRA; both may also choose to learn from the photo inside its masks instead of composites. A trial learns
+DreamBooth-LoRA all for LoRA. These two and Break-A-Scene's may also choose to learn from the photo inside its masks instead of
+composites, as they were published; Break-A-Scene's then with its own loss by picture, to which its weight belongs. A trial learns
 two scenes of three look-alikes (toybench's first dev scenes of the levels `colors` and `patterns`), draws each asset alone on
 three backgrounds, and all in boxes. The first trial of each is the preset's rates; the best three are learned again with another
 seed, and the mean of both decides. Several processes may share a study. Interrupted, the same command goes on.
@@ -53,6 +54,7 @@ RATES = {
     "dreambooth-lora": ("lora_rate", "row_rate"),
 }
 ONE_PHASE = ("textual-inversion", "dreambooth-lora")
+PHOTO_TOO = ("break-a-scene", *ONE_PHASE)  # may learn from the photo instead of composites
 AGAIN = 3  # of the best, learned once more
 RANGES = {"embedding_rate": (5e-3, 4e-2), "lora_rate": (1e-4, 8e-3), "row_rate": (5e-4, 8e-3)}
 WEIGHTS = {"mifo": (0.05, 5.0), "break-a-scene": (1e-3, 1.0)}
@@ -61,15 +63,18 @@ WEIGHTS = {"mifo": (0.05, 5.0), "break-a-scene": (1e-3, 1.0)}
 START = {"mifo": 0.5, "break-a-scene": 0.1}
 
 
-def preset_of(recipe: str) -> dict[str, Any]:
-    """Where the search starts: our own rates, for every loss."""
+def first_trials(recipe: str) -> list[dict[str, Any]]:
+    """Where the search starts: our own rates, for every loss; Break-A-Scene's also from the photo, with its published weight."""
     ours = learn_preset("toybox")
     rates = {"embedding_rate": ours.embedding.learning_rate, "lora_rate": ours.lora.learning_rate,
              "row_rate": ours.lora.row_learning_rate}  # fmt: skip
     start: dict[str, Any] = {name: rates[name] for name in RATES[recipe]}
     if recipe in START:
         start["attention_weight"] = START[recipe]
-    return {**start, "composites": True} if recipe in ONE_PHASE else start
+    if recipe not in PHOTO_TOO:
+        return [start]
+    published = [{**start, "attention_weight": 1e-2, "composites": False}] if recipe == "break-a-scene" else []
+    return [{**start, "composites": True}, *published]
 
 
 def configured(recipe: str, values: Mapping[str, Any], seed: int = 0) -> LearnConfig:
@@ -94,15 +99,16 @@ def configured(recipe: str, values: Mapping[str, Any], seed: int = 0) -> LearnCo
         embedding, lora = replace(embedding, train_steps=steps), replace(lora, train_steps=0)
     if recipe == "dreambooth-lora":
         embedding, lora = replace(embedding, train_steps=0), replace(lora, train_steps=steps)
-    composites = ours.composites if values.get("composites", True) else theirs.composites
-    return replace(ours, embedding=embedding, lora=lora, composites=composites, seed=seed)
+    composites = values.get("composites", True)
+    return replace(ours, embedding=embedding, lora=lora, composites=ours.composites if composites else theirs.composites,
+                   masked_loss_by_area=composites or recipe != "break-a-scene", seed=seed)  # fmt: skip
 
 
 def suggest(trial: optuna.Trial, recipe: str) -> dict[str, Any]:
     names = (*RATES[recipe], *(("attention_weight",) if recipe in WEIGHTS else ()))
     ranges = {name: RANGES.get(name) or WEIGHTS[recipe] for name in names}
     found: dict[str, Any] = {name: trial.suggest_float(name, low, high, log=True) for name, (low, high) in ranges.items()}
-    return {**found, "composites": trial.suggest_categorical("composites", [True, False])} if recipe in ONE_PHASE else found
+    return {**found, "composites": trial.suggest_categorical("composites", [True, False])} if recipe in PHOTO_TOO else found
 
 
 def measure(base: BaseModel, judge: Any, config: LearnConfig, samples: int, images: int, cache: Path) -> dict[str, float]:
@@ -151,7 +157,8 @@ def main(
     found = optuna.create_study(storage=f"sqlite:///{study}", study_name=recipe, direction="maximize", sampler=sampler,
                                 load_if_exists=True)  # fmt: skip
     if not found.trials:
-        found.enqueue_trial(preset_of(recipe))
+        for first in first_trials(recipe):
+            found.enqueue_trial(first)
     base, judge = load_base_model("toybox"), load_judge()
 
     def objective(trial: optuna.Trial) -> float:
