@@ -45,7 +45,7 @@ class ToyboxBackend:
         self.words = tuple(_words(look) for look in self.looks)
 
     def _read(self, instance: Instance) -> list[Looks]:
-        (seen,) = self.see([instance.image.resize((64, 64), Image.Resampling.LANCZOS)])
+        (seen,) = self.see([instance.image])
         looks = []
         for index, mask in enumerate(instance.masks):
             found = _finding_in(seen, mask_box(mask))

@@ -87,7 +87,8 @@ def test_methods_change_what_they_say():
 @pytest.mark.parametrize("method", ["mifo", *(name for name in METHODS if METHODS[name].group == "tuned")])
 def test_tuned_methods_are_what_their_own_search_found_best(method: str):
     """A table that says "each with its own search" must be of those settings, and differ in nothing else."""
-    recipe = {"mifo": "mifo", "no-attention-loss-tuned": "none"}.get(method, method.removesuffix("-tuned").replace("-", "_"))
+    named = {"mifo": "mifo", "no-attention-loss-tuned": "none", "break-a-scene-first-search": "break_a_scene_first"}
+    recipe = named.get(method, method.removesuffix("-tuned").replace("-", "_"))
     result = json.loads((Path(__file__).parents[2] / "scripts" / "results" / f"search_{recipe}.json").read_text())
     best, tuned, ours = result["trials"][0], training(method, 0).config, training("mifo", 0).config
     assert len(result["trials"]) >= 12 and best["mean"] == max(t["mean"] for t in result["trials"] if "mean" in t)
