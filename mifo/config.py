@@ -232,6 +232,9 @@ class SynthesisConfig(Checked):
     boxes."""
     own_text: bool = True
     """Each of several assets in boxes reads the prompt as if it spoke of that asset alone; needs `bounded`."""
+    contrast_scale: NotNegative = 0.0
+    """How strongly each of several assets in boxes is led away from what the words of the others would draw there; needs
+    `own_text`. 0 goes without; otherwise a step takes half as long again."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     refinement: RefinementConfig = field(default_factory=RefinementConfig)
 

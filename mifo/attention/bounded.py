@@ -129,6 +129,18 @@ class BoundedAttention:
             own.append([mine if position in self._asset_positions else i for position, i in enumerate(ids)])
         return [ids, *own]
 
+    @property
+    def texts_of_others(self) -> list[list[int]]:
+        """As `texts` with `own_text`, but each subject's own speaks of the others, by turns, where the prompt has an asset."""
+        ids, others = list(self.prompt.input_ids), [list(self.prompt.input_ids)]
+        words = [ids[self.prompt.asset_positions[token][0]] for token, _ in self.layout]
+        for index in range(len(words)):
+            row, theirs = list(ids), words[:index] + words[index + 1 :]
+            for turn, position in enumerate(self._asset_positions):
+                row[position] = theirs[turn % len(theirs)]
+            others.append(row)
+        return others
+
     def subject_keys(self, index: int) -> list[int]:
         """The keys of cross-attention that are subject `index`'s own token, in the kind of pass that runs."""
         if self._reads_own:
@@ -287,6 +299,16 @@ class BoundedAttention:
         keys), of another its conditional half's mean over heads, (images, h*w, keys)."""
         maps, self._maps, self._pass = self._maps, {}, self.sampling
         return maps
+
+    @contextmanager
+    def meanwhile(self, forward_pass: ForwardPass) -> Iterator[None]:
+        """Within the block runs another pass, without an end to the one that runs, or to what is kept of it."""
+        before = self._pass, self._maps
+        self._pass, self._maps = forward_pass, {}
+        try:
+            yield
+        finally:
+            self._pass, self._maps = before
 
     def records(self, site: Site) -> bool:
         """Whether the pass that runs keeps the map of `site`."""

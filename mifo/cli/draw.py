@@ -266,7 +266,8 @@ def _synthesis_config(config: SynthesisConfig, sampling: SynthesisOptions, layou
     config = override(with_steps(config, sampling.steps), guidance_scale=sampling.guidance_scale, scheduler=sampling.scheduler,
                       timestep_spacing=sampling.timestep_spacing,
                       negative_prompt=sampling.negative_prompt, width=sampling.width, height=sampling.height,
-                      lora_scale=sampling.lora_scale, bounded=layout.bounded, own_text=layout.own_text)  # fmt: skip
+                      lora_scale=sampling.lora_scale, bounded=layout.bounded, own_text=layout.own_text,
+                      contrast_scale=layout.contrast_scale)  # fmt: skip
     config = override(config, lora=layout.lora_place)
     return replace(config, guidance=replace(config.guidance, enabled=layout.guidance),
                    refinement=replace(config.refinement, enabled=layout.refine))  # fmt: skip

@@ -356,6 +356,9 @@ class LayoutOptions(OptionGroup):
     refine: Annotated[bool, typer.Option(help="Tighten the boxes to the things' own shapes.")] = True
     bounded: Annotated[bool, typer.Option(help="Mask attention to the boxes.")] = True
     own_text: OwnText = True
+    contrast_scale: Annotated[
+        float, number(0, 10, "Leads each box away from what the other assets' words would draw; 1 is a good value.")
+    ] = 0.0
     lora_place: Annotated[
         LoraPlace | None, typer.Option(help="Where a bundle's LoRA acts; of several bundles always in the boxes.")
     ] = None

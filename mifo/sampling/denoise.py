@@ -13,6 +13,8 @@ from ..model.prompt_embeds import PromptEmbeds, joined, predict
 
 #: (step index, timestep, latents (B, C, h, w) as the UNet is given them) -> latents
 StepHook = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+#: (latents (B, C, h, w) as the UNet is given them, timestep, its conditional prediction) -> what is added to the noise
+NoiseHook = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def initial_latents(shape: tuple[int, int, int], seed: int, count: int, device: torch.device | str) -> torch.Tensor:
@@ -37,12 +39,13 @@ def is_guided(guidance_scale: float) -> bool:
 def denoise(unet: UNet2DConditionModel, scheduler: Any, latents: torch.Tensor, prompt_embeds: PromptEmbeds,
             negative_prompt_embeds: PromptEmbeds, steps: int, guidance_scale: float, before_step: StepHook | None = None,
             after_step: StepHook | None = None, on_progress: Callable[[int, int], None] | None = None, first_step: int = 0,
-            generators: Sequence[torch.Generator] = ()) -> torch.Tensor:  # fmt: skip
+            generators: Sequence[torch.Generator] = (), add_noise: NoiseHook | None = None) -> torch.Tensor:  # fmt: skip
     """Runs `latents` (B, C, h, w) from noise of unit variance to a picture's latents.
 
     `prompt_embeds`, `negative_prompt_embeds`: 1 row or B. The UNet's batch is [unconditional, conditional]; where
     `is_guided` says no it is the conditional half alone. With `first_step` the schedule begins there, at `latents` of that
     step's noise level; the hooks count steps from it. `generators`: one a picture, for samplers that add noise at each step.
+    `add_noise` has its say at each call of the UNet, after classifier-free guidance.
 
     The hooks see latents at the scale at which the UNet does, and what they change reaches the picture with every sampler. A
     step that takes several calls of the UNet (Heun's, PNDM's first) has its hooks before the first and after the last.
@@ -66,9 +69,12 @@ def denoise(unet: UNet2DConditionModel, scheduler: Any, latents: torch.Tensor, p
             tell_moved(scheduler, latents - returned)
         scaled = scheduler.scale_model_input(latents, timestep)
         noise_pred = predict(unet, torch.cat([scaled, scaled]) if guided else scaled, timestep, context).float()
+        conditional = noise_pred
         if guided:
             unconditional, conditional = noise_pred.chunk(2)
             noise_pred = unconditional + guidance_scale * (conditional - unconditional)
+        if add_noise:
+            noise_pred = noise_pred + add_noise(scaled, timestep, conditional)
         latents = returned = scheduler.step(noise_pred, timestep, latents, **extra).prev_sample
         if call + 1 == len(timesteps) or not within_step(scheduler):
             if after_step:

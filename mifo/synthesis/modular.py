@@ -17,6 +17,7 @@ from ..model.base import BaseModel
 from ..model.prompt_embeds import ImageSize
 from ..presets import synthesis_preset
 from ..prompts import NEGATIVE, assets_in, check_prompt, tokenize_prompt
+from ..sampling.contrast import make_contrast
 from ..sampling.denoise import denoise
 from ..sampling.layout_control import LayoutHooks, check_boxes, controlled, layout_control, read_texts
 
@@ -89,11 +90,13 @@ class BoxedDenoise(ModularPipelineBlocks):  # type: ignore[misc]
         pixels = (size[0] * base.vae_factor, size[1] * base.vae_factor)
         texts = read_texts(base, control, tokenized.input_ids, negative.input_ids, ImageSize(pixels, pixels))
         hooks = LayoutHooks(base, config, control, texts.guiding)
+        contrast = make_contrast(base, config, control, negative.input_ids, ImageSize(pixels, pixels))
         generators = [asked.generator] * len(latents) if isinstance(asked.generator, torch.Generator) else asked.generator
         scheduler = components.scheduler  # the block before has scaled its noise already
         with controlled(base, control):
             asked.latents = denoise(base.unet, scheduler, latents / scheduler.init_noise_sigma, texts.prompt, texts.negative,
                                     asked.num_inference_steps, config.guidance_scale, hooks.before_step,
-                                    hooks.after_step, generators=generators or ())  # fmt: skip
+                                    hooks.after_step, generators=generators or (),
+                                    add_noise=contrast.add if contrast else None)  # fmt: skip
         self.set_block_state(state, asked)
         return components, state

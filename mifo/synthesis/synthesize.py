@@ -22,6 +22,7 @@ from ..model.base import BaseModel
 from ..model.peak_memory import PeakMemory
 from ..model.prompt_embeds import ImageSize
 from ..prompts import NEGATIVE, check_prompt, tokenize_prompt
+from ..sampling.contrast import make_contrast
 from ..sampling.denoise import denoise, seeded_noise
 from ..sampling.layout_control import LayoutHooks, check_boxes, controlled, latent_shape, layout_control, read_texts
 
@@ -75,12 +76,13 @@ def synthesize(base: BaseModel, prompt: str, layout: Layout | None, tokens: Sequ
     channels = int(base.unet.config["in_channels"])
     latents, generators = seeded_noise((channels, *latent_size), seed, count, base.device)
     run = LayoutHooks(base, config, control, texts.guiding)
+    contrast = make_contrast(base, config, control, negative.input_ids, size)
     with PeakMemory(base.device) as peak, one_thread_an_operation(base.is_small):
         with controlled(base, control):
             sampler = base.sampler(config.scheduler, config.timestep_spacing)
             latents = denoise(base.unet, sampler, latents, texts.prompt, texts.negative, config.steps,
                               config.guidance_scale, run.before_step, run.after_step, on_progress,
-                              generators=generators)  # fmt: skip
+                              generators=generators, add_noise=contrast.add if contrast else None)  # fmt: skip
         with torch.no_grad():
             images = to_images(base.decode(latents))
     history = run.guidance.history if run.guidance else []

@@ -20,8 +20,8 @@ from mifo.synthesis.modular import boxed_pipeline
 
 PROMPT = "a photo of <asset0> and <asset1> at night"
 BOXES = [[0.0, 0.2, 0.5, 0.7], [0.5, 0.3, 1.0, 0.9]]
-CONTROL = SynthesisConfig(steps=4, guidance_scale=3.0, guidance=GuidanceConfig(steps=2, max_iterations=1, levels=(1, 2)),
-                          refinement=RefinementConfig(levels=(2,)))  # fmt: skip
+CONTROL = SynthesisConfig(steps=4, guidance_scale=3.0, contrast_scale=0.7, refinement=RefinementConfig(levels=(2,)),
+                          guidance=GuidanceConfig(steps=2, max_iterations=1, levels=(1, 2)))  # fmt: skip
 
 
 @pytest.fixture(scope="module")
