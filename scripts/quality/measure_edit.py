@@ -46,6 +46,7 @@ FIRST_SEED = 900_000  # scenes that neither the model nor the judge was trained 
 PHOTO = 256  # pixels of a drawn picture, as of the examples
 LONGER = 0.40  # the free place's longer side, as a fraction of the picture
 GAP = 0.03
+ALONE = ("right", "not_confused", "one_thing")  # of assets learned beside `<background>`, and without it
 ALL_PARTS = "insert,ranking,reconstruction,thin,background,seconds"
 
 
@@ -227,8 +228,7 @@ def measure_background(base: BaseModel, bundle: Bundle, plain: Bundle, things: l
     cells = [caption_below(enlarge(i, 192), f"{bundle.name}") for i in images[:6]]
     return {"no_object": share([not v.findings for v in verdicts]),
             "same_background": share([v.background == wanted for v in verdicts]),
-            "assets_alone": {k: alone[k] for k in ("right", "not_confused")},
-            "assets_alone_without_it": {k: without[k] for k in ("right", "not_confused")},
+            "assets_alone": {k: alone[k] for k in ALONE}, "assets_alone_without_it": {k: without[k] for k in ALONE},
             "assets_in_boxes": {k: boxes[k] for k in ("right_instance", "wrong_instance")}}, cells  # fmt: skip
 
 
