@@ -338,7 +338,7 @@ def _learned(seeds: int) -> str:
 
 #: what stands beside this project scene by scene, where the table has it
 BESIDE = {"break-a-scene-tuned": "Break-A-Scene's loss", "no-attention-loss-tuned": "no attention loss",
-          "textual-inversion-tuned": "textual inversion"}  # fmt: skip
+          "textual-inversion-tuned": "textual inversion", "dreambooth-lora-tuned": "DreamBooth-LoRA"}  # fmt: skip
 
 
 def comparison_table(name: str) -> str:
@@ -395,13 +395,14 @@ def study_table() -> str:
         lines.append(f"| {kind} | {title} | {' | '.join(cells)} | {entry['all']['attention_in_others']['mean']:.2f} |")
     about = (f"{result['scenes']} scenes of three and four look-alikes, {result['learning_seeds']} learning runs of each; means. "
              "Differences below about 0.2 say nothing: runs of one and the same method differ by as much. "
-             "On composites Break-A-Scene's has the weight that its search found, and the others the preset's; from the photo no "
-             "loss had a search.")  # fmt: skip
+             "On composites Break-A-Scene's has the weight that its first search found, and the others the preset's; from the "
+             "photo no loss had a search.")  # fmt: skip
     return "\n".join([about, "", *lines, "", source("toybench_study", result)])
 
 
 #: file of a search -> what it is called
-SEARCHES = {"mifo": "reward, then penalty", "break_a_scene": "Break-A-Scene's", "none": "none"}
+SEARCHES = {"mifo": "reward, then penalty", "break_a_scene": "Break-A-Scene's",
+            "break_a_scene_first": "Break-A-Scene's, first search", "none": "none"}  # fmt: skip
 ONE_PHASE = {"textual_inversion": "textual inversion", "dreambooth_lora": "DreamBooth-LoRA"}
 
 
@@ -680,7 +681,7 @@ TABLES: dict[str, Callable[[], str]] = {
           "memory_goals_sdxl": xl_goals_table,
           "memory": memory_table, "bench_families": families_table, "compile": compile_table, "segment": segment_table,
           **{name: partial(toybench_table, name) for name in (
-              "toybench_published", "toybench_steps", "toybench_ablations")}}  # fmt: skip
+              "toybench_published", "toybench_contrast", "toybench_steps", "toybench_ablations")}}  # fmt: skip
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
