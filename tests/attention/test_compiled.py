@@ -37,21 +37,21 @@ def quick() -> SynthesisConfig:
     return replace(preset, guidance=guidance, refinement=replace(preset.refinement, every_steps=2))
 
 
-def draw(base: BaseModel, boxes: Any = BOXES, seed: int = 0, steps: int = 5) -> np.ndarray:
-    bundle, config = load_bundle(tiny_bundle_folder()), replace(quick(), steps=steps)
+def draw(base: BaseModel, boxes: Any = BOXES, seed: int = 0, steps: int = 5, contrast: float = 0.0) -> np.ndarray:
+    bundle, config = load_bundle(tiny_bundle_folder()), replace(quick(), steps=steps, contrast_scale=contrast)
     result = synthesize(base, bundle, "a photo of <asset0> and <asset1>", boxes, seed=seed, config=config, num_images=2)
     return np.stack([np.asarray(image, dtype=int) for image in result.images])
 
 
-@pytest.mark.parametrize("boxes", [BOXES, None])
-def test_compiled_blocks_draw_the_same_without_a_graph_break(boxes: Any) -> None:
+@pytest.mark.parametrize(("boxes", "contrast"), [(BOXES, 0.0), (BOXES, 1.0), (None, 0.0)])
+def test_compiled_blocks_draw_the_same_without_a_graph_break(boxes: Any, contrast: float) -> None:
     base = load_base()
-    expected = draw(base, boxes)
+    expected = draw(base, boxes, contrast=contrast)
     with compile_blocks(base.unet, backend="eager"):
         assert is_compiled(base.unet)
-        found = draw(base, boxes)
+        found = draw(base, boxes, contrast=contrast)
         graphs = counters["stats"]["unique_graphs"]
-        again = draw(base, boxes, seed=1, steps=7)
+        again = draw(base, boxes, seed=1, steps=7, contrast=contrast)
     # `fullgraph` makes an error of a break as well; the levels of gray are those of sums in another order
     assert not counters["graph_break"] and graphs >= 1
     assert abs(found - expected).max() <= 1

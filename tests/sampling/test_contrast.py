@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from _tiny import load_base, mifo, tiny_bundle_folder
 
 from mifo import api
 from mifo.attention.bounded import BoundedAttention, ForwardPass, bound_attention
@@ -24,7 +25,6 @@ from mifo.prompts import tokenize_prompt
 from mifo.sampling.contrast import Contrast, make_contrast
 from mifo.sampling.layout_control import layout_control, read_texts
 from mifo.synthesis.synthesize import synthesize
-from tests._tiny import load_base, mifo, tiny_bundle_folder
 
 PROMPT = "a photo of <asset0> and <asset1>"
 BOXES = (Box(0, 0, 0.5, 0.5), Box(0.5, 0.5, 1, 1))
