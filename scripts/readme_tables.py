@@ -85,7 +85,7 @@ def answers_table() -> str:
         return "; ".join(f"{title} {shown(methods[name]['all']['margin_in_boxes'])}" for name, title in names.items())
 
     closest = {"mifo": "mifo", "break-a-scene-tuned": "Break-A-Scene's"}
-    others = {"mifo": "mifo", "textual-inversion-tuned": "textual inversion"}
+    others = {"mifo": "mifo", "dreambooth-lora-tuned": "DreamBooth-LoRA", "textual-inversion-tuned": "textual inversion"}
     free = percent(ours["without_box_control"]["right_instance"])
     rows = [
         ("Does each of three look-alikes stand in its box?",
@@ -96,7 +96,7 @@ def answers_table() -> str:
          "held-out scenes"),
         ("Is that better than Break-A-Scene's loss, tuned as hard? Margin in boxes, 1 is as far apart as in the photo",
          margins(held, closest), "held-out scenes"),
-        ("Than textual inversion, after as many trials? The same margin",
+        ("Than DreamBooth-LoRA or textual inversion, after as many trials? The same margin",
          margins(bench["methods"], others), "development scenes"),
         ("Put into another picture: the right one? Right in everything? Largest change outside the mask",
          f"{percent(car['right_instance'])}; {percent(car['class_colors_pattern'])}, another photo's things "
@@ -676,7 +676,8 @@ TABLES: dict[str, Callable[[], str]] = {
           "samplers": samplers_table, "several": several_table, "composites": composites_table,
           "photos": photos_table, "relearn": relearn_table, "bundles_cost": bundles_cost_table,
           "scale": scale_table, "edit": edit_table, "search": search_table, "study": study_table,
-          **{name: partial(comparison_table, name) for name in ("toybench", "toybench_tuned", "toybench_large")},
+          **{name: partial(comparison_table, name) for name in (
+              "toybench", "toybench_tuned", "toybench_break_a_scene", "toybench_large")},
           "bench": bench_table, "bench_jobs": jobs_table, "bench_growth": growth_table, "memory_goals": goals_table,
           "memory_goals_sdxl": xl_goals_table,
           "memory": memory_table, "bench_families": families_table, "compile": compile_table, "segment": segment_table,
