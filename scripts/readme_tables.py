@@ -449,13 +449,13 @@ def edit_table() -> str:
             lines.append(f"| {name}: the command, loading included, seconds (median) | {command['one']['median']:.1f} | 10 |")
         if shown := backgrounds.get(name, {}).get("background"):
             boxed, beside = shown["assets_in_boxes"]["right_instance"], shown["assets_alone"]
-            without, single = shown["assets_alone_without_it"], beside.get("one_thing")
+            without = shown["assets_alone_without_it"]
             lines += [f"| {name}: `<background>` alone shows no thing | {percent(shown['no_object'])} | 90 % |",
                       f"| {name}: assets learned beside it, right instance in its box | {percent(boxed)} | |",
                       f"| {name}: assets learned beside it, all looks right alone | {percent(beside['right'])} | "
-                      f"{without['right']['percent'] - 5:.0f} %: 5 less than without it |"]  # fmt: skip
-            lines += [f"| {name}: assets learned beside it, one thing in the picture | {percent(single)}; "
-                      f"without it {percent(without['one_thing'])} | |"] if single else []  # fmt: skip
+                      f"{without['right']['percent'] - 5:.0f} %: 5 less than without it |",
+                      f"| {name}: assets learned beside it, one thing in the picture | {percent(beside['one_thing'])}; "
+                      f"without it {percent(without['one_thing'])} | |"]  # fmt: skip
     rebuilt = result["reconstruction"]
     weights, latents = (f"{rebuilt[f'optimization_{what}_gain_db']:.1f} dB" for what in ("weights", "latents"))
     lines += [f"| PSNR outside, decoder's weights tuned, above `none` | {weights} | 5 dB |",

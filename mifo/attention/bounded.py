@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -120,26 +120,26 @@ class BoundedAttention:
     @property
     def texts(self) -> list[list[int]]:
         """Token ids of the prompt, and with `own_text` of each subject's own text: (1 or 1 + N, L)."""
-        ids = self.prompt.input_ids
-        if not self.own_text:
-            return [ids]
-        own = []
-        for token, _ in self.layout:
-            mine = ids[self.prompt.asset_positions[token][0]]
-            own.append([mine if position in self._asset_positions else i for position, i in enumerate(ids)])
-        return [ids, *own]
+        ids = list(self.prompt.input_ids)
+        return [ids, *(self._speaking_of([word]) for word in self._words_of_subjects)] if self.own_text else [ids]
 
     @property
     def texts_of_others(self) -> list[list[int]]:
-        """As `texts` with `own_text`, but each subject's own speaks of the others, by turns, where the prompt has an asset."""
-        ids, others = list(self.prompt.input_ids), [list(self.prompt.input_ids)]
-        words = [ids[self.prompt.asset_positions[token][0]] for token, _ in self.layout]
-        for index in range(len(words)):
-            row, theirs = list(ids), words[:index] + words[index + 1 :]
-            for turn, position in enumerate(self._asset_positions):
-                row[position] = theirs[turn % len(theirs)]
-            others.append(row)
-        return others
+        """As `texts` with `own_text`, (1 + N, L), but each subject's speaks of the others where the prompt has an asset."""
+        words = self._words_of_subjects
+        return [list(self.prompt.input_ids), *(self._speaking_of(words[:k] + words[k + 1 :]) for k in range(len(words)))]
+
+    @property
+    def _words_of_subjects(self) -> list[int]:
+        """Each subject's token id, (N,)."""
+        return [self.prompt.input_ids[self.prompt.asset_positions[token][0]] for token, _ in self.layout]
+
+    def _speaking_of(self, words: Sequence[int]) -> list[int]:
+        """Token ids (L,) of the prompt with `words`, by turns, where it has an asset."""
+        ids = list(self.prompt.input_ids)
+        for turn, position in enumerate(self._asset_positions):
+            ids[position] = words[turn % len(words)]
+        return ids
 
     def subject_keys(self, index: int) -> list[int]:
         """The keys of cross-attention that are subject `index`'s own token, in the kind of pass that runs."""

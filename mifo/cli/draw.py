@@ -121,6 +121,7 @@ def synthesize(
     from ..bundle.store import attach, find_bundle, load_bundle
     from ..config import to_dict
     from ..presets import synthesis_preset
+    from ..sampling.contrast import check_contrast
     from ..synthesis.resumable import open_job
     from ..synthesis.synthesize import KIND
 
@@ -149,6 +150,8 @@ def synthesize(
     note_compiled(compute.compile, compute.vram_gib)
     config = recipe.config if recipe else _synthesis_config(synthesis_preset(family_of(wanted)), sampling, layout_options)
     check_sampling(wanted, config)
+    if recipe is None:
+        check_contrast(config, layout, by_place)
     side = max(config.width or 0, config.height or 0) or None
     plan = plan_within("synthesize", wanted, chosen, dtype, side, compute.vram_gib,
                        attention.name, bundle.config, config, len(several.tokens), sampling.batch_size)  # fmt: skip

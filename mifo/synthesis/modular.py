@@ -97,6 +97,6 @@ class BoxedDenoise(ModularPipelineBlocks):  # type: ignore[misc]
             asked.latents = denoise(base.unet, scheduler, latents / scheduler.init_noise_sigma, texts.prompt, texts.negative,
                                     asked.num_inference_steps, config.guidance_scale, hooks.before_step,
                                     hooks.after_step, generators=generators or (),
-                                    add_noise=contrast.add if contrast else None)  # fmt: skip
+                                    add_noise=contrast)  # fmt: skip
         self.set_block_state(state, asked)
         return components, state

@@ -82,7 +82,7 @@ def synthesize(base: BaseModel, prompt: str, layout: Layout | None, tokens: Sequ
             sampler = base.sampler(config.scheduler, config.timestep_spacing)
             latents = denoise(base.unet, sampler, latents, texts.prompt, texts.negative, config.steps,
                               config.guidance_scale, run.before_step, run.after_step, on_progress,
-                              generators=generators, add_noise=contrast.add if contrast else None)  # fmt: skip
+                              generators=generators, add_noise=contrast)  # fmt: skip
         with torch.no_grad():
             images = to_images(base.decode(latents))
     history = run.guidance.history if run.guidance else []

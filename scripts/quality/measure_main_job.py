@@ -69,19 +69,8 @@ def arrangement(things: list[Thing], corners: tuple[tuple[float, float], ...]) -
 
 
 def recipe_config(family: str, name: str, assets: int = 3) -> LearnConfig:
-    """A recipe of the product, one of its parts (which of them does what), or a method of toybench."""
-    ours, theirs = (learn_preset(family, recipe, assets) for recipe in ("mifo", "break-a-scene"))
-    none = replace(ours.lora.attention, loss="none")
-    variants = {
-        "mifo": ours,
-        "break-a-scene": theirs,
-        "mifo-without-attention-loss": replace(ours, embedding=replace(ours.embedding, attention=none),
-                                               lora=replace(ours.lora, attention=none)),
-        "mifo-without-composites": replace(ours, composites=theirs.composites),
-        "mifo-with-locality-and-placements": replace(ours, composites=theirs.composites, placements=8, locality_weight=1.0,
-                                                     locality_every=2),
-    }  # fmt: skip
-    return variants[name] if name in variants else training(name, 0, count=assets).config
+    """A recipe of the product, or a method of toybench."""
+    return learn_preset(family, name, assets) if name in ("mifo", "break-a-scene") else training(name, 0, count=assets).config
 
 
 def measure_alone(base: BaseModel, bundle: Bundle, things: list[Thing], judge: Any,

@@ -29,6 +29,7 @@ from mifo.synthesis.synthesize import synthesize
 PROMPT = "a photo of <asset0> and <asset1>"
 BOXES = (Box(0, 0, 0.5, 0.5), Box(0.5, 0.5, 1, 1))
 LAYOUT = Layout(("<asset0>", "<asset1>"), BOXES)
+CORNERS = "[[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]]"
 CONFIG = SynthesisConfig(steps=4, guidance_scale=3.0, contrast_scale=1.5)
 
 
@@ -70,7 +71,7 @@ def test_it_is_the_difference_to_what_the_words_draw_in_each_others_boxes(base: 
     control, _, contrast = controlled(base, LAYOUT)
     assert contrast is not None
     with torch.no_grad(), bound_attention(base.unet, control):
-        added = contrast.add(latents, torch.tensor(500), own)
+        added = contrast(latents, torch.tensor(500), own)
     side = base.native_latents
     inside = torch.from_numpy(np.any([box.rasterize(side, side) for box in BOXES], axis=0))
     assert added[..., ~inside].abs().max() == 0 < added[..., inside].abs().min()
@@ -91,7 +92,7 @@ def test_words_that_mean_the_same_are_led_nowhere(base: BaseModel) -> None:
     assert contrast is not None
     alike = replace(contrast, others=texts.prompt)
     with torch.no_grad(), bound_attention(base.unet, control):
-        assert alike.add(noise(base), torch.tensor(500), conditional(base, LAYOUT, noise(base))).abs().max() < 1e-5
+        assert alike(noise(base), torch.tensor(500), conditional(base, LAYOUT, noise(base))).abs().max() < 1e-5
 
 
 def test_what_a_drawing_pass_keeps_for_refinement_stays_its_own(base: BaseModel) -> None:
@@ -103,7 +104,7 @@ def test_what_a_drawing_pass_keeps_for_refinement_stays_its_own(base: BaseModel)
     with torch.no_grad(), bound_attention(base.unet, control):
         predict(base.unet, both, torch.tensor(500), joined([texts.negative, texts.prompt]))
         before = dict(control._maps)
-        contrast.add(noise(base), torch.tensor(500), noise(base))
+        contrast(noise(base), torch.tensor(500), noise(base))
     kept = control.end()
     assert list(kept) == [site.name] and torch.equal(kept[site.name], before[site.name])
 
@@ -139,8 +140,23 @@ def test_adapters_that_act_by_place_are_refused() -> None:
         api.synthesize(loaded, bundle, PROMPT, [[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]], config=replace(CONFIG, lora="boxes"))
 
 
+@pytest.mark.parametrize(("more", "said"), [
+    ((), "there are 0 in boxes; give --boxes"),
+    (("--boxes", CORNERS, "--no-own-text"), "leave out --no-own-text"),
+    (("--boxes", CORNERS, "--no-bounded", "--no-guidance"), "leave out --no-own-text and --no-bounded"),
+    (("--boxes", CORNERS, "--lora-place", "boxes"), "--lora-place boxes; leave it out"),
+])  # fmt: skip
+def test_a_command_that_cannot_have_it_says_so_before_it_loads_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.setattr("mifo.cli.draw.load_base_of", lambda *_: pytest.fail("the model is loaded"))
+    result = mifo("synthesize", tiny_bundle_folder(), "--prompt", PROMPT, *more, "--contrast-scale", "1.5", "--output-path",
+                  tmp_path / "out", exit_code=2)  # fmt: skip
+    assert "--contrast-scale 1.5" in result.stderr and said in result.stderr and not (tmp_path / "out").exists()
+
+
 def test_a_command_asks_for_it_and_draws_the_same_again_from_the_picture(tmp_path: Path) -> None:
-    arguments = ("synthesize", tiny_bundle_folder(), "--prompt", PROMPT, "--boxes", "[[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]]",
+    arguments = ("synthesize", tiny_bundle_folder(), "--prompt", PROMPT, "--boxes", CORNERS,
                  "--steps", "4", "--no-refine", "--no-guidance")  # fmt: skip
     mifo(*arguments, "--output-path", tmp_path / "plain")
     mifo(*arguments, "--output-path", tmp_path / "led", "--contrast-scale", "2")
