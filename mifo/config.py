@@ -234,7 +234,7 @@ class SynthesisConfig(Checked):
     """Each of several assets in boxes reads the prompt as if it spoke of that asset alone; needs `bounded`."""
     contrast_scale: NotNegative = 0.0
     """How strongly each of several assets in boxes is led away from what the words of the others would draw there; needs
-    `own_text`. 0 goes without; otherwise a step takes half as long again."""
+    `own_text`. 0 goes without; otherwise a step has one more pass of the UNet, over the conditional rows alone."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     refinement: RefinementConfig = field(default_factory=RefinementConfig)
 
