@@ -109,6 +109,17 @@ class Box:
                 f"make it at least {1 / width:.4g} wide and {1 / height:.4g} high."
             )
 
+    def made_visible(self, height: int, width: int) -> Box:
+        """This box; in a direction in which it rounds to no pixel of a map of this size, grown to whole pixels of it."""
+        x0, y0, x1, y1 = self.pixels(width, height)
+        across = (self.x0, self.x1) if x0 < x1 else _whole(self.x0, self.x1, width)
+        down = (self.y0, self.y1) if y0 < y1 else _whole(self.y0, self.y1, height)
+        return Box(across[0], down[0], across[1], down[1])
+
+
+def _whole(start: float, end: float, cells: int) -> tuple[float, float]:
+    return math.floor(start * cells) / cells, math.ceil(end * cells) / cells
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -300,9 +311,8 @@ def bounds(mask: npt.NDArray[np.bool_]) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def snapped_box(mask: npt.NDArray[np.bool_], cells: int) -> Box:
-    """The mask's bounding box, grown to whole cells of a cells x cells map, so that it is seen at every map size."""
+def mask_box(mask: npt.NDArray[np.bool_]) -> Box:
+    """The bounding box of what is True, in fractions of the mask's size."""
     left, top, right, bottom = bounds(mask)
     height, width = mask.shape
-    return Box(np.floor(left / width * cells) / cells, np.floor(top / height * cells) / cells,
-               np.ceil(right / width * cells) / cells, np.ceil(bottom / height * cells) / cells)  # fmt: skip
+    return Box(left / width, top / height, right / width, bottom / height)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mifo.boxes import Box, Layout, parse_layout
+from mifo.boxes import Box, Layout, mask_box, parse_layout
 from mifo.errors import InputError
 
 TOKENS = ["<asset2>", "<asset0>"]
@@ -96,6 +96,19 @@ def test_a_box_too_thin_for_a_map_is_refused() -> None:
         thin.check_visible(height=8, width=16)
     with pytest.raises(InputError, match="no pixel of a 64x8 map"):
         Box(0.0, 0.50, 1.0, 0.52).check_visible(height=8, width=64)
+
+
+def test_a_box_grows_only_where_a_map_would_not_show_it() -> None:
+    assert Box(0.50, 0.1, 0.52, 0.9).made_visible(height=8, width=4) == Box(0.5, 0.1, 0.75, 0.9)
+    assert Box(0.1, 0.96, 0.9, 1.0).made_visible(height=8, width=8) == Box(0.1, 0.875, 0.9, 1.0)
+    seen = Box(0.3, 0.33, 0.7, 0.67)
+    assert seen.made_visible(height=8, width=8) == seen
+
+
+def test_the_box_of_a_mask_is_as_large_as_what_is_in_it() -> None:
+    mask = np.zeros((40, 80), bool)
+    mask[5:20, 17], mask[8, 10:30] = True, True
+    assert mask_box(mask) == Box(10 / 80, 5 / 40, 30 / 80, 20 / 40)
 
 
 def test_iou_of_boxes_whose_areas_vanish() -> None:

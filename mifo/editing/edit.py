@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..attention.bounded import BoundedAttention, ForwardPass
 from ..attention.sites import smallest_map
-from ..boxes import Box, Layout, snapped_box
+from ..boxes import Box, Layout, mask_box
 from ..config import EditConfig, to_dict
 from ..data.mask_file import Island, islands_in_words, without_islands
 from ..errors import InputError
@@ -184,6 +184,8 @@ class EditScene:
     """The image's own part around the mask, (R, R, 3)"""
     inside: BoolArray
     """The mask at the latents' size, (h, w)"""
+    mask_at: Box
+    """Around the mask where it is widest, on the canvas"""
     first_step: int
     """Of the schedule; the steps before it are left out."""
     masks: tuple[BoolArray, ...]
@@ -198,8 +200,9 @@ def _prepare(base: BaseModel, request: EditRequest, config: EditConfig) -> EditS
     inside = latent_mask(frame, mask, base.native_latents)
     first_step = min(int(config.steps * config.blending_start_percentage), config.steps - 1)
     masks = tuple(shrinking_masks(inside, config.mask_dilation, config.steps - first_step + 1))
-    on_canvas = _layout_on_canvas(base, request.prompt, frame, request.image.size, masks[0], request.layout)
-    return EditScene(mask, islands, frame, frame.to_canvas(request.image), inside, first_step, masks, on_canvas)
+    mask_at = _mask_on_canvas(base, frame, mask, config.mask_dilation)
+    on_canvas = _layout_on_canvas(base, request.prompt, frame, request.image.size, mask_at, request.layout)
+    return EditScene(mask, islands, frame, frame.to_canvas(request.image), inside, mask_at, first_step, masks, on_canvas)
 
 
 def _control(base: BaseModel, scene: EditScene, prompt: TokenizedPrompt, config: EditConfig,
@@ -207,7 +210,7 @@ def _control(base: BaseModel, scene: EditScene, prompt: TokenizedPrompt, config:
     """Assets keep to their boxes, and the content words of a prompt without assets to the mask; None where nothing is bound."""
     bound = scene.layout
     if config.bounded and bound is None and (words := _as_one_subject(prompt)):
-        prompt, bound = words, Layout((WORDS,), (_box_around(base, scene.masks[0]),))
+        prompt, bound = words, Layout((WORDS,), (scene.mask_at,))
     if bound is None or not config.bounded:
         return None
     # words that are to fill a thin mask would fill it with its surroundings, if they looked at them
@@ -218,11 +221,10 @@ def _control(base: BaseModel, scene: EditScene, prompt: TokenizedPrompt, config:
                             sampling=ForwardPass(count, unconditional=is_guided(config.guidance_scale)))  # fmt: skip
 
 
-def _layout_on_canvas(base: BaseModel, prompt: str, frame: EditFrame, size: tuple[int, int], widest: BoolArray,
+def _layout_on_canvas(base: BaseModel, prompt: str, frame: EditFrame, size: tuple[int, int], mask_at: Box,
                       layout: Layout | None) -> Layout | None:  # fmt: skip
-    """A box per asset of the prompt on the canvas; None without assets. One asset alone takes the widest mask's box."""
+    """A box per asset of the prompt on the canvas; None without assets. One asset alone takes the mask's box."""
     assets = assets_in(prompt)
-    side = len(widest)
     if layout is None and len(assets) > 1:
         raise InputError(
             f"the prompt has {', '.join(assets)}: say with --boxes where in the picture each of them stands, or name only the "
@@ -231,7 +233,7 @@ def _layout_on_canvas(base: BaseModel, prompt: str, frame: EditFrame, size: tupl
     if not assets:
         return None
     if layout is None:
-        return Layout((assets[0],), (_box_around(base, widest),))
+        return Layout((assets[0],), (mask_at,))
     boxes = []
     for token, box in layout:
         placed = frame.box_on_canvas(box, *size)
@@ -239,14 +241,19 @@ def _layout_on_canvas(base: BaseModel, prompt: str, frame: EditFrame, size: tupl
             raise InputError(f"the box of {token} is too far from the mask to play a part; leave {token} out of the prompt")
         boxes.append(placed)
     result = Layout(layout.tokens, tuple(boxes))
-    check_boxes(base, result, (side, side))
+    check_boxes(base, result, (base.native_latents, base.native_latents))
     return result
 
 
-def _box_around(base: BaseModel, mask: BoolArray) -> Box:
-    """The mask's box, so large that the model's smallest attention map shows it."""
-    side = len(mask)
-    return snapped_box(mask, min(smallest_map(base.unet, side, side)))
+def _mask_on_canvas(base: BaseModel, frame: EditFrame, mask: BoolArray, dilation: int) -> Box:
+    """The box around the mask, wider by `dilation` latent pixels; if the model's smallest attention map does not show it, so
+    large that it does. No larger than that: what is drawn beyond the mask is cut away."""
+    height, width = mask.shape
+    box = frame.box_on_canvas(mask_box(mask), width, height)
+    assert box  # the crop is around the mask
+    side, grown = base.native_latents, dilation / base.native_latents
+    widest = Box(max(box.x0 - grown, 0), max(box.y0 - grown, 0), min(box.x1 + grown, 1), min(box.y1 + grown, 1))
+    return widest.made_visible(*smallest_map(base.unet, side, side))
 
 
 def _as_one_subject(prompt: TokenizedPrompt) -> TokenizedPrompt | None:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ..attention.sites import smallest_map
-from ..boxes import Layout, snapped_box
+from ..boxes import Layout, mask_box
 from ..config import SynthesisConfig, to_dict
 from ..data.instance import Instance
 from ..errors import InputError
@@ -61,10 +61,10 @@ class Shot:
 
 
 def places_in_photo(instance: Instance, base: BaseModel, config: SynthesisConfig) -> Layout:
-    """A box per thing: where it stands in the photo; as large as the model's coarsest attention map needs to show it."""
-    cells = min(smallest_map(base.unet, *latent_shape(base, config)))
+    """A box per thing, where it stands in the photo; grown if the model's smallest attention map would not show it."""
+    smallest = smallest_map(base.unet, *latent_shape(base, config))
     things = things_among(instance.tokens)
-    boxes = tuple(snapped_box(np.asarray(mask) > 127, cells) for mask in instance.masks[: len(things)])
+    boxes = tuple(mask_box(np.asarray(mask) > 127).made_visible(*smallest) for mask in instance.masks[: len(things)])
     return Layout(things, boxes)
 
 

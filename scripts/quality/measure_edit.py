@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -74,12 +75,13 @@ def crops_of(bundle: Bundle) -> dict[str, Image.Image]:
     return kept_crops(bundle.folder, bundle.tokens)
 
 
-def learned(example: str, base: BaseModel, folder: Path, background: bool = False) -> Bundle:
+def learned(example: str, base: BaseModel, folder: Path, background: bool = False, seed: int = 0) -> Bundle:
     """The example's bundle in `folder`; learned now unless it is there, with the same settings, from an earlier run."""
     instance = load_instance(Path("example") / example)
     if background:
         instance = with_background(instance)
-    config, target = learn_preset(base.family, assets=instance.count), folder / f"{example}{'_background' * background}"
+    config = replace(learn_preset(base.family, assets=instance.count), seed=seed)
+    target = folder / f"{example}{'_background' * background}{f'_seed{seed}' * (seed > 0)}"
     if target.exists():
         bundle = load_bundle(target)
         if bundle.config != config:
@@ -92,38 +94,45 @@ def learned(example: str, base: BaseModel, folder: Path, background: bool = Fals
 # --- parts --------------------------------------------------------------------------------------
 
 
-def measure_insert(base: BaseModel, bundle: Bundle, things: list[Thing], judge: Any, config: EditConfig, scenes: int,
+def measure_insert(base: BaseModel, bundles: Sequence[Bundle], things: list[Thing], judge: Any, config: EditConfig, scenes: int,
                    first: int, candidates: int = 1) -> tuple[dict[str, Any], list[Image.Image]]:  # fmt: skip
-    """`<asset_i>` into the free places: the first and the best candidate, and what became of the rest of the picture."""
+    """`<asset_i>` into the free places: the first and the best candidate, and what became of the rest of the picture.
+
+    `bundles`: of several learning runs of the same things.
+    """
     right: list[bool] = []
     best_right: list[bool] = []
     own, best_own, all_own = [], [], []
     differences, same_pixels, same_verdict, seconds, cells = [], [], [], [], []
-    with attach(base, bundle):
-        for index, token in enumerate(bundle.tokens):
-            for k, (scene, box) in enumerate(tqdm(free_places(things[index], scenes, FIRST_SEED + first), desc=token)):
-                drawing = draw_scene(scene, PHOTO)
-                mask = box.rasterize(PHOTO, PHOTO)
-                prompt, seed = f"a photo of {token}", first + 1000 * index + k
-                request = EditRequest(drawing.image, mask, prompt, bundle.tokens, crops=crops_of(bundle))
-                result = edit(base, request, config, seed, candidates)
-                seconds.append(result.seconds)
-                images = [result.edited_image(c) for c in range(candidates)]
-                before, *after = judge_images(judge, [drawing.image, *images])
-                hits = [_is_instance(v, box, things, index) for v in after]
-                unranked = min(range(candidates), key=lambda c: result.candidates[c].seed)
-                for verdict, values in ((after[unranked], right), (after[0], best_right)):
-                    found, iou = best_in_box(verdict, box)
-                    values.append(compare(found, things[index]).all and iou > 0.1)
-                own.append(hits[unranked])
-                best_own.append(hits[0])
-                all_own += hits
-                differences.append(_outside(drawing, images[unranked], mask))
-                same_pixels += [_same_thing(drawing, images[unranked], i) for i in range(len(scene.things))]
-                same_verdict += _same_verdicts(before, after[unranked], scene)
-                if k < 3:
-                    cells += [caption_below(enlarge(drawing.image, 192), f"{token}, seed {k}"), enlarge(images[0], 192)]
+    for bundle in bundles:
+        with attach(base, bundle):
+            for index, token in enumerate(bundle.tokens):
+                for k, (scene, box) in enumerate(tqdm(free_places(things[index], scenes, FIRST_SEED + first), desc=token)):
+                    drawing = draw_scene(scene, PHOTO)
+                    mask = box.rasterize(PHOTO, PHOTO)
+                    prompt, seed = f"a photo of {token}", first + 1000 * index + k
+                    request = EditRequest(drawing.image, mask, prompt, bundle.tokens, crops=crops_of(bundle))
+                    result = edit(base, request, config, seed, candidates)
+                    seconds.append(result.seconds)
+                    images = [result.edited_image(c) for c in range(candidates)]
+                    before, *after = judge_images(judge, [drawing.image, *images])
+                    hits = [_is_instance(v, box, things, index) for v in after]
+                    unranked = min(range(candidates), key=lambda c: result.candidates[c].seed)
+                    for verdict, values in ((after[unranked], right), (after[0], best_right)):
+                        found, iou = best_in_box(verdict, box)
+                        values.append(compare(found, things[index]).all and iou > 0.1)
+                    own.append(hits[unranked])
+                    best_own.append(hits[0])
+                    all_own += hits
+                    differences.append(_outside(drawing, images[unranked], mask))
+                    same_pixels += [_same_thing(drawing, images[unranked], i) for i in range(len(scene.things))]
+                    same_verdict += _same_verdicts(before, after[unranked], scene)
+                    if k < 3 and bundle is bundles[0]:
+                        cells += [caption_below(enlarge(drawing.image, 192), f"{token}, seed {k}"), enlarge(images[0], 192)]
     numbers = {"right_instance": share(own), "class_colors_pattern": share(right)}
+    if len(bundles) > 1:
+        each = len(right) // len(bundles)
+        numbers["class_colors_pattern_by_run"] = [share(right[k : k + each])["percent"] for k in range(0, len(right), each)]
     if candidates > 1:
         numbers |= {"class_colors_pattern_best_ranked": share(best_right), "right_instance_best_ranked": share(best_own),
                     "right_instance_all_candidates": share(all_own)}  # fmt: skip
@@ -264,6 +273,7 @@ def main(
     dilation: Annotated[int, typer.Option(help="Latent pixels, for thin masks.")] = 4,
     name: str = "edit",
     bundles: Annotated[Path | None, typer.Option(help="Keep what is learned here, and use what is there.")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Learning runs of each photo, to insert from.")] = 1,
     first_seed: Annotated[int, typer.Option(help="Of the scenes; settings are chosen on others than those reported.")] = 0,
     sheet: Annotated[Path | None, typer.Option(help="Write some of the pictures here.")] = None,
 ) -> None:
@@ -274,8 +284,8 @@ def main(
         config = replace(config, blending_start_percentage=blending_start)
     if guidance is not None:
         config = replace(config, guidance=replace(config.guidance, enabled=guidance))
-    numbers: dict[str, Any] = {"model": model_path, "scenes": scenes, "blending_start": config.blending_start_percentage,
-                               "guidance": config.guidance.enabled}  # fmt: skip
+    numbers: dict[str, Any] = {"model": model_path, "scenes": scenes, "learning_runs": runs,
+                               "blending_start": config.blending_start_percentage, "guidance": config.guidance.enabled}  # fmt: skip
     cells: list[Image.Image] = []
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
@@ -285,10 +295,11 @@ def main(
             things = load_things(Path("example") / example)
             bundle = learned(example, base, kept) if {"insert", "ranking", "background", "seconds"} & set(chosen) else None
             if bundle and "insert" in chosen:
-                entry["insert"], shown = measure_insert(base, bundle, things, judge, config, scenes, first_seed)
+                several = [bundle, *(learned(example, base, kept, seed=run) for run in range(1, runs))]
+                entry["insert"], shown = measure_insert(base, several, things, judge, config, scenes, first_seed)
                 cells += shown
             if bundle and "ranking" in chosen:
-                entry["ranking"], _ = measure_insert(base, bundle, things, judge, config, max(1, scenes // 3),
+                entry["ranking"], _ = measure_insert(base, [bundle], things, judge, config, max(1, scenes // 3),
                                                      first_seed, candidates=4)  # fmt: skip
             if bundle and "background" in chosen:
                 whole = learned(example, base, kept, background=True)

@@ -15,6 +15,7 @@ import torch
 from _tiny import learn_arguments, mifo, snapshot, tiny_base_folder, tiny_bundle_folder, write_instance
 from PIL import Image, ImageCms, ImageDraw
 
+from mifo.boxes import mask_box
 from mifo.bundle.store import load_bundle
 from mifo.config import MemoryConfig, SynthesisConfig
 from mifo.data.instance import load_instance, with_background
@@ -119,6 +120,18 @@ def test_the_plain_base_model_edits_without_a_bundle(place: Path):
     before, mask = np.asarray(Image.open(place / "img.png")), np.asarray(Image.open(place / "mask.png")) > 0
     after = np.asarray(Image.open(place / "out" / "edit00.png"))
     assert np.array_equal(after[mask], before[mask]) and (after[~mask] != before[~mask]).mean() > 0.5
+
+
+@pytest.mark.parametrize(("mask", "dilation", "box"), [
+    ((40, 36, 120, 76), 0, (0.25, 36 / 160, 0.75, 76 / 160)),  # not the whole cells of the smallest map around it
+    ((40, 36, 120, 76), 1, (0.25 - 1 / 16, 36 / 160 - 1 / 16, 0.75 + 1 / 16, 76 / 160 + 1 / 16)),
+    ((40, 71, 120, 89), 0, (0.25, 3 / 8, 0.75, 5 / 8)),  # between two rows of the smallest map's eight
+])  # fmt: skip
+def test_an_asset_alone_takes_the_masks_box_and_no_more(place: Path, mask: Any, dilation: int, box: Any):
+    """What is drawn beyond the mask is cut away. The crop is 160 pixels wide and high, from (0, 0)."""
+    write_mask(place / "mask.png", (240, 160), mask)
+    mifo(*edit(place, "--mask-dilation", dilation))
+    assert json.loads((place / "out" / "edit.json").read_text())["boxes_in_crop"]["<asset1>"] == pytest.approx(box, abs=1e-4)
 
 
 def test_two_assets_take_the_boxes_that_are_given(place: Path):
@@ -278,12 +291,14 @@ def test_variations_take_turns_over_the_prompts(tmp_path: Path):
 
 
 def test_assets_that_share_a_picture_keep_to_where_they_stood(tmp_path: Path):
-    """The tiny bundle's photo has one cup left and one right; boxes fill whole cells of an 8 x 8 map."""
+    """The tiny bundle's photo has one cup left and one right; a box is as large as its mask."""
     mifo("decompose", tiny_bundle_folder(), "--output-path", tmp_path / "d", "--steps", 1)
     boxes = {i["image"]: i["boxes"] for i in json.loads((tmp_path / "d" / "decompose.json").read_text())["images"]}
     assert boxes["asset0.png"] is None and boxes["asset1.png"] is None
     left, right = boxes["all.png"]["<asset0>"], boxes["all.png"]["<asset1>"]
-    assert left[2] <= right[0] + 0.01 and left[0] < 0.3 and right[2] > 0.7
+    photo = load_instance(tiny_bundle_folder() / "instance")
+    for box, mask in zip((left, right), photo.masks, strict=True):
+        assert box == pytest.approx(mask_box(np.asarray(mask) > 127).as_tuple())
     (tmp_path / "prompts.txt").write_text("{} at night\n<asset1> and <asset0>\n<asset1> in the snow\n")
     common = ["--prompts-file", tmp_path / "prompts.txt", "--count", 3, "--steps", 2]
     drawn = {}
