@@ -285,7 +285,8 @@ def main(
     if guidance is not None:
         config = replace(config, guidance=replace(config.guidance, enabled=guidance))
     numbers: dict[str, Any] = {"model": model_path, "scenes": scenes, "learning_runs": runs,
-                               "blending_start": config.blending_start_percentage, "guidance": config.guidance.enabled}  # fmt: skip
+                               "blending_start": config.blending_start_percentage,
+                               "guidance": config.guidance.enabled}  # fmt: skip
     cells: list[Image.Image] = []
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
