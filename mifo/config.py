@@ -261,6 +261,9 @@ class EditConfig(Checked):
     mask: what it holds does not look at its surroundings, which it would otherwise continue."""
     bounded: bool = True
     """Box-bounded attention: an asset keeps to its box, plain words to the mask."""
+    box_inset: Annotated[float, Within(0, 0.25)] = 0.0
+    """Of the mask's longer side: how far inside the mask's box an asset's own ends, at each side, where none is given. Things
+    reach over their boxes, and what reaches over the mask is cut away."""
     own_text: bool = True
     """As in `SynthesisConfig`."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)

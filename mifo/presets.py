@@ -112,5 +112,6 @@ def edit_preset(family: str) -> EditConfig:
     """As `learn_preset`."""
     control = synthesis_preset(family)
     config = EditConfig(steps=control.steps, guidance_scale=control.guidance_scale, guidance=control.guidance)
-    # of so few steps none can be left out: colours come out wrong (LOG.md)
-    return replace(config, blending_start_percentage=0.0) if family == "toybox" else config
+    if family == "toybox":  # of so few steps none can be left out: colours come out wrong; and things were cut off (LOG.md)
+        config = replace(config, blending_start_percentage=0.0, box_inset=0.1)
+    return config

@@ -54,7 +54,7 @@ def headline_table() -> str:
         ("one of them drawn alone: class, both colours and pattern right", percent(ours["alone"]["right"]),
          f"{ours['alone']['right']['of']} pictures; run by run {_each(ours, 'alone', 'right')} %"),
         ("one of them put into another picture: the right one in the mask", percent(car["right_instance"]),
-         f"{car['right_instance']['of']} edits of one bundle; largest difference outside the mask: "
+         f"{car['right_instance']['of']} edits, {edits['learning_runs']} learning runs; largest difference outside the mask: "
          f"{car['max_difference_outside']}"),
         ("to learn all three", f"{alone['learn_seconds']:.0f} s, {alone['bundle_mib']:.1f} MiB", on),
         ("other people's files changed by random command lines", f"{broken} of {canaries['canaries']}",
@@ -431,13 +431,15 @@ def edit_table() -> str:
     result = load("edit")
     if result is None:
         return "Editing: not measured yet."
-    title = f"Assets inserted into {result['scenes']} drawn scenes each, toybox on a CPU, by the judge."
+    title = (f"Assets inserted into {result['scenes']} drawn scenes each, from {result['learning_runs']} learning runs of each "
+             "photo, toybox on a CPU, by the judge.")  # fmt: skip
     lines = [title, "", "| | measured | aimed at |", "|---|---|---|"]
     seconds, ranking, backgrounds = (load(f"edit_{part}") or {} for part in ("seconds", "ranking", "background"))
     for name in ("toy_car", "shelf"):
         found = result[name]["insert"]
         lines += [f"| {name}: right instance in the mask | {percent(found['right_instance'])} | 85 % |",
-                  f"| {name}: class, both colours and pattern right | {percent(found['class_colors_pattern'])} | 75 % |",
+                  f"| {name}: class, both colours and pattern right | {percent(found['class_colors_pattern'])}; run by run "
+                  f"{' and '.join(f'{each:.0f}' for each in found['class_colors_pattern_by_run'])} | 75 % |",
                   f"| {name}: the scene's own things, unchanged bytes | {percent(found['objects_unchanged_pixels'])} | 100 % |",
                   f"| {name}: the scene's own things, the same to the judge | {percent(found['objects_unchanged_judge'])} | |",
                   f"| {name}: largest difference outside the mask | {found['max_difference_outside']} | 0 |"]  # fmt: skip

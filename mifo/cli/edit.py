@@ -139,7 +139,8 @@ def _edit_config(config: EditConfig, blending: BlendingOptions, sampling: EditSa
 
     config = override(with_steps(config, sampling.steps), guidance_scale=sampling.guidance_scale, lora_scale=sampling.lora_scale,
                       negative_prompt=sampling.negative_prompt, bounded=sampling.bounded, own_text=sampling.own_text,
-                      background=blending.background, optimize=blending.optimize, start=blending.start,
+                      box_inset=sampling.box_inset, background=blending.background, optimize=blending.optimize,
+                      start=blending.start,
                       reconstruction_steps=blending.reconstruction_steps, mask_dilation=blending.mask_dilation,
                       blending_start_percentage=blending.blending_start_percentage)  # fmt: skip
     return config if sampling.guidance is None else replace(config, guidance=replace(config.guidance, enabled=sampling.guidance))

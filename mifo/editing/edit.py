@@ -200,8 +200,10 @@ def _prepare(base: BaseModel, request: EditRequest, config: EditConfig) -> EditS
     inside = latent_mask(frame, mask, base.native_latents)
     first_step = min(int(config.steps * config.blending_start_percentage), config.steps - 1)
     masks = tuple(shrinking_masks(inside, config.mask_dilation, config.steps - first_step + 1))
-    mask_at = _mask_on_canvas(base, frame, mask, config.mask_dilation)
-    on_canvas = _layout_on_canvas(base, request.prompt, frame, request.image.size, mask_at, request.layout)
+    widest = _mask_on_canvas(frame, mask, config.mask_dilation / base.native_latents)
+    alone = _made_visible(base, _inset(widest, config.box_inset))
+    on_canvas = _layout_on_canvas(base, request.prompt, frame, request.image.size, alone, request.layout)
+    mask_at = _made_visible(base, widest)
     return EditScene(mask, islands, frame, frame.to_canvas(request.image), inside, mask_at, first_step, masks, on_canvas)
 
 
@@ -221,9 +223,9 @@ def _control(base: BaseModel, scene: EditScene, prompt: TokenizedPrompt, config:
                             sampling=ForwardPass(count, unconditional=is_guided(config.guidance_scale)))  # fmt: skip
 
 
-def _layout_on_canvas(base: BaseModel, prompt: str, frame: EditFrame, size: tuple[int, int], mask_at: Box,
+def _layout_on_canvas(base: BaseModel, prompt: str, frame: EditFrame, size: tuple[int, int], alone: Box,
                       layout: Layout | None) -> Layout | None:  # fmt: skip
-    """A box per asset of the prompt on the canvas; None without assets. One asset alone takes the mask's box."""
+    """A box per asset of the prompt on the canvas; None without assets. `alone`: of one asset without `layout`."""
     assets = assets_in(prompt)
     if layout is None and len(assets) > 1:
         raise InputError(
@@ -233,7 +235,7 @@ def _layout_on_canvas(base: BaseModel, prompt: str, frame: EditFrame, size: tupl
     if not assets:
         return None
     if layout is None:
-        return Layout((assets[0],), (mask_at,))
+        return Layout((assets[0],), (alone,))
     boxes = []
     for token, box in layout:
         placed = frame.box_on_canvas(box, *size)
@@ -245,15 +247,25 @@ def _layout_on_canvas(base: BaseModel, prompt: str, frame: EditFrame, size: tupl
     return result
 
 
-def _mask_on_canvas(base: BaseModel, frame: EditFrame, mask: BoolArray, dilation: int) -> Box:
-    """The box around the mask, wider by `dilation` latent pixels; if the model's smallest attention map does not show it, so
-    large that it does. No larger than that: what is drawn beyond the mask is cut away."""
+def _mask_on_canvas(frame: EditFrame, mask: BoolArray, grown: float) -> Box:
+    """The box around the mask, and `grown` of the canvas more at each side."""
     height, width = mask.shape
     box = frame.box_on_canvas(mask_box(mask), width, height)
     assert box  # the crop is around the mask
-    side, grown = base.native_latents, dilation / base.native_latents
-    widest = Box(max(box.x0 - grown, 0), max(box.y0 - grown, 0), min(box.x1 + grown, 1), min(box.y1 + grown, 1))
-    return widest.made_visible(*smallest_map(base.unet, side, side))
+    return Box(max(box.x0 - grown, 0), max(box.y0 - grown, 0), min(box.x1 + grown, 1), min(box.y1 + grown, 1))
+
+
+def _inset(box: Box, share: float) -> Box:
+    """Smaller at each side by that share of its longer side, and by no more than a quarter of the side that shrinks."""
+    width, height = box.x1 - box.x0, box.y1 - box.y0
+    across, down = (min(share * max(width, height), side / 4) for side in (width, height))
+    return Box(box.x0 + across, box.y0 + down, box.x1 - across, box.y1 - down)
+
+
+def _made_visible(base: BaseModel, box: Box) -> Box:
+    """As large as the model's smallest attention map needs to show it; no larger: what is drawn beyond the mask is cut away."""
+    side = base.native_latents
+    return box.made_visible(*smallest_map(base.unet, side, side))
 
 
 def _as_one_subject(prompt: TokenizedPrompt) -> TokenizedPrompt | None:

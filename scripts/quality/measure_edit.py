@@ -129,7 +129,7 @@ def measure_insert(base: BaseModel, bundles: Sequence[Bundle], things: list[Thin
                     same_verdict += _same_verdicts(before, after[unranked], scene)
                     if k < 3 and bundle is bundles[0]:
                         cells += [caption_below(enlarge(drawing.image, 192), f"{token}, seed {k}"), enlarge(images[0], 192)]
-    numbers = {"right_instance": share(own), "class_colors_pattern": share(right)}
+    numbers: dict[str, Any] = {"right_instance": share(own), "class_colors_pattern": share(right)}
     if len(bundles) > 1:
         each = len(right) // len(bundles)
         numbers["class_colors_pattern_by_run"] = [share(right[k : k + each])["percent"] for k in range(0, len(right), each)]

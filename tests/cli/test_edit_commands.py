@@ -122,15 +122,17 @@ def test_the_plain_base_model_edits_without_a_bundle(place: Path):
     assert np.array_equal(after[mask], before[mask]) and (after[~mask] != before[~mask]).mean() > 0.5
 
 
-@pytest.mark.parametrize(("mask", "dilation", "box"), [
-    ((40, 36, 120, 76), 0, (0.25, 36 / 160, 0.75, 76 / 160)),  # not the whole cells of the smallest map around it
-    ((40, 36, 120, 76), 1, (0.25 - 1 / 16, 36 / 160 - 1 / 16, 0.75 + 1 / 16, 76 / 160 + 1 / 16)),
-    ((40, 71, 120, 89), 0, (0.25, 3 / 8, 0.75, 5 / 8)),  # between two rows of the smallest map's eight
+@pytest.mark.parametrize(("mask", "more", "box"), [
+    ((40, 36, 120, 76), [], (0.25, 36 / 160, 0.75, 76 / 160)),  # not the whole cells of the smallest map around it
+    ((40, 36, 120, 76), ["--mask-dilation", 1], (0.25 - 1 / 16, 36 / 160 - 1 / 16, 0.75 + 1 / 16, 76 / 160 + 1 / 16)),
+    ((40, 71, 120, 89), [], (0.25, 3 / 8, 0.75, 5 / 8)),  # between two rows of the smallest map's eight
+    ((40, 36, 120, 76), ["--box-inset", 0.1], (0.25 + 0.05, 36 / 160 + 0.05, 0.75 - 0.05, 76 / 160 - 0.05)),
+    ((40, 36, 120, 76), ["--box-inset", 0.25], (0.25 + 0.125, 36 / 160 + 0.0625, 0.75 - 0.125, 76 / 160 - 0.0625)),
 ])  # fmt: skip
-def test_an_asset_alone_takes_the_masks_box_and_no_more(place: Path, mask: Any, dilation: int, box: Any):
+def test_an_asset_alone_takes_the_masks_box_or_less(place: Path, mask: Any, more: Any, box: Any):
     """What is drawn beyond the mask is cut away. The crop is 160 pixels wide and high, from (0, 0)."""
     write_mask(place / "mask.png", (240, 160), mask)
-    mifo(*edit(place, "--mask-dilation", dilation))
+    mifo(*edit(place, *more))
     assert json.loads((place / "out" / "edit.json").read_text())["boxes_in_crop"]["<asset1>"] == pytest.approx(box, abs=1e-4)
 
 
