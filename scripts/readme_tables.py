@@ -40,7 +40,7 @@ def source(name: str, result: dict[str, Any]) -> str:
 
 def headline_table() -> str:
     """The README's few rows."""
-    job, edits, base, canaries = (load(name) for name in (TODAY, "edit", "base_model", "canaries"))
+    job, edits, base, canaries = (load(name) for name in (TODAY, "edit_insert", "base_model", "canaries"))
     if not (job and edits and base and canaries):
         return "Not measured yet."
     ours, car, quiet = job["mifo"], edits["toy_car"]["insert"], load("learn_seconds")
@@ -62,12 +62,12 @@ def headline_table() -> str:
     ]  # fmt: skip
     lines = ["| | measured (95 % interval) | on |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
     return "\n".join([*lines, "", *([source("learn_seconds", quiet)] if quiet else []), source(TODAY, job),
-                      source("edit", edits), source("canaries", canaries)])
+                      source("edit_insert", edits), source("canaries", canaries)])
 
 
 def answers_table() -> str:
     """What a person wants to know first. Each row says where its number comes from."""
-    job, tuned, bench, edits = (load(name) for name in (TODAY, "toybench_tuned", "toybench", "edit"))
+    job, tuned, bench, edits = (load(name) for name in (TODAY, "toybench_tuned", "toybench", "edit_insert"))
     quiet, busy = load("learn_seconds"), load("learn_seconds_busy")
     if not (job and tuned and bench and edits and quiet and busy):
         return "Not measured yet."
@@ -400,6 +400,27 @@ def study_table() -> str:
     return "\n".join([about, "", *lines, "", source("toybench_study", result)])
 
 
+def study_photo_table() -> str:
+    """The attention losses as published, from the photo alone; and each beside none, scene by scene."""
+    result = load("toybench_study_photo")
+    if result is None:
+        return "Not measured yet."
+    from scripts.toybench.toybench_report import difference, shown
+
+    columns = {"margin_in_boxes": "margin in boxes", "confused_in_boxes": "confused in boxes", "margin_alone": "margin alone",
+               "confused_alone": "confused alone", "attention_in_others": "attention in others' masks"}  # fmt: skip
+    lines = [f"| attention loss | {' | '.join(columns.values())} |", "|" + "---|" * (1 + len(columns))]
+    for title, ((name, *_), _) in STUDY.items():
+        entry = result["methods"][name]
+        lines.append(f"| {title} | {' | '.join(shown(entry['all'][c]) for c in columns)} |")
+        if compared := entry.get("against_no_attention_loss"):
+            cells = [difference(compared[c]) for c in columns]
+            lines.append(f"| minus none, scene by scene | {' | '.join(cells)} |")
+    about = (f"{result['scenes']} scenes of three look-alikes, {result['learning_seeds']} learning runs of each; mean, and 95 % "
+             "bootstrap interval over scenes; bold where that of five scenes or more leaves 0 out.")  # fmt: skip
+    return "\n".join([about, "", *lines, "", source("toybench_study_photo", result)])
+
+
 #: file of a search -> what it is called
 SEARCHES = {"mifo": "reward, then penalty", "break_a_scene": "Break-A-Scene's",
             "break_a_scene_first": "Break-A-Scene's, first search", "none": "none"}  # fmt: skip
@@ -428,8 +449,8 @@ def search_table() -> str:
 
 
 def edit_table() -> str:
-    result = load("edit")
-    if result is None:
+    result, rest = load("edit_insert"), load("edit")
+    if result is None or rest is None:
         return "Editing: not measured yet."
     title = (f"Assets inserted into {result['scenes']} drawn scenes each, from {result['learning_runs']} learning runs of each "
              "photo, toybox on a CPU, by the judge.")  # fmt: skip
@@ -443,7 +464,7 @@ def edit_table() -> str:
                   f"| {name}: the scene's own things, unchanged bytes | {percent(found['objects_unchanged_pixels'])} | 100 % |",
                   f"| {name}: the scene's own things, the same to the judge | {percent(found['objects_unchanged_judge'])} | |",
                   f"| {name}: largest difference outside the mask | {found['max_difference_outside']} | 0 |"]  # fmt: skip
-        ranked = ranking.get(name, result[name])["ranking"]
+        ranked = ranking.get(name, {}).get("ranking", {})
         if best := ranked.get("class_colors_pattern_best_ranked"):
             first = percent(ranked["class_colors_pattern"])
             lines.append(f"| {name}: the same, the best ranked of 4, where the first has {first} | {percent(best)} | |")
@@ -458,16 +479,17 @@ def edit_table() -> str:
                       f"{without['right']['percent'] - 5:.0f} %: 5 less than without it |",
                       f"| {name}: assets learned beside it, one thing in the picture | {percent(beside['one_thing'])}; "
                       f"without it {percent(without['one_thing'])} | |"]  # fmt: skip
-    rebuilt = result["reconstruction"]
+    rebuilt = rest["reconstruction"]
     weights, latents = (f"{rebuilt[f'optimization_{what}_gain_db']:.1f} dB" for what in ("weights", "latents"))
     lines += [f"| PSNR outside, decoder's weights tuned, above `none` | {weights} | 5 dB |",
               f"| PSNR outside, latents tuned, above `none` | {latents} | 5 dB |"]  # fmt: skip
-    if bars := result.get("thin"):
+    if bars := rest.get("thin"):
         best = percent(bars["right_color_best_of_4"])
         lines += [f"| thin mask, progressive dilation: right colour | {percent(bars['right_color_dilated'])} | 75 % |",
                   f"| thin mask, without dilation | {percent(bars['right_color_without'])} | |",
                   f"| thin mask, progressive dilation, the best ranked of 4 | {best} | |"]  # fmt: skip
-    parts = {"edit": result, "edit_ranking": ranking, "edit_background": backgrounds, "edit_seconds": seconds}
+    parts = {"edit_insert": result, "edit_ranking": ranking, "edit": rest, "edit_background": backgrounds,
+             "edit_seconds": seconds}  # fmt: skip
     sources = [source(name, found) for name, found in parts.items() if found]
     return "\n".join([*lines, "", *sources])
 
@@ -678,6 +700,7 @@ TABLES: dict[str, Callable[[], str]] = {
           "samplers": samplers_table, "several": several_table, "composites": composites_table,
           "photos": photos_table, "relearn": relearn_table, "bundles_cost": bundles_cost_table,
           "scale": scale_table, "edit": edit_table, "search": search_table, "study": study_table,
+          "study_photo": study_photo_table,
           **{name: partial(comparison_table, name) for name in (
               "toybench", "toybench_tuned", "toybench_break_a_scene", "toybench_large")},
           "bench": bench_table, "bench_jobs": jobs_table, "bench_growth": growth_table, "memory_goals": goals_table,

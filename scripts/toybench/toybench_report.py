@@ -18,6 +18,7 @@ from scripts.toybench.toybench_scenes import LEVELS, Cell
 
 Item = dict[str, Any]
 OURS = "mifo"
+NO_LOSS = "published-no-attention-loss"
 MIN_SCENES = 5  # fewer have intervals that say little
 
 #: name in the table -> (column title, values of one item, larger is better)
@@ -94,6 +95,8 @@ def summarize(items: Sequence[Item]) -> dict[str, Any]:
             entry["mifo_against_it"] = {
                 group: {m: compare(ours[group], own[group], m) for m in MEASURES} for group in ours if group in own
             }
+        if name.startswith("published-") and name != NO_LOSS and NO_LOSS in methods:
+            entry["against_no_attention_loss"] = {m: compare(own["all"], methods[NO_LOSS], m) for m in MEASURES}
         found[name] = entry
     return found
 
@@ -167,7 +170,7 @@ def difference_table(summary: dict[str, Any], other: str) -> str:
     """This project minus another method, scene by scene, by level and by number of things; bold as in `paired_table`."""
     lines = [f"| {OURS} minus {other} | {' | '.join(MEASURES[m][0] for m in VERSUS)} |", "|---" * (len(VERSUS) + 1) + "|"]
     for group, found in summary[other]["mifo_against_it"].items():
-        cells = [_difference(found[m], 1) if found[m] else "-" for m in VERSUS]
+        cells = [difference(found[m], 1) if found[m] else "-" for m in VERSUS]
         lines.append(f"| {group} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -185,13 +188,13 @@ def paired_table(summary: dict[str, Any]) -> str:
         against = entry["mifo_against_it"]["all"]
         cells, scenes = [], 0
         for found in (against[m] for m in IN_PAIRED_TABLE):
-            cells.append(_difference(found, -1) if found else "-")
+            cells.append(difference(found, -1) if found else "-")
             scenes = max(scenes, found["scenes"] if found else 0)
         lines.append(f"| {name} | {scenes} | {' | '.join(cells)} | {entry['cost']['learn_seconds']:.0f} |")
     return "\n".join(lines)
 
 
-def _difference(compared: dict[str, Any], sign: int) -> str:
+def difference(compared: dict[str, Any], sign: int = 1) -> str:
     """Ours minus theirs, or with `sign` -1 theirs minus ours."""
     mean, low_high = sign * compared["difference"]["mean"], compared["difference"]["interval_95"]
     if not low_high:

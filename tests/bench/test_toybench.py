@@ -204,12 +204,17 @@ def test_comparison_by_scene():
 
     items = [item("mifo", k, [0.9, 0.8 + 0.01 * k]) for k in range(8)]
     items += [item("rank-4", k, [0.3, 0.1 * (k % 3)]) for k in range(9)]
+    items += [item("published-penalty", k, [0.7, 0.7]) for k in range(6)]
+    items += [item("published-no-attention-loss", k, [0.4, 0.4]) for k in range(6)]
     found = toybench_report.summarize(items)
     against = found["rank-4"]["mifo_against_it"]["colors"]["margin_in_boxes"]
     assert against["scenes"] == 8 and against["ahead_with_intervals_apart"] is True and 0.6 < against["difference"]["mean"] < 0.75
     assert found["rank-4"]["mifo_against_it"]["all"]["confused_alone"]["ahead_with_intervals_apart"] is True
     assert "rare" not in found["rank-4"]["mifo_against_it"]  # one of them has nothing there
     assert found["mifo"]["cost"] == {"learn_seconds": 13.5, "seconds_per_picture": 0.5} and "mifo_against_it" not in found["mifo"]
+    no_loss = found["published-penalty"]["against_no_attention_loss"]["margin_in_boxes"]
+    assert toybench_report.difference(no_loss) == "**+0.30 (+0.30 to +0.30)**"
+    assert not any("against_no_attention_loss" in found[name] for name in ("mifo", "published-no-attention-loss"))
     assert "| mifo | 0.87 (" in toybench_report.table(found)
     assert "| colors | 8 | **0.87 (" in toybench_report.versus_table(found, "rank-4")
     paired = toybench_report.paired_table(found)
