@@ -34,7 +34,7 @@ from mifo.io.json_text import json_text, record_text
 from mifo.io.sheets import caption_below, draw_boxes, enlarge, grid
 from mifo.learning.learn import learn
 from mifo.model.base import BaseModel, load_base_model
-from mifo.presets import learn_preset, synthesis_preset
+from mifo.presets import learn_preset, scale_steps, synthesis_preset
 from mifo.sampling.sample import sample_prompts
 from mifo.synthesis.synthesize import synthesize
 from mifo.toybox.judge import Finding, Verdict, judge_images, load_judge
@@ -166,6 +166,7 @@ def main(
     seeds: Annotated[int, typer.Option(help="Per asset and background; the bars ask for 8.")] = 8,
     images: Annotated[int, typer.Option(help="Pictures with boxes; the bars ask for 24.")] = 24,
     recipes: str = "mifo,break-a-scene",
+    step_factor: Annotated[float, typer.Option(help="So many times the recipe's steps.")] = 1.0,
     runs: Annotated[int, typer.Option(help="Learning runs of each recipe, of the seeds from 0 on.")] = 1,
     processes: Annotated[int, typer.Option(help="Runs at a time; with more than one, seconds are beside other work.")] = 1,
     beside_busy: Annotated[bool, typer.Option(help="Beside another process that keeps one core busy.")] = False,
@@ -173,14 +174,15 @@ def main(
     sheet: Path | None = None,
 ) -> None:
     """Measures and writes scripts/results/<name>.json. Numbers are of all runs together; `each_run` has them apart."""
-    numbers: dict[str, Any] = {"instance": instance, "model": model_path, "runs": runs, "processes": processes,
-                               "beside_busy": beside_busy}  # fmt: skip
+    numbers: dict[str, Any] = {"instance": instance, "model": model_path, "runs": runs, "step_factor": step_factor,
+                               "processes": processes, "beside_busy": beside_busy}  # fmt: skip
     cells = []
     asked = [(recipe, run) for recipe in recipes.split(",") for run in range(runs)]
     work = Path(tempfile.mkdtemp())
     beside = busy_core() if beside_busy else nullcontext()
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool, beside:
-        started = [pool.submit(measure_one, instance, model_path, recipe, run, seeds, images, work) for recipe, run in asked]
+        started = [pool.submit(measure_one, instance, model_path, recipe, step_factor, run, seeds, images, work)
+                   for recipe, run in asked]  # fmt: skip
         for (recipe, run), future in zip(asked, started, strict=True):
             entry, shown = future.result()
             if run == 0:
@@ -205,13 +207,13 @@ def busy_core() -> Iterator[None]:
             other.kill()
 
 
-def measure_one(instance: str, model_path: str, recipe: str, run: int, seeds: int, images: int,
+def measure_one(instance: str, model_path: str, recipe: str, step_factor: float, run: int, seeds: int, images: int,
                 work: Path) -> tuple[dict[str, Any], list[Any]]:  # fmt: skip
     """One learning run and its pictures; and some of them to look at."""
     folder = Path("example") / instance
     things, judge, base = load_things(folder), load_judge(), load_base_model(model_path)
     started = time.monotonic()
-    config = replace(recipe_config(base.family, recipe, len(things)), seed=run)
+    config = replace(scale_steps(recipe_config(base.family, recipe, len(things)), step_factor), seed=run)
     bundle = learn(load_instance(folder), base, config, work / f"{recipe}-{run}")
     size = sum(p.stat().st_size for p in bundle.folder.rglob("*") if p.is_file()) / 2**20
     entry: dict[str, Any] = {"learn_seconds": round(time.monotonic() - started, 1), "bundle_mib": round(size, 2)}
