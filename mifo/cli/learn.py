@@ -174,6 +174,10 @@ def _start(output: LearnOutput, instances: list[Instance]) -> Start | None:
 
 def _learn_config(config: LearnConfig, training: TrainingOptions, seed: int, precision: Any) -> LearnConfig:
     """The preset with the options that were given."""
+    from ..presets import scale_steps
+
+    if training.step_factor is not None:
+        config = scale_steps(config, training.step_factor)
     embedding = override(config.embedding, train_steps=training.phase1_train_steps, learning_rate=training.phase1_learning_rate,
                          draws=training.draws)  # fmt: skip
     lora = override(config.lora, train_steps=training.phase2_train_steps, learning_rate=training.phase2_learning_rate,

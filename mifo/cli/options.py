@@ -290,6 +290,7 @@ class TrainingOptions(OptionGroup):
 
     heading: ClassVar[str] = "Training"
     recipe: Annotated[Recipe, typer.Option(help="break-a-scene: that paper's losses, for comparison.")] = Recipe.mifo
+    step_factor: Annotated[float | None, number(0.01, 100, help="So many times the preset's steps, of both phases.")] = None
     phase1_train_steps: Annotated[int | None, typer.Option(min=1, help="Steps on the token embeddings alone.")] = None
     phase2_train_steps: Annotated[int | None, typer.Option(min=0, help="Steps with LoRA; 0 leaves it out.")] = None
     phase1_learning_rate: Annotated[float | None, number(0, help="Of the token embeddings.")] = None

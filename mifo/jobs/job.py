@@ -93,6 +93,8 @@ class LearnJob(Job):
     phase2_train_steps: Count | None = None
     vram_gib: Annotated[float, Within(0)] | None = None
     overwrite: bool = False
+    step_factor: Annotated[float | None, Within(0.01, 100)] = None
+    """So many times the preset's steps."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from ..learning.trainer import Callback, Trainer
 from ..model.base import BaseModel, family_of
 from ..model.device import choose_device, choose_dtype, precision_name
 from ..planning.report import limit_gpu
-from ..presets import edit_preset, learn_preset, synthesis_preset
+from ..presets import edit_preset, learn_preset, scale_steps, synthesis_preset
 from ..prompts import assets_in
 from ..synthesis.synthesize import KIND as SYNTHESIS
 from .job import EditJob, EvaluateJob, Job, LearnJob, SynthesizeJob
@@ -141,7 +141,7 @@ class Workshop:
         return with_background(instance) if job.background else instance
 
     def _learn_config(self, job: LearnJob, assets: int) -> tuple[LearnConfig, MemoryConfig]:
-        config = learn_preset(family_of(job.model), assets=assets)
+        config = scale_steps(learn_preset(family_of(job.model), assets=assets), job.step_factor or 1)
         device = choose_device(self.device)
         dtype = choose_dtype(self.precision, device)
         steps = {"embedding": job.phase1_train_steps, "lora": job.phase2_train_steps}

@@ -31,6 +31,7 @@ from PIL import Image
 from mifo.bundle.store import load_bundle
 from mifo.config import PriorConfig
 from mifo.learning.prior import PriorData, make_prior
+from mifo.presets import learn_preset
 
 PROMPT = "a photo of <asset0> and <asset1>"
 BOXES = "[[0.0, 0.1, 0.5, 0.9], [0.5, 0.1, 1.0, 0.9]]"
@@ -157,6 +158,17 @@ def test_weights_of_the_attention_terms_reach_both_phases(learned: Path, tmp_pat
     config = load_bundle(tmp_path / "cups").config
     for terms in (config.embedding.attention, config.lora.attention):
         assert (terms.penalty_weight, terms.relative_penalty_weight) == (0.7, 0.3)
+
+
+def test_a_factor_of_the_presets_steps(learned: Path, tmp_path: Path):
+    """Of both phases and of the reward in the first; a number of steps that is given says it exactly."""
+    arguments = list(learn_arguments(learned / "cups", tmp_path))
+    del arguments[(exact := arguments.index("--phase1-train-steps")) : exact + 2]
+    mifo(*arguments, "--step-factor", 0.01)
+    config, preset = load_bundle(tmp_path / "cups").config, learn_preset("stable-diffusion")
+    assert config.embedding.train_steps == preset.embedding.train_steps // 100
+    assert config.embedding.attention.reward_steps == preset.embedding.attention.reward_steps // 100
+    assert config.lora.train_steps == 2
 
 
 def test_without_an_instance_each_of_the_folder_is_learned(tmp_path: Path):

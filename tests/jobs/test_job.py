@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _tiny import load_base, write_instance
 
+from mifo.config import LearnConfig, MemoryConfig
 from mifo.errors import InputError
 from mifo.jobs.job import EditJob, EvaluateJob, LearnJob, SynthesizeJob, read_job, read_jobs
 from mifo.jobs.store import CANCELLED, DONE, FAILED, MAX_ATTEMPTS, QUEUED, RUNNING, JobStore, QueueFull
+from mifo.jobs.workshop import Workshop
+from mifo.presets import learn_preset
 
 BOXES = '[[0, 0, 0.5, 1]]'
 
@@ -138,3 +142,22 @@ def test_a_file_that_is_no_list_of_jobs_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot hold the list of jobs"):
         JobStore(path)
     assert path.read_text() == "somebody's notes"
+
+
+def test_a_learn_job_asks_for_the_steps_that_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[LearnConfig] = []
+
+    def learn(instance: Any, base: Any, target: Any, config: LearnConfig, **options: Any) -> None:
+        asked.append(config)
+        raise InputError("enough")
+
+    monkeypatch.setattr("mifo.api.learn", learn)
+    photo, shop = str(write_instance(tmp_path / "cups")), Workshop(tmp_path)
+    shop._base = ("tiny", MemoryConfig()), load_base()
+    monkeypatch.setattr("mifo.jobs.workshop.family_of", lambda model: "toybox")
+    for job in (LearnJob(photo, model="tiny", step_factor=3), LearnJob(photo, model="tiny", step_factor=3, phase2_train_steps=7)):
+        with pytest.raises(InputError, match="enough"):
+            shop.do(job)
+    preset = learn_preset("toybox")
+    assert [c.embedding.train_steps for c in asked] == [3 * preset.embedding.train_steps] * 2
+    assert [c.lora.train_steps for c in asked] == [3 * preset.lora.train_steps, 7]
