@@ -45,7 +45,7 @@ def learn_preset(family: str, recipe: str = "mifo", assets: int = ASSETS) -> Lea
         config = replace(
             config,
             embedding=replace(config.embedding, train_steps=150, learning_rate=1.5e-2, draws=4, attention=rewarded),
-            lora=replace(config.lora, train_steps=600, learning_rate=3e-3, row_learning_rate=2e-3, draws=2, averaged_share=0.3,
+            lora=replace(config.lora, train_steps=200, learning_rate=3e-3, row_learning_rate=2e-3, draws=4, averaged_share=0.3,
                          attention=terms),
             prior=TOYBOX_PRIOR,
             composites=TOYBOX_COMPOSITES,
