@@ -25,7 +25,7 @@ def test_the_readme_is_read_in_two_minutes() -> None:
     assert len((ROOT / "README.md").read_bytes()) <= 10_000
 
 
-def test_every_comparison_with_break_a_scene_is_after_its_own_search_or_says_that_it_is_as_published() -> None:
+def test_every_comparison_with_break_a_scene_is_after_its_own_search_or_says_that_it_is_not() -> None:
     """One with neither was shown once, and had to be taken back."""
     text = (ROOT / "docs" / "results.md").read_text()
     tables = dict(re.findall(r"<!-- table:(\w+) -->(.*?)<!-- end -->", text, re.DOTALL))
@@ -35,7 +35,7 @@ def test_every_comparison_with_break_a_scene_is_after_its_own_search_or_says_tha
     tuned = {name for name in comparing if "break-a-scene-tuned" in tables[name] or "tuned as hard" in said[name]} | {"search"}
     published = {name for name in comparing - tuned if "reak-a-scene" not in said[name].replace("break-a-scene-as-published", "")}
     assert {"answers", "composites", "study", "toybench", "toybench_tuned"} <= tuned and "toybench_published" in published
-    assert comparing == tuned | published
+    assert comparing == tuned | published | {name for name in comparing if "no loss had a search here" in said[name]}
 
 
 def test_the_commands_of_the_pages_have_the_options_that_they_name() -> None:
