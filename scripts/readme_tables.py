@@ -418,7 +418,8 @@ def study_photo_table() -> str:
             lines.append(f"| minus none, scene by scene | {' | '.join(cells)} |")
     about = (f"{result['scenes']} scenes of three look-alikes, {result['learning_seeds']} learning runs of each; mean, and 95 % "
              "bootstrap interval over scenes; bold where that of five scenes or more leaves 0 out. No loss had a search "
-             "here: all have this project's rates, and Break-A-Scene's its published weight, loss by picture and prior prompt.")  # fmt: skip
+             "here: all have this project's rates, and Break-A-Scene's its published weight, loss by picture and prior "
+             "prompt.")  # fmt: skip
     return "\n".join([about, "", *lines, "", source("toybench_study_photo", result)])
 
 
