@@ -411,7 +411,9 @@ class EditSampling(SamplingOptions):
     lora_scale: LoraScale = None
     guidance: Annotated[bool | None, typer.Option(help="Move the latents until the asset lies in its box.")] = None
     bounded: Annotated[bool, typer.Option(help="Keep an asset to its box, and plain words to the mask.")] = True
-    box_inset: Annotated[float | None, number(0, 0.25, "How much smaller an asset's box is than the mask, at each side.")] = None
+    box_inset: Annotated[
+        float | None, number(0, 0.25, "Part of the mask's longer side by which an asset's box ends inside it, at each side.")
+    ] = None
     own_text: OwnText = True
 
 

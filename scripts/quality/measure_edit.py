@@ -130,9 +130,8 @@ def measure_insert(base: BaseModel, bundles: Sequence[Bundle], things: list[Thin
                     if k < 3 and bundle is bundles[0]:
                         cells += [caption_below(enlarge(drawing.image, 192), f"{token}, seed {k}"), enlarge(images[0], 192)]
     numbers: dict[str, Any] = {"right_instance": share(own), "class_colors_pattern": share(right)}
-    if len(bundles) > 1:
-        each = len(right) // len(bundles)
-        numbers["class_colors_pattern_by_run"] = [share(right[k : k + each])["percent"] for k in range(0, len(right), each)]
+    each = len(right) // len(bundles)
+    numbers["class_colors_pattern_by_run"] = [share(right[k : k + each])["percent"] for k in range(0, len(right), each)]
     if candidates > 1:
         numbers |= {"class_colors_pattern_best_ranked": share(best_right), "right_instance_best_ranked": share(best_own),
                     "right_instance_all_candidates": share(all_own)}  # fmt: skip
@@ -270,6 +269,7 @@ def main(
     model_path: str = "toybox",
     blending_start: float | None = None,
     guidance: bool | None = None,
+    box_inset: float | None = None,
     dilation: Annotated[int, typer.Option(help="Latent pixels, for thin masks.")] = 4,
     name: str = "edit",
     bundles: Annotated[Path | None, typer.Option(help="Keep what is learned here, and use what is there.")] = None,
@@ -284,9 +284,11 @@ def main(
         config = replace(config, blending_start_percentage=blending_start)
     if guidance is not None:
         config = replace(config, guidance=replace(config.guidance, enabled=guidance))
+    if box_inset is not None:
+        config = replace(config, box_inset=box_inset)
     numbers: dict[str, Any] = {"model": model_path, "scenes": scenes, "learning_runs": runs,
                                "blending_start": config.blending_start_percentage,
-                               "guidance": config.guidance.enabled}  # fmt: skip
+                               "guidance": config.guidance.enabled, "box_inset": config.box_inset}  # fmt: skip
     cells: list[Image.Image] = []
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
