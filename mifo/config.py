@@ -162,6 +162,11 @@ class LearnConfig(Checked):
     masked_loss_by_area: bool = False
     """Divide the masked loss by the mask's area instead of the picture's."""
     weight_decay: NotNegative = 1e-2
+    pictures: AtLeastOne = 1
+    """Of each step, each with its own subset of the assets; the phase's draws are divided among them. At most one a draw."""
+    timesteps: Literal["uniform", "logit-normal"] = "uniform"
+    """How the draws' timesteps are distributed: 'uniform' as published, or 'logit-normal' (Esser et al., arXiv 2403.03206,
+    section 3.1), for a base model that was itself trained so."""
     adam_betas: Annotated[tuple[float, float], Within(0, 1, below=True)] = (0.9, 0.99)
     max_grad_norm: NotNegative = 1.0
     resolution: AtLeastOne | None = None

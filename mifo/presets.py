@@ -50,6 +50,8 @@ def learn_preset(family: str, recipe: str = "mifo", assets: int = ASSETS) -> Lea
             prior=TOYBOX_PRIOR,
             composites=TOYBOX_COMPOSITES,
             masked_loss_by_area=True,
+            pictures=2,
+            timesteps="logit-normal",
         )
     if recipe == "break-a-scene":
         config = _as_break_a_scene(config, family)
@@ -85,6 +87,8 @@ def _as_break_a_scene(config: LearnConfig, family: str) -> LearnConfig:
         recipe="break-a-scene",
         masked_loss_by_area=False,  # its attention weight belongs to the loss by picture
         composites=CompositeConfig(),
+        pictures=1,
+        timesteps="uniform",
         placements=0,
         locality_weight=0.0,
         prior=replace(config.prior, class_prompt=PriorConfig.class_prompt),

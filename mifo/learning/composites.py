@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,13 +47,12 @@ class Cutout:
 
 @dataclass(frozen=True)
 class Composite:
-    """One picture: latents' distribution, and all that a step needs to know of it."""
+    """One picture, and all that a step needs to know of it."""
 
     assets: tuple[int, ...]
     prompt: str
-    mean: torch.Tensor
-    """(1, C, h, w)"""
-    std: torch.Tensor
+    encode: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    """Gives its latents' mean and standard deviation, (1, C, h, w) each"""
     masks: torch.Tensor
     """(len(assets), 1, H, W) of 0 and 1; what a later thing covers is not an earlier one's"""
     weights: torch.Tensor
@@ -62,7 +62,7 @@ class Composite:
 
 
 class Composites:
-    """Makes them, a new one for every step: few that come again and again are learned by heart (LOG.md)."""
+    """Makes them, new ones for every step: few that come again and again are learned by heart (LOG.md)."""
 
     def __init__(self, fitted: FittedInstance, base: BaseModel, config: CompositeConfig, seed: int, cache: Path | None = None,
                  report: Callable[[int, int], None] | None = None):  # fmt: skip
@@ -83,8 +83,8 @@ class Composites:
         chosen = choose_assets(sorted(self.cutouts), rng, union_sampling, about)
         cutouts = [self.cutouts[i][int(rng.integers(len(self.cutouts[i])))] for i in chosen]
         picture, masks = paste(cutouts, background.image, self.config.scale, flip_probability, rng)
-        mean, std = self.base.encode(pixels_to_tensor(picture))
-        masks, size = masks.float().to(mean.device), (mean.shape[-2], mean.shape[-1])
+        masks, factor = masks.float().to(self.base.device), self.base.vae_factor
+        size = (picture.height // factor, picture.width // factor)
         free = 1 - masks.amax(0, keepdim=True)
         if on_plate:
             chosen, masks = (*chosen, self.tokens.index(BACKGROUND_TOKEN)), torch.cat([masks, free])
@@ -92,7 +92,8 @@ class Composites:
         union = union_at_latents(masks, size)
         words = join_assets([self.tokens[i] for i in chosen])
         weights = union + self.config.outside_weight * (1 - union)
-        return Composite(chosen, f"{words} {background.place}".strip(), mean, std, masks, weights,
+        encode = partial(self.base.encode, pixels_to_tensor(picture))
+        return Composite(chosen, f"{words} {background.place}".strip(), encode, masks, weights,
                          None if filled is None else union_at_latents(as_mask(filled).to(free) * free, size))  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,8 +33,8 @@ class Batch:
     tokens: tuple[str, ...]
     """Their tokens, in the same order."""
     prompt: str
-    latents: torch.Tensor
-    """(B, C, h, w), scaled"""
+    latents: Callable[[], torch.Tensor]
+    """Gives (B, C, h, w), scaled. A composite is encoded only then, so that the parts of a step can do it side by side."""
     union_mask: torch.Tensor
     """(1, 1, h, w) at latent size: weights of the diffusion loss, 1 on the assets, and outside 0, or more on a composite"""
     asset_masks: torch.Tensor
@@ -111,6 +111,11 @@ class InstanceData:
         self.background = self.tokens.index(BACKGROUND_TOKEN) if BACKGROUND_TOKEN in self.tokens else None
         self.plate = None if self.background is None else self._plate(fitted, base)
 
+    @property
+    def latent_shape(self) -> torch.Size:
+        """(C, h, w), of each picture."""
+        return self.moments[False][0].shape[1:]
+
     def _plate(self, fitted: FittedInstance, base: BaseModel) -> dict[bool, View]:
         """The picture without its things, by flip. Its mask for each asset is all that is not padding."""
         things = fitted.masks[: self.background]
@@ -151,12 +156,16 @@ class InstanceData:
         masks = view.masks[list(assets)]
         union = union_at_latents(masks, (mean.shape[-2], mean.shape[-1]))
         tokens = tuple(self.tokens[i] for i in assets)
-        return Batch(assets, tokens, join_assets(tokens), mean + std * noise, union, masks, view.size, view.filled)
+        return Batch(assets, tokens, join_assets(tokens), lambda: mean + std * noise, union, masks, view.size, view.filled)
 
     def _of_composite(self, taken: Composite, generator: torch.Generator, draws: int) -> Batch:
-        noise = torch.randn((draws, *taken.mean.shape[1:]), generator=generator).to(taken.mean)
+        noise = torch.randn((draws, *self.latent_shape), generator=generator)
         tokens = tuple(self.tokens[i] for i in taken.assets)
-        latents = taken.mean + taken.std * noise
+
+        def latents() -> torch.Tensor:
+            mean, std = taken.encode()
+            return mean + std * noise.to(mean)
+
         return Batch(taken.assets, tokens, taken.prompt, latents, taken.weights, taken.masks, self.drawn_size, taken.filled)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -44,21 +45,27 @@ FILLED_FROM = 500
 """The timestep from which a place that was filled in counts."""
 
 PARTS = 2
-"""Of a step's draws, for a model so small that threads within an operation gain nothing. A constant, because sums of other parts
-round otherwise: the same run gives the same bytes on any number of cores."""
+"""Of a step's draws at least, for a model so small that threads within an operation gain nothing. A constant, because sums of
+other parts round otherwise: the same run gives the same bytes on any number of cores."""
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What was drawn for one step: the prior image first, if there is one, then the instance's draws."""
+    """What was drawn for one of a step's pictures: the prior image first, if there is one, then the picture's draws."""
 
+    own: slice
+    """Of the step's draws, those of this picture"""
     batch: Batch
     prompts: list[TokenizedPrompt]
     """Of the prior image, if there is one, and of the batch"""
-    latents: torch.Tensor
-    """(B, C, h, w), scaled, without noise"""
+    prior: torch.Tensor
+    """(0 or 1, C, h, w): the prior image's latents, scaled"""
     timesteps: torch.Tensor
     noise: torch.Tensor
+
+
+Part = tuple[Draws, slice]
+"""Some of a picture's draws, counted within them"""
 
 
 @dataclass
@@ -81,37 +88,60 @@ class Objective:
         `mine`: this process's own of the draws; the losses are then its part of the step's, and whoever has the last draw has the
         prior image too.
         """
-        return self.part(self.draw(phase, step, prior), phase, step, sites, recorder, mine or slice(0, phase.draws))
+        parts = parts_of(self.draw(phase, step, prior), mine or slice(0, phase.draws))
+        return added([self.part(part, phase, step, sites, recorder) for part in parts])
 
-    def part(self, drawn: Draws, phase: EmbeddingPhase | LoraPhase, step: int, sites: Sequence[Site], recorder: AttentionRecorder,
-             part: slice) -> StepLosses:  # fmt: skip
-        """What some of a step's draws add to its losses."""
-        found = self.compute(drawn, phase, step, sites, recorder, part, with_prior=part.stop == phase.draws)
-        share = (part.stop - part.start) / phase.draws
+    def part(self, part: Part, phase: EmbeddingPhase | LoraPhase, step: int, sites: Sequence[Site],
+             recorder: AttentionRecorder) -> StepLosses:  # fmt: skip
+        """What some of a step's draws add to its losses; the prior image goes with a picture's last ones."""
+        drawn, rows = part
+        last = rows.stop == drawn.own.stop - drawn.own.start
+        found = self.compute(drawn, phase, step, sites, recorder, rows, with_prior=last)
+        share = (rows.stop - rows.start) / phase.draws
         return found if share == 1 else StepLosses(found.diffusion * share, found.attention * share, found.prior)
 
-    def draw(self, phase: EmbeddingPhase | LoraPhase, step: int, prior: PriorData | None) -> Draws:
-        """All that is random in a step."""
-        config = self.config
-        batch = self.data.sample(self.rng, self.generator, phase.draws, config.union_sampling, config.flip_probability)
-        prompts, latents = [batch.prompt], batch.latents
-        if prior is not None and step % config.prior.every_steps == 0:
-            prior_prompt, prior_latents = prior.pick(step // config.prior.every_steps)
-            prompts, latents = [prior_prompt, batch.prompt], torch.cat([prior_latents, latents])
-        timesteps = torch.randint(0, int(self.base.scheduler.config["num_train_timesteps"]), (len(latents),),
-                                  generator=self.generator).to(latents.device)  # fmt: skip
-        noise = torch.randn(latents.shape, generator=self.generator).to(latents)
+    def draw(self, phase: EmbeddingPhase | LoraPhase, step: int, prior: PriorData | None) -> list[Draws]:
+        """All that is random in a step, by picture; the prior image, if this step has one, goes with the last picture."""
+        pictures = min(self.config.pictures, phase.draws)
+        ends = [phase.draws * k // pictures for k in range(pictures + 1)]
+        every = self.config.prior.every_steps
+        with_prior = prior if step % every == 0 else None
+        return [self.draw_picture(slice(start, stop), with_prior if stop == phase.draws else None, step // every)
+                for start, stop in pairwise(ends)]  # fmt: skip
+
+    def draw_picture(self, own: slice, prior: PriorData | None, turn: int) -> Draws:
+        """Of one picture. `turn`: of the prior's images."""
+        config, draws = self.config, own.stop - own.start
+        batch = self.data.sample(self.rng, self.generator, draws, config.union_sampling, config.flip_probability)
+        if config.pictures == 1:  # its parts share one encoding
+            latents = batch.latents()
+            batch = replace(batch, latents=lambda: latents)
+        shape, device = self.data.latent_shape, self.base.device
+        prompts, prior_latents = [batch.prompt], torch.empty((0, *shape), device=device)
+        if prior is not None:
+            prior_prompt, prior_latents = prior.pick(turn)
+            prompts = [prior_prompt, batch.prompt]
+        count = len(prior_latents) + draws
+        timesteps = self.draw_timesteps(count).to(device)
+        noise = torch.randn((count, *shape), generator=self.generator).to(device)
         tokenized = [tokenize_prompt(self.base.tokenizer, p, [t for t in self.data.tokens if t in p]) for p in prompts]
-        return Draws(batch, tokenized, latents, timesteps, noise)
+        return Draws(own, batch, tokenized, prior_latents, timesteps, noise)
+
+    def draw_timesteps(self, count: int) -> torch.Tensor:
+        """(count,), as `LearnConfig.timesteps` says."""
+        steps = int(self.base.scheduler.config["num_train_timesteps"])
+        if self.config.timesteps == "uniform":
+            return torch.randint(0, steps, (count,), generator=self.generator)
+        return (torch.randn(count, generator=self.generator).sigmoid() * steps).long().clamp(max=steps - 1)
 
     def compute(self, drawn: Draws, phase: EmbeddingPhase | LoraPhase, step: int, sites: Sequence[Site],
                 recorder: AttentionRecorder, part: slice, with_prior: bool) -> StepLosses:  # fmt: skip
         """The losses of the draws in `part`, averaged over them, and of the prior image if there is one and it is asked for."""
         config, batch = self.config, drawn.batch
-        first = len(drawn.latents) - phase.draws  # the instance's draws stand last
+        first = len(drawn.prior)  # the instance's draws stand last
         with_prior = with_prior and first > 0
-        rows = [*range(first if with_prior else 0), *range(first, len(drawn.latents))[part]]
-        latents, timesteps, noise = (x[rows] for x in (drawn.latents, drawn.timesteps, drawn.noise))
+        rows = [*range(first if with_prior else 0), *range(first, len(drawn.noise))[part]]
+        latents, timesteps, noise = (x[rows] for x in (torch.cat([drawn.prior, batch.latents()]), drawn.timesteps, drawn.noise))
         tokenized = drawn.prompts if with_prior else drawn.prompts[-1:]
         own = slice(first if with_prior else 0, None)
         noisy = self.base.scheduler.add_noise(latents, noise, timesteps)
@@ -143,23 +173,20 @@ class Objective:
     def gradients(self, phase: EmbeddingPhase | LoraPhase, step: int, sites: Sequence[Site], recorder: AttentionRecorder,
                   prior: PriorData | None, parameters: Sequence[torch.Tensor], pool: Executor,
                   mine: slice | None = None) -> StepLosses:  # fmt: skip
-        """As `losses` and its backward pass, with the draws in `PARTS` parts, each on a thread of `pool`. Gradients are left in
-        the parameters, added in the parts' order, so that they are the same whichever thread is first; the losses have none."""
-        own = mine or slice(0, phase.draws)
-        drawn, half = self.draw(phase, step, prior), -(-(own.stop - own.start) // PARTS)
-        parts = [slice(k, min(k + half, own.stop)) for k in range(own.start, own.stop, half)]
+        """As `losses` and its backward pass, with the draws in `PARTS` parts or one a picture, each on a thread of `pool`.
+        Gradients are left in the parameters, added in the parts' order, so that they are the same whichever thread is first; the
+        losses have none."""
+        parts = parts_of(self.draw(phase, step, prior), mine or slice(0, phase.draws), PARTS)
 
-        def work(part: slice) -> tuple[StepLosses, Sequence[torch.Tensor | None]]:
-            weighted = self.part(drawn, phase, step, sites, recorder, part)
+        def work(part: Part) -> tuple[StepLosses, Sequence[torch.Tensor | None]]:
+            weighted = self.part(part, phase, step, sites, recorder)
             return weighted, torch.autograd.grad(weighted.total, parameters, allow_unused=True)
 
         done = list(pool.map(work, parts))
         for parameter, *found in zip(parameters, *(gradients for _, gradients in done), strict=True):
             there = [gradient for gradient in found if gradient is not None]
             parameter.grad = sum(there[1:], start=there[0]) if there else None
-        losses = [losses for losses, _ in done]
-        return StepLosses(*(sum((getattr(each, name).detach() for each in losses), start=torch.zeros(()))
-                            for name in ("diffusion", "attention", "prior")))  # fmt: skip
+        return added([StepLosses(*(x.detach() for x in (each.diffusion, each.attention, each.prior))) for each, _ in done])
 
     def locality(self, prediction: torch.Tensor, noisy: torch.Tensor, timesteps: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Outside the masks the assets' tokens must change nothing: there the prediction keeps to the one without them.
@@ -180,6 +207,25 @@ class Objective:
             prompt_embeds = self.base.encode_prompt(torch.tensor([ids]), self.size_of(batch)).expand(len(noisy))
             without = predict(self.base.unet, noisy, timesteps, prompt_embeds)
         return share * masked_diffusion_loss(prediction, without, 1 - batch.union_mask, self.config.masked_loss_by_area)
+
+
+def parts_of(drawn: Sequence[Draws], mine: slice, at_least: int = 1) -> list[Part]:
+    """Those of a step's draws that are in `mine`, by picture; each picture's in as many parts as it takes to have `at_least`."""
+    found: list[Part] = []
+    for each in drawn:
+        start, stop = max(each.own.start, mine.start) - each.own.start, min(each.own.stop, mine.stop) - each.own.start
+        if start < stop:
+            size = -(-(stop - start) // -(-at_least // len(drawn)))
+            found += [(each, slice(k, min(k + size, stop))) for k in range(start, stop, size)]
+    return found
+
+
+def added(losses: Sequence[StepLosses]) -> StepLosses:
+    """Their sums."""
+    first, *others = losses
+    for each in others:
+        first = StepLosses(first.diffusion + each.diffusion, first.attention + each.attention, first.prior + each.prior)
+    return first
 
 
 def where_it_counts(batch: Batch, timesteps: torch.Tensor) -> torch.Tensor:

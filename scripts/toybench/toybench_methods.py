@@ -136,7 +136,7 @@ class PairData(InstanceData):
         noise = torch.randn((draws, *mean.shape[1:]), generator=generator).to(mean)
         everything = torch.ones((1, 1, *mean.shape[-2:]), device=mean.device)
         tokens = tuple(self.tokens[i] for i in assets)
-        return Batch(assets, tokens, join_assets(tokens), mean + std * noise, everything,
+        return Batch(assets, tokens, join_assets(tokens), lambda: mean + std * noise, everything,
                      self.masks[False][list(assets)])  # fmt: skip
 
 

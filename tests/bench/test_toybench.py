@@ -116,7 +116,8 @@ def test_pairs_hold_the_subset_alone_on_one_color(tmp_path: Path):
     flipped = np.asarray(pair_picture(fitted, (1,), (7, 8, 9), True))
     assert (flipped == picture[:, ::-1]).all()
     batch = PairData(fitted, base, 0).sample(np.random.default_rng(0), torch.Generator().manual_seed(0), 1, True, 0.5)
-    assert batch.union_mask.min() == 1 and len(batch.asset_masks) == len(batch.assets) and batch.latents.shape == (1, 12, 16, 16)
+    assert batch.union_mask.min() == 1 and len(batch.asset_masks) == len(batch.assets)
+    assert batch.latents().shape == (1, 12, 16, 16)
 
 
 def test_full_fine_tuning_trains_the_model_and_gives_it_back():

@@ -69,9 +69,9 @@ def test_composites_say_what_is_in_them_and_where(fitted: FittedInstance) -> Non
         assert [fitted.tokens[i] in each.prompt for i in range(3)] == [i in each.assets for i in range(3)]
         assert each.masks.shape[0] == len(each.assets)
         assert {round(float(v), 3) for v in each.weights.unique()} == {0.25, 1.0}
-        assert each.mean.shape == (1, base.unet.config["in_channels"], 16, 16)
+        assert each.encode()[0].shape == (1, base.unet.config["in_channels"], 16, 16)
     again = drawn(Composites(fitted, base, CONFIG, seed=3))
-    assert all(torch.equal(a.mean, b.mean) and a.prompt == b.prompt for a, b in zip(made, again, strict=True))
+    assert all(torch.equal(a.encode()[0], b.encode()[0]) and a.prompt == b.prompt for a, b in zip(made, again, strict=True))
     assert all(2 in each.assets for each in drawn(composites, about=frozenset({2})))
     assert all(len(each.assets) == 3 for each in drawn(composites, union_sampling=False))
 
@@ -86,7 +86,8 @@ def test_a_step_takes_a_composite_as_it_is(fitted: FittedInstance) -> None:
     taken = composites.draw(rng, True, 0.5)
     assert batch.prompt == taken.prompt and batch.assets == taken.assets and torch.equal(batch.union_mask, taken.weights)
     assert batch.tokens == tuple(fitted.tokens[i] for i in taken.assets) and torch.equal(batch.asset_masks, taken.masks)
-    assert batch.latents.shape[0] == 2 and torch.allclose(batch.latents, taken.mean, atol=6 * float(taken.std.max()))
+    (mean, std), latents = taken.encode(), batch.latents()
+    assert latents.shape[0] == 2 and torch.allclose(latents, mean, atol=6 * float(std.max()))
     half = InstanceData(fitted, base, composites=composites, composite_share=0.5)
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     of_the_photo = sum(half.sample(rng, generator, 1, True, 0.5).union_mask.min() == 0 for _ in range(200))

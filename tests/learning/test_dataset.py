@@ -80,7 +80,7 @@ def test_the_background_alone_is_learned_in_the_whole_picture_on_the_clean_plate
     assert data.plate is not None
     plate = pixels_to_tensor(clean_plate(fitted.image, fitted.masks[:2]))
     assert torch.equal(data.plate[True].mean, base.encode(plate.flip(-1))[0])  # and not the picture's own latents
-    drawn = torch.cat([b.latents for b in whole]).mean(0) - data.plate[False].mean[0]
+    drawn = torch.cat([b.latents() for b in whole]).mean(0) - data.plate[False].mean[0]
     assert (drawn.abs() < 5 * data.plate[False].std[0] / len(whole) ** 0.5).all()  # five standard errors
 
 

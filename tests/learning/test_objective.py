@@ -26,7 +26,7 @@ from mifo.presets import learn_preset
 from mifo.prompts import add_asset_tokens
 
 PRESET = learn_preset("toybox")
-CONFIG = replace(PRESET, placements=0, locality_every=1, prior=replace(PRESET.prior, every_steps=1))
+CONFIG = replace(PRESET, placements=0, locality_every=1, pictures=1, prior=replace(PRESET.prior, every_steps=1))
 
 
 class Step:
@@ -64,7 +64,7 @@ def test_the_relative_penalty_stands_beside_the_loss_on_one_map_of_all_sites_at_
     sites = [Site(f"up_blocks.{k}", "up_blocks", True, k) for k in (0, 1)]
     mask = torch.zeros(1, 1, 4, 4)
     mask[..., :2] = 1  # the left half
-    batch = Batch((0,), ("<asset0>",), "a photo of <asset0>", torch.zeros(2, 4, 4, 4), mask, mask)
+    batch = Batch((0,), ("<asset0>",), "a photo of <asset0>", lambda: torch.zeros(2, 4, 4, 4), mask, mask)
     large, small = torch.zeros(2, 16, 3), torch.zeros(2, 4, 3)  # (draws, pixels, tokens): the asset's is the second
     large[:, :, 1] = torch.tensor([0.02, 0.02, 0.01, 0.01] * 4)
     small[:, :, 1] = torch.tensor([0.02, 0.01] * 2)
@@ -88,7 +88,7 @@ def test_the_relative_penalty_stands_beside_the_loss_on_one_map_of_all_sites_at_
 def test_what_was_filled_in_counts_where_there_is_too_much_noise_to_see_its_details() -> None:
     """Its blur was learned as what the background looks like, and drawn into walls."""
     mask, filled = torch.tensor([[[[1.0, 1.0], [0.5, 0.0]]]]), torch.tensor([[[[1.0, 0.0], [0.5, 1.0]]]])
-    batch = Batch((0,), ("<background>",), "a photo of <background>", torch.zeros(2, 4, 2, 2), mask, mask, filled=filled)
+    batch = Batch((0,), ("<background>",), "a photo of <background>", lambda: torch.zeros(2, 4, 2, 2), mask, mask, filled=filled)
     late, early = where_it_counts(batch, torch.tensor([FILLED_FROM - 1, FILLED_FROM]))
     assert torch.equal(late, torch.tensor([[[0.0, 1.0], [0.25, 0.0]]])) and torch.equal(early, mask[0])
     assert torch.equal(where_it_counts(replace(batch, filled=None), torch.tensor([0, 999])), mask)
@@ -109,7 +109,7 @@ def test_a_step_on_the_clean_plate_counts_filled_places_early_alone(tmp_path: Pa
     vectors = initial_vectors(base.text_encoders, base.tokenizer, [None] * 3)
     losses = {}
     with use_assets(base.text_encoders, ids, vectors), record_attention(base.unet, sites) as recorder, torch.no_grad():
-        drawn = objective.draw(phase, 0, None)
+        (drawn,) = objective.draw(phase, 0, None)
         for kind, filled in (("all", torch.ones(1, 1, 16, 16)), ("none", None)):
             for timestep in (FILLED_FROM - 1, FILLED_FROM):
                 at = replace(drawn, batch=replace(drawn.batch, filled=filled), timesteps=torch.tensor([timestep]))

@@ -128,7 +128,7 @@ def test_composites_are_planned_for_and_take_what_is_planned(tmp_path: Path) -> 
     made = Composites(instance, base, config, seed=0)
     gc.collect()
     with torch.no_grad(), LiveBytes([t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]) as live:
-        made.draw(np.random.default_rng(0), union_sampling=True, flip_probability=0.0)
+        made.draw(np.random.default_rng(0), union_sampling=True, flip_probability=0.0).encode()
     asked = settings(learn=replace(learn_preset("stable-diffusion"), composites=config), assets=2)
     planned = {phase.name: phase.items for phase in phases_of(model, asked)}
     weights = model.sizes["vae"] * torch.float32.itemsize
