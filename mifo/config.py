@@ -16,6 +16,9 @@ NotNegative = Annotated[float, Within(0)]
 Part = Annotated[float, Within(0, 1)]
 Steps = Annotated[int, Within(1, 1000)]
 Seed = Annotated[int, Within(0, 2**63 - 1)]
+Timesteps = Literal["uniform", "logit-normal"]
+"""How the draws' timesteps are distributed: 'uniform' as published, or 'logit-normal' (Esser et al., arXiv 2403.03206, section
+3.1), as many base models were themselves trained."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class EmbeddingPhase(Checked):
     cosine_restarts: bool = True
     """Cosine with restarts after the warm-up (one cycle, as published) or constant."""
     draws: AtLeastOne = 1
-    """(timestep, noise) draws of the same subset in one step: a larger batch of the same expected gradient."""
+    """(timestep, noise) draws of one step, divided among its pictures."""
+    timesteps: Timesteps = "uniform"
     attention: AttentionTerms = field(default_factory=lambda: AttentionTerms(reward_steps=200))
 
 
@@ -68,6 +72,7 @@ class LoraPhase(Checked):
     """Rank of the adapters; alpha equals the rank."""
     text_encoder: bool = True
     draws: AtLeastOne = 1
+    timesteps: Timesteps = "uniform"
     use_8bit_adam: bool = True
     averaged_share: Part = 0.0
     """Of the steps, the last ones, over which the learned weights are averaged. 0 as published: the weights after the last step.
@@ -149,7 +154,9 @@ class LearnConfig(Checked):
     keep: KeepConfig = field(default_factory=KeepConfig)
     composites: CompositeConfig = field(default_factory=CompositeConfig)
     union_sampling: bool = True
-    """Draw a random subset of the assets each step; otherwise all of them, always."""
+    """Draw a random subset of the assets for each picture; otherwise all of them, always."""
+    alone_share: Part = 0.0
+    """Of the pictures, those with one asset alone by this; of the others as many as of each other number. 0 as published."""
     flip_probability: Part = 0.5
     placements: Count = 0
     """Shifted copies of the picture per asset: a token then learns its asset, not where it stood; 0 as published."""
@@ -163,10 +170,7 @@ class LearnConfig(Checked):
     """Divide the masked loss by the mask's area instead of the picture's."""
     weight_decay: NotNegative = 1e-2
     pictures: AtLeastOne = 1
-    """Of each step, each with its own subset of the assets; the phase's draws are divided among them. At most one a draw."""
-    timesteps: Literal["uniform", "logit-normal"] = "uniform"
-    """How the draws' timesteps are distributed: 'uniform' as published, or 'logit-normal' (Esser et al., arXiv 2403.03206,
-    section 3.1), for a base model that was itself trained so."""
+    """Of each step, each with its own subset of the assets, among which the phase's draws are divided. At most one a draw."""
     adam_betas: Annotated[tuple[float, float], Within(0, 1, below=True)] = (0.9, 0.99)
     max_grad_norm: NotNegative = 1.0
     resolution: AtLeastOne | None = None

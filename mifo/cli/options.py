@@ -47,6 +47,11 @@ class Aspect(str, Enum):
     photo = "photo"
 
 
+class Timesteps(str, Enum):
+    uniform = "uniform"
+    logit_normal = "logit-normal"
+
+
 class LoraPlace(str, Enum):
     everywhere = "everywhere"
     boxes = "boxes"
@@ -299,6 +304,13 @@ class TrainingOptions(OptionGroup):
         bool | None, typer.Option(help="Learn from the things cut out, on backgrounds that the model draws; toybox's default.")
     ] = None
     draws: Annotated[int | None, typer.Option(min=1, max=64, help="Noisy copies a step; several processes share them.")] = None
+    alone_share: Annotated[
+        float | None, number(0, 1, help="Of the pictures, those of one asset alone, besides what chance makes so; toybox: 0.4.")
+    ] = None
+    pictures: Annotated[int | None, typer.Option(min=1, max=64, help="Pictures a step, which share its draws.")] = None
+    timesteps: Annotated[
+        Timesteps | None, typer.Option(help="logit-normal: fewer at both ends, as many base models were trained.")
+    ] = None
     lora_rank: Annotated[int | None, typer.Option(min=1, max=256, help="Higher: more detail, a larger bundle.")] = None
     train_text_encoder: Annotated[bool | None, typer.Option(help="LoRA in the text encoder too.")] = None
     penalty_weight: Annotated[float | None, number(0, help="Weight of the penalty attention loss.")] = None

@@ -72,15 +72,15 @@ class Composites:
         self.cutouts = cut_out_things(fitted)
         self.plate = photo_without_things(fitted) if BACKGROUND_TOKEN in fitted.tokens else None
 
-    def draw(self, rng: np.random.Generator, union_sampling: bool, flip_probability: float,
+    def draw(self, rng: np.random.Generator, union_sampling: bool, flip_probability: float, alone_share: float = 0.0,
              about: frozenset[int] = frozenset()) -> Composite:  # fmt: skip
-        """`about`: assets of which it has one at least."""
+        """`alone_share`, `about`: as `choose_assets` takes them."""
         on_plate = self.plate is not None and rng.random() < PHOTO_SHARE
         if self.plate is not None and on_plate:
             background = cut_anywhere(self.plate, self.backgrounds[0].image.size, rng)
         else:
             background = self.backgrounds[int(rng.integers(len(self.backgrounds)))]
-        chosen = choose_assets(sorted(self.cutouts), rng, union_sampling, about)
+        chosen = choose_assets(sorted(self.cutouts), rng, union_sampling, alone_share, about)
         cutouts = [self.cutouts[i][int(rng.integers(len(self.cutouts[i])))] for i in chosen]
         picture, masks = paste(cutouts, background.image, self.config.scale, flip_probability, rng)
         masks, factor = masks.float().to(self.base.device), self.base.vae_factor

@@ -129,16 +129,16 @@ class InstanceData:
         return views
 
     def sample(self, rng: np.random.Generator, generator: torch.Generator, draws: int, union_sampling: bool,
-               flip_probability: float) -> Batch:  # fmt: skip
+               flip_probability: float, alone_share: float = 0.0) -> Batch:  # fmt: skip
         """Draws a photo, a subset of its assets, a flip, and `draws` latents; or takes a composite."""
         if self.composites and self.plate and rng.random() < PLATE_STEPS:
             return self._of_plate(bool(rng.random() < flip_probability), generator, draws)
         if self.composites and rng.random() < self.composite_share:
             about = self.about if self.about and rng.random() < ABOUT_SHARE else frozenset()
-            made = self.composites.draw(rng, union_sampling, flip_probability, about)
+            made = self.composites.draw(rng, union_sampling, flip_probability, alone_share, about)
             return self._of_composite(made, generator, draws)
         photo = self.photos[int(rng.integers(len(self.photos))) if len(self.photos) > 1 else 0]
-        assets = choose_assets(photo.shown, rng, union_sampling, self.about)
+        assets = choose_assets(photo.shown, rng, union_sampling, alone_share, self.about)
         flip = bool(rng.random() < flip_probability)
         if self.plate and union_sampling and self.background in assets and rng.random() < PLATE_SHARE:
             return self._of_plate(flip, generator, draws)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from ..attention.record import AttentionRecorder, token_maps
 from ..attention.sites import Site
-from ..config import AttentionTerms, EmbeddingPhase, LearnConfig, LoraPhase
+from ..config import AttentionTerms, EmbeddingPhase, LearnConfig, LoraPhase, Timesteps
 from ..data.mask_sizes import mask_at_map
 from ..errors import InputError
 from ..model.base import BaseModel
@@ -106,13 +106,14 @@ class Objective:
         ends = [phase.draws * k // pictures for k in range(pictures + 1)]
         every = self.config.prior.every_steps
         with_prior = prior if step % every == 0 else None
-        return [self.draw_picture(slice(start, stop), with_prior if stop == phase.draws else None, step // every)
+        return [self.draw_picture(phase, slice(start, stop), with_prior if stop == phase.draws else None, step // every)
                 for start, stop in pairwise(ends)]  # fmt: skip
 
-    def draw_picture(self, own: slice, prior: PriorData | None, turn: int) -> Draws:
+    def draw_picture(self, phase: EmbeddingPhase | LoraPhase, own: slice, prior: PriorData | None, turn: int) -> Draws:
         """Of one picture. `turn`: of the prior's images."""
         config, draws = self.config, own.stop - own.start
-        batch = self.data.sample(self.rng, self.generator, draws, config.union_sampling, config.flip_probability)
+        batch = self.data.sample(self.rng, self.generator, draws, config.union_sampling, config.flip_probability,
+                                 config.alone_share)  # fmt: skip
         if config.pictures == 1:  # its parts share one encoding
             latents = batch.latents()
             batch = replace(batch, latents=lambda: latents)
@@ -122,15 +123,15 @@ class Objective:
             prior_prompt, prior_latents = prior.pick(turn)
             prompts = [prior_prompt, batch.prompt]
         count = len(prior_latents) + draws
-        timesteps = self.draw_timesteps(count).to(device)
+        timesteps = self.draw_timesteps(phase.timesteps, count).to(device)
         noise = torch.randn((count, *shape), generator=self.generator).to(device)
         tokenized = [tokenize_prompt(self.base.tokenizer, p, [t for t in self.data.tokens if t in p]) for p in prompts]
         return Draws(own, batch, tokenized, prior_latents, timesteps, noise)
 
-    def draw_timesteps(self, count: int) -> torch.Tensor:
-        """(count,), as `LearnConfig.timesteps` says."""
+    def draw_timesteps(self, kind: Timesteps, count: int) -> torch.Tensor:
+        """(count,)"""
         steps = int(self.base.scheduler.config["num_train_timesteps"])
-        if self.config.timesteps == "uniform":
+        if kind == "uniform":
             return torch.randint(0, steps, (count,), generator=self.generator)
         return (torch.randn(count, generator=self.generator).sigmoid() * steps).long().clamp(max=steps - 1)
 

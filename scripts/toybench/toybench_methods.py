@@ -130,7 +130,7 @@ class PairData(InstanceData):
             self.pairs.append((assets, base.encode(pixels_to_tensor(pair_picture(fitted, assets, color, rng.random() < 0.5)))))
 
     def sample(self, rng: np.random.Generator, generator: torch.Generator, draws: int, union_sampling: bool,
-               flip_probability: float) -> Batch:  # fmt: skip
+               flip_probability: float, alone_share: float = 0.0) -> Batch:  # fmt: skip
         """One of the pairs; the loss covers the whole picture."""
         assets, (mean, std) = self.pairs[int(rng.integers(len(self.pairs)))]
         noise = torch.randn((draws, *mean.shape[1:]), generator=generator).to(mean)

@@ -56,7 +56,7 @@ def test_a_later_thing_covers_an_earlier_one_and_large_ones_are_made_to_fit(fitt
 
 def drawn(composites: Composites, union_sampling: bool = True, about: frozenset[int] = frozenset()) -> list[Composite]:
     rng = np.random.default_rng(3)
-    return [composites.draw(rng, union_sampling, 0.5, about) for _ in range(12)]
+    return [composites.draw(rng, union_sampling, 0.5, about=about) for _ in range(12)]
 
 
 def test_composites_say_what_is_in_them_and_where(fitted: FittedInstance) -> None:

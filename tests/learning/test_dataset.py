@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from _tiny import load_base, write_instance
 
@@ -15,6 +16,7 @@ from mifo.io.sheets import pixels_to_tensor
 from mifo.learning.clean_plate import clean_plate
 from mifo.learning.dataset import InstanceData, random_shifts, shift
 from mifo.learning.objective import Objective
+from mifo.learning.union_sampling import choose_assets
 from mifo.model.prompt_embeds import ImageSize
 from mifo.presets import learn_preset
 from mifo.prompts import tokenize_prompt
@@ -109,3 +111,18 @@ def test_locality_counts_what_the_tokens_change_outside_the_masks_and_nothing_el
         two = torch.cat([without + 2 * (1 - union), without])
         found = objective.locality(two, noisy.repeat(2, 1, 1, 1), torch.tensor([700, 700]), batch)  # type: ignore[arg-type]
         assert abs(float(found) - expected / 2) < 1e-3
+
+
+def test_a_share_of_the_pictures_has_one_asset_alone_and_the_others_are_sampled_as_ever() -> None:
+    def sizes(alone_share: float, union_sampling: bool = True) -> list[int]:
+        rng = np.random.default_rng(0)
+        return [len(choose_assets((0, 2, 5), rng, union_sampling, alone_share)) for _ in range(3000)]
+
+    def shares(found: list[int]) -> list[float]:
+        return [found.count(size) / len(found) for size in (1, 2, 3)]
+
+    assert shares(sizes(0.0)) == pytest.approx([1 / 3] * 3, abs=0.035)  # four standard errors
+    assert shares(sizes(0.4)) == pytest.approx([0.6, 0.2, 0.2], abs=0.035)
+    assert set(sizes(1.0)) == {1} and set(sizes(1.0, union_sampling=False)) == {3}
+    both = [choose_assets((0, 2, 5), np.random.default_rng(k), True, 1.0, frozenset({5})) for k in range(20)]
+    assert both == [(5,)] * 20

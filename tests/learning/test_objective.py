@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from mifo.data.instance import fit_instance, load_instance, with_background
 from mifo.data.mask_sizes import union_at_latents
 from mifo.learning.dataset import Batch, InstanceData
 from mifo.learning.learn import lend_adapters
-from mifo.learning.objective import FILLED_FROM, Objective, StepLosses, attention_loss, where_it_counts
+from mifo.learning.objective import FILLED_FROM, Draws, Objective, StepLosses, attention_loss, parts_of, where_it_counts
 from mifo.learning.prior import PriorData
 from mifo.model.embedding import initial_vectors, use_assets
 from mifo.presets import learn_preset
@@ -41,11 +43,21 @@ class Step:
         self.config = config
         self.prior = PriorData(("a photo of a house",), torch.ones(self.data.moments[False][0].shape))
 
-    def run(self, step: int, pool: ThreadPoolExecutor | None) -> tuple[StepLosses, list[torch.Tensor | None]]:
+    def run_picture(self, drawn: Draws) -> StepLosses:
+        """The losses of one picture's draws, drawn already."""
+
+        class Drawn(Objective):
+            def draw(self, *_: Any) -> list[Draws]:
+                return [replace(drawn, own=slice(0, drawn.own.stop - drawn.own.start))]
+
+        return self.run(0, None, Drawn)[0]
+
+    def run(self, step: int, pool: ThreadPoolExecutor | None,
+            kind: type[Objective] = Objective) -> tuple[StepLosses, list[torch.Tensor | None]]:  # fmt: skip
         ids = [self.base.tokenizer.get_added_vocab()[t] for t in self.data.tokens]
         vectors = initial_vectors(self.base.text_encoders, self.base.tokenizer, ["car", "mug"])
         sites = choose_sites(self.base.unet, self.phase.attention.blocks, self.phase.attention.levels)
-        objective = Objective(self.base, self.data, self.config, np.random.default_rng(0), torch.Generator().manual_seed(0))
+        objective = kind(self.base, self.data, self.config, np.random.default_rng(0), torch.Generator().manual_seed(0))
         with (use_assets(self.base.text_encoders, ids, vectors) as embedding,
               lend_adapters(self.base, LoraPhase(rank=2), 0) as lora,
               record_attention(self.base.unet, sites) as recorder):  # fmt: skip
@@ -134,6 +146,59 @@ def test_a_step_in_parts_on_threads_equals_the_step_whole(tmp_path: Path) -> Non
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)  # fp32, another order of summation
     assert parts.as_floats() == again.as_floats(), "whichever thread is first"
     assert all(torch.equal(a, b) for a, b in zip(found, same, strict=True) if a is not None and b is not None)
+
+
+def test_a_step_on_several_pictures_is_the_mean_of_steps_on_each(tmp_path: Path) -> None:
+    step = Step(write_instance(tmp_path / "cups"), replace(CONFIG, pictures=2), draws=4)
+    whole, expected = step.run(0, None)
+    with ThreadPoolExecutor(2) as pool:
+        parts, found = step.run(0, pool)
+    assert whole.as_floats() == pytest.approx(parts.as_floats(), rel=1e-4)
+    for a, b in zip(expected, found, strict=True):
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)  # fp32, another order of summation
+    # by hand: the two pictures of the same random state, with two draws each, one after the other
+    objective = Objective(step.base, step.data, step.config, np.random.default_rng(0), torch.Generator().manual_seed(0))
+    drawn = objective.draw(step.phase, 0, step.prior)
+    assert [(each.own, len(each.noise), len(each.prior)) for each in drawn] == [(slice(0, 2), 2, 0), (slice(2, 4), 3, 1)]
+    two = Step(tmp_path / "cups", replace(CONFIG, prior=replace(CONFIG.prior, every_steps=1)), draws=2)
+    alone = two.run_picture(drawn[0]), two.run_picture(drawn[1])
+    for name in ("diffusion", "attention"):
+        assert whole.as_floats()[name] == pytest.approx(sum(each.as_floats()[name] for each in alone) / 2, rel=1e-4)
+    first, last = (each.as_floats()["prior"] for each in alone)
+    assert whole.as_floats()["prior"] == pytest.approx(last, rel=1e-4) and first == 0
+
+
+def test_pictures_of_a_step_are_of_different_subsets_and_never_more_than_draws(tmp_path: Path) -> None:
+    step = Step(write_instance(tmp_path / "cups"), replace(CONFIG, pictures=8), draws=4)
+    objective = Objective(step.base, step.data, step.config, np.random.default_rng(0), torch.Generator().manual_seed(0))
+    steps = [objective.draw(step.phase, k, None) for k in range(20)]
+    assert all([each.own for each in drawn] == [slice(k, k + 1) for k in range(4)] for drawn in steps)
+    assert sum(len({each.batch.assets for each in drawn}) > 1 for drawn in steps) > 10
+
+
+@pytest.mark.parametrize("pictures, at_least, processes", [(1, 2, 1), (2, 2, 1), (2, 1, 4), (3, 2, 1), (4, 2, 2), (1, 2, 2)])
+def test_every_draw_is_in_one_part_of_one_process(pictures: int, at_least: int, processes: int) -> None:
+    ends = [12 * k // pictures for k in range(pictures + 1)]
+    drawn: list[Any] = [SimpleNamespace(own=slice(a, b)) for a, b in pairwise(ends)]
+    share = 12 // processes
+    each = [parts_of(drawn, slice(k * share, (k + 1) * share), at_least) for k in range(processes)]
+    places = [picture.own.start + row for parts in each for picture, rows in parts for row in range(rows.start, rows.stop)]
+    assert places == list(range(12)) and all(len(parts) >= at_least for parts in each)
+
+
+def test_logit_normal_timesteps_lie_in_the_middle(tmp_path: Path) -> None:
+    step = Step(write_instance(tmp_path / "cups"), CONFIG)
+
+    def shares(kind: Any) -> list[float]:
+        objective = Objective(step.base, step.data, CONFIG, np.random.default_rng(0), torch.Generator().manual_seed(0))
+        found = objective.draw_timesteps(kind, 20_000)
+        assert int(found.min()) >= 0 and int(found.max()) < 1000
+        return [float((found < bound).float().mean()) for bound in (100, 337, 500, 663, 900)]
+
+    # the normal distribution's at logit(0.1) = -2.197, -0.675, 0, 0.675 and 2.197; four standard errors of 20,000 draws
+    assert shares("logit-normal") == pytest.approx([0.014, 0.25, 0.5, 0.75, 0.986], abs=0.015)
+    assert shares("uniform") == pytest.approx([0.1, 0.337, 0.5, 0.663, 0.9], abs=0.015)
 
 
 def test_a_term_of_every_other_step_weighs_twice_as_much_then_and_nothing_in_between(tmp_path: Path) -> None:

@@ -61,9 +61,10 @@ def weights(bundle: Bundle) -> torch.Tensor:
 
 def test_two_learn_what_one_with_as_many_draws_learns(tmp_path: Path) -> None:
     write_instance(tmp_path / "desk")
-    [(status, _, messages)] = ended(start(tmp_path, 1, "one", "--draws", 4))
+    shared = ("--draws", 6, "--pictures", 3, "--timesteps", "logit-normal")  # each process has one picture whole and half of one
+    [(status, _, messages)] = ended(start(tmp_path, 1, "one", *shared))
     assert status == 0, messages
-    both = ended(start(tmp_path, 2, "two", "--draws", 4))
+    both = ended(start(tmp_path, 2, "two", *shared))
     assert [status for status, _, _ in both] == [0, 0], both
     one, two = (load_bundle(tmp_path / name / "desk") for name in ("one", "two"))
     assert float((weights(one) - weights(two)).abs().max()) < 1e-5  # the bar; sums are added in another order
