@@ -46,12 +46,10 @@ def learn_preset(family: str, recipe: str = "mifo", assets: int = ASSETS) -> Lea
             config,
             embedding=replace(config.embedding, train_steps=150, learning_rate=1.5e-2, draws=4, attention=rewarded),
             lora=replace(config.lora, train_steps=200, learning_rate=3e-3, row_learning_rate=2e-3, draws=4, averaged_share=0.3,
-                         timesteps="logit-normal", attention=terms),
+                         attention=terms),
             prior=TOYBOX_PRIOR,
             composites=TOYBOX_COMPOSITES,
             masked_loss_by_area=True,
-            alone_share=0.4,
-            pictures=2,
         )
     if recipe == "break-a-scene":
         config = _as_break_a_scene(config, family)
@@ -79,7 +77,7 @@ def _as_break_a_scene(config: LearnConfig, family: str) -> LearnConfig:
     match = replace(config.lora.attention, loss="match", reward_weight=0.0, penalty_weight=1e-2, reward_steps=0,
                     max_timestep=1000, average_sites=True, relative_penalty_weight=0.0)  # fmt: skip
     embedding = replace(config.embedding, cosine_restarts=False, attention=match)
-    lora = replace(config.lora, timesteps="uniform", attention=match)
+    lora = replace(config.lora, attention=match)
     if family != "toybox":
         embedding, lora = replace(embedding, train_steps=400, learning_rate=5e-4), replace(lora, train_steps=400)
     return replace(
@@ -87,8 +85,6 @@ def _as_break_a_scene(config: LearnConfig, family: str) -> LearnConfig:
         recipe="break-a-scene",
         masked_loss_by_area=False,  # its attention weight belongs to the loss by picture
         composites=CompositeConfig(),
-        pictures=1,
-        alone_share=0.0,
         placements=0,
         locality_weight=0.0,
         prior=replace(config.prior, class_prompt=PriorConfig.class_prompt),

@@ -305,7 +305,7 @@ class TrainingOptions(OptionGroup):
     ] = None
     draws: Annotated[int | None, typer.Option(min=1, max=64, help="Noisy copies a step; several processes share them.")] = None
     alone_share: Annotated[
-        float | None, number(0, 1, help="Of the pictures, those of one asset alone, besides what chance makes so; toybox: 0.4.")
+        float | None, number(0, 1, help="Of the pictures, those of one asset alone, besides what chance makes so.")
     ] = None
     pictures: Annotated[int | None, typer.Option(min=1, max=64, help="Pictures a step, which share its draws.")] = None
     timesteps: Annotated[

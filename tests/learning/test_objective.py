@@ -28,7 +28,7 @@ from mifo.presets import learn_preset
 from mifo.prompts import add_asset_tokens
 
 PRESET = learn_preset("toybox")
-CONFIG = replace(PRESET, placements=0, locality_every=1, pictures=1, prior=replace(PRESET.prior, every_steps=1))
+CONFIG = replace(PRESET, placements=0, locality_every=1, prior=replace(PRESET.prior, every_steps=1))
 
 
 class Step:
