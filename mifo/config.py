@@ -156,7 +156,8 @@ class LearnConfig(Checked):
     union_sampling: bool = True
     """Draw a random subset of the assets for each picture; otherwise all of them, always."""
     alone_share: Part = 0.0
-    """Of the pictures, those with one asset alone by this; of the others as many as of each other number. 0 as published."""
+    """Share of the pictures that are of one asset alone; the others are of a random subset, one asset or more. 0 as published.
+    Without effect where there is no union sampling."""
     flip_probability: Part = 0.5
     placements: Count = 0
     """Shifted copies of the picture per asset: a token then learns its asset, not where it stood; 0 as published."""
@@ -170,7 +171,8 @@ class LearnConfig(Checked):
     """Divide the masked loss by the mask's area instead of the picture's."""
     weight_decay: NotNegative = 1e-2
     pictures: AtLeastOne = 1
-    """Of each step, each with its own subset of the assets, among which the phase's draws are divided. At most one a draw."""
+    """Pictures in each step, each with its own subset of the assets; a phase's draws are divided among them, one for each at
+    least. 1 as published."""
     adam_betas: Annotated[tuple[float, float], Within(0, 1, below=True)] = (0.9, 0.99)
     max_grad_norm: NotNegative = 1.0
     resolution: AtLeastOne | None = None
@@ -185,6 +187,13 @@ class LearnConfig(Checked):
     """'no', 'fp16' or 'bf16': the frozen base's dtype; LoRA and rows stay fp32."""
     gradient_checkpointing: bool = False
     seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, phase in (("embedding", self.embedding), ("lora", self.lora)):
+            if phase.draws < self.pictures:
+                raise InputError(f"LearnConfig.pictures is {self.pictures}, and {name}.draws {phase.draws}: expected one draw a "
+                                 "picture at least; take fewer pictures or more draws")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -179,10 +179,10 @@ def _learn_config(config: LearnConfig, training: TrainingOptions, seed: int, pre
     if training.step_factor is not None:
         config = scale_steps(config, training.step_factor)
     embedding = override(config.embedding, train_steps=training.phase1_train_steps, learning_rate=training.phase1_learning_rate,
-                         draws=training.draws, timesteps=training.timesteps)  # fmt: skip
+                         draws=training.draws)  # fmt: skip
     lora = override(config.lora, train_steps=training.phase2_train_steps, learning_rate=training.phase2_learning_rate,
                     rank=training.lora_rank, text_encoder=training.train_text_encoder, draws=training.draws,
-                    timesteps=training.timesteps)  # fmt: skip
+                    timesteps=training.phase2_timesteps)  # fmt: skip
     weights = {"penalty_weight": training.penalty_weight, "relative_penalty_weight": training.relative_penalty_weight}
     embedding = replace(embedding, attention=override(embedding.attention, **weights))
     lora = replace(lora, attention=override(lora.attention, **weights))
@@ -191,10 +191,11 @@ def _learn_config(config: LearnConfig, training: TrainingOptions, seed: int, pre
     keep = replace(config.keep, enabled=training.keep is Keep.best)
     if training.composites is not None:
         config = replace(config, composites=replace(config.composites, share=float(training.composites)))
+    config = replace(config, embedding=embedding, lora=lora, prior=prior, keep=keep, seed=seed,
+                     gradient_checkpointing=training.gradient_checkpointing, mixed_precision=precision)  # fmt: skip
     config = override(config, aspect=training.aspect, crop_conditioning=training.crop_conditioning,
                       resolution=training.resolution, pictures=training.pictures, alone_share=training.alone_share)  # fmt: skip
-    return replace(config, embedding=embedding, lora=lora, prior=prior, keep=keep, seed=seed,
-                   gradient_checkpointing=training.gradient_checkpointing, mixed_precision=precision)  # fmt: skip
+    return config
 
 
 @contextmanager

@@ -304,11 +304,13 @@ class TrainingOptions(OptionGroup):
         bool | None, typer.Option(help="Learn from the things cut out, on backgrounds that the model draws; toybox's default.")
     ] = None
     draws: Annotated[int | None, typer.Option(min=1, max=64, help="Noisy copies a step; several processes share them.")] = None
-    alone_share: Annotated[
-        float | None, number(0, 1, help="Of the pictures, those of one asset alone, besides what chance makes so.")
+    pictures: Annotated[
+        int | None, typer.Option(min=1, max=64, help="Pictures a step, which share its draws: as many --draws at least.")
     ] = None
-    pictures: Annotated[int | None, typer.Option(min=1, max=64, help="Pictures a step, which share its draws.")] = None
-    timesteps: Annotated[
+    alone_share: Annotated[
+        float | None, number(0, 1, help="Part of the pictures that shows one asset alone; the others, a random subset.")
+    ] = None
+    phase2_timesteps: Annotated[
         Timesteps | None, typer.Option(help="logit-normal: fewer at both ends, as many base models were trained.")
     ] = None
     lora_rank: Annotated[int | None, typer.Option(min=1, max=256, help="Higher: more detail, a larger bundle.")] = None

@@ -34,7 +34,7 @@ class Batch:
     """Their tokens, in the same order."""
     prompt: str
     latents: Callable[[], torch.Tensor]
-    """Gives (B, C, h, w), scaled. A composite is encoded only then, so that the parts of a step can do it side by side."""
+    """Gives (B, C, h, w), scaled. A composite is encoded only then, so that a step's pictures can be side by side."""
     union_mask: torch.Tensor
     """(1, 1, h, w) at latent size: weights of the diffusion loss, 1 on the assets, and outside 0, or more on a composite"""
     asset_masks: torch.Tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -58,13 +58,15 @@ class Draws:
     batch: Batch
     prompts: list[TokenizedPrompt]
     """Of the prior image, if there is one, and of the batch"""
-    prior: torch.Tensor
-    """(0 or 1, C, h, w): the prior image's latents, scaled"""
+    latents: torch.Tensor
+    """(B, C, h, w), scaled, without noise"""
     timesteps: torch.Tensor
+    """(B,)"""
     noise: torch.Tensor
+    """(B, C, h, w)"""
 
 
-Part = tuple[Draws, slice]
+DrawsPart = tuple[Draws, slice]
 """Some of a picture's draws, counted within them"""
 
 
@@ -91,7 +93,7 @@ class Objective:
         parts = parts_of(self.draw(phase, step, prior), mine or slice(0, phase.draws))
         return added([self.part(part, phase, step, sites, recorder) for part in parts])
 
-    def part(self, part: Part, phase: EmbeddingPhase | LoraPhase, step: int, sites: Sequence[Site],
+    def part(self, part: DrawsPart, phase: EmbeddingPhase | LoraPhase, step: int, sites: Sequence[Site],
              recorder: AttentionRecorder) -> StepLosses:  # fmt: skip
         """What some of a step's draws add to its losses; the prior image goes with a picture's last ones."""
         drawn, rows = part
@@ -100,23 +102,25 @@ class Objective:
         share = (rows.stop - rows.start) / phase.draws
         return found if share == 1 else StepLosses(found.diffusion * share, found.attention * share, found.prior)
 
-    def draw(self, phase: EmbeddingPhase | LoraPhase, step: int, prior: PriorData | None) -> list[Draws]:
-        """All that is random in a step, by picture; the prior image, if this step has one, goes with the last picture."""
-        pictures = min(self.config.pictures, phase.draws)
-        ends = [phase.draws * k // pictures for k in range(pictures + 1)]
-        every = self.config.prior.every_steps
-        with_prior = prior if step % every == 0 else None
-        return [self.draw_picture(phase, slice(start, stop), with_prior if stop == phase.draws else None, step // every)
-                for start, stop in pairwise(ends)]  # fmt: skip
+    def draw(self, phase: EmbeddingPhase | LoraPhase, step: int, prior: PriorData | None,
+             apply: Callable[..., Iterable[Draws]] = map) -> list[Draws]:  # fmt: skip
+        """All that is random in a step, by picture; the prior image, if this step has one, goes with the last picture.
 
-    def draw_picture(self, phase: EmbeddingPhase | LoraPhase, own: slice, prior: PriorData | None, turn: int) -> Draws:
-        """Of one picture. `turn`: of the prior's images."""
+        `apply`: `map`, or an executor's, which encodes the pictures side by side.
+        """
+        pictures, every = self.config.pictures, self.config.prior.every_steps
+        ends = [phase.draws * k // pictures for k in range(pictures + 1)]
+        with_prior = prior if step % every == 0 else None
+        drawn = [self.draw_picture(phase, slice(start, stop), with_prior if stop == phase.draws else None, step // every)
+                 for start, stop in pairwise(ends)]  # fmt: skip
+        return list(apply(lambda encode: encode(), drawn))
+
+    def draw_picture(self, phase: EmbeddingPhase | LoraPhase, own: slice, prior: PriorData | None,
+                     turn: int) -> Callable[[], Draws]:  # fmt: skip
+        """All that is random for one picture; what it returns encodes it. `turn`: of the prior's images."""
         config, draws = self.config, own.stop - own.start
         batch = self.data.sample(self.rng, self.generator, draws, config.union_sampling, config.flip_probability,
                                  config.alone_share)  # fmt: skip
-        if config.pictures == 1:  # its parts share one encoding
-            latents = batch.latents()
-            batch = replace(batch, latents=lambda: latents)
         shape, device = self.data.latent_shape, self.base.device
         prompts, prior_latents = [batch.prompt], torch.empty((0, *shape), device=device)
         if prior is not None:
@@ -126,10 +130,10 @@ class Objective:
         timesteps = self.draw_timesteps(phase.timesteps, count).to(device)
         noise = torch.randn((count, *shape), generator=self.generator).to(device)
         tokenized = [tokenize_prompt(self.base.tokenizer, p, [t for t in self.data.tokens if t in p]) for p in prompts]
-        return Draws(own, batch, tokenized, prior_latents, timesteps, noise)
+        return lambda: Draws(own, batch, tokenized, torch.cat([prior_latents, batch.latents()]), timesteps, noise)
 
     def draw_timesteps(self, kind: Timesteps, count: int) -> torch.Tensor:
-        """(count,)"""
+        """(count,), whole numbers from 0 on, below the number of training timesteps."""
         steps = int(self.base.scheduler.config["num_train_timesteps"])
         if kind == "uniform":
             return torch.randint(0, steps, (count,), generator=self.generator)
@@ -139,10 +143,10 @@ class Objective:
                 recorder: AttentionRecorder, part: slice, with_prior: bool) -> StepLosses:  # fmt: skip
         """The losses of the draws in `part`, averaged over them, and of the prior image if there is one and it is asked for."""
         config, batch = self.config, drawn.batch
-        first = len(drawn.prior)  # the instance's draws stand last
+        first = len(drawn.latents) - (drawn.own.stop - drawn.own.start)  # the instance's draws stand last
         with_prior = with_prior and first > 0
-        rows = [*range(first if with_prior else 0), *range(first, len(drawn.noise))[part]]
-        latents, timesteps, noise = (x[rows] for x in (torch.cat([drawn.prior, batch.latents()]), drawn.timesteps, drawn.noise))
+        rows = [*range(first if with_prior else 0), *range(first, len(drawn.latents))[part]]
+        latents, timesteps, noise = (x[rows] for x in (drawn.latents, drawn.timesteps, drawn.noise))
         tokenized = drawn.prompts if with_prior else drawn.prompts[-1:]
         own = slice(first if with_prior else 0, None)
         noisy = self.base.scheduler.add_noise(latents, noise, timesteps)
@@ -177,9 +181,9 @@ class Objective:
         """As `losses` and its backward pass, with the draws in `PARTS` parts or one a picture, each on a thread of `pool`.
         Gradients are left in the parameters, added in the parts' order, so that they are the same whichever thread is first; the
         losses have none."""
-        parts = parts_of(self.draw(phase, step, prior), mine or slice(0, phase.draws), PARTS)
+        parts = parts_of(self.draw(phase, step, prior, pool.map), mine or slice(0, phase.draws), PARTS)
 
-        def work(part: Part) -> tuple[StepLosses, Sequence[torch.Tensor | None]]:
+        def work(part: DrawsPart) -> tuple[StepLosses, Sequence[torch.Tensor | None]]:
             weighted = self.part(part, phase, step, sites, recorder)
             return weighted, torch.autograd.grad(weighted.total, parameters, allow_unused=True)
 
@@ -210,9 +214,9 @@ class Objective:
         return share * masked_diffusion_loss(prediction, without, 1 - batch.union_mask, self.config.masked_loss_by_area)
 
 
-def parts_of(drawn: Sequence[Draws], mine: slice, at_least: int = 1) -> list[Part]:
+def parts_of(drawn: Sequence[Draws], mine: slice, at_least: int = 1) -> list[DrawsPart]:
     """Those of a step's draws that are in `mine`, by picture; each picture's in as many parts as it takes to have `at_least`."""
-    found: list[Part] = []
+    found: list[DrawsPart] = []
     for each in drawn:
         start, stop = max(each.own.start, mine.start) - each.own.start, min(each.own.stop, mine.stop) - each.own.start
         if start < stop:

@@ -74,6 +74,9 @@ def test_composites_say_what_is_in_them_and_where(fitted: FittedInstance) -> Non
     assert all(torch.equal(a.encode()[0], b.encode()[0]) and a.prompt == b.prompt for a, b in zip(made, again, strict=True))
     assert all(2 in each.assets for each in drawn(composites, about=frozenset({2})))
     assert all(len(each.assets) == 3 for each in drawn(composites, union_sampling=False))
+    data = InstanceData(fitted, base, composites=composites, composite_share=1.0)
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    assert {data.sample(rng, generator, 1, True, 0.5, 1.0).asset_masks.shape[0] for _ in range(12)} == {1}  # each alone
 
 
 def test_a_step_takes_a_composite_as_it_is(fitted: FittedInstance) -> None:

@@ -61,13 +61,17 @@ def weights(bundle: Bundle) -> torch.Tensor:
 
 def test_two_learn_what_one_with_as_many_draws_learns(tmp_path: Path) -> None:
     write_instance(tmp_path / "desk")
-    shared = ("--draws", 6, "--pictures", 3, "--timesteps", "logit-normal")  # each process has one picture whole and half of one
+    # each process has one picture whole and half of another
+    shared = ("--draws", 6, "--pictures", 3, "--alone-share", 0.5, "--phase2-timesteps", "logit-normal")
     [(status, _, messages)] = ended(start(tmp_path, 1, "one", *shared))
     assert status == 0, messages
     both = ended(start(tmp_path, 2, "two", *shared))
     assert [status for status, _, _ in both] == [0, 0], both
     one, two = (load_bundle(tmp_path / name / "desk") for name in ("one", "two"))
     assert float((weights(one) - weights(two)).abs().max()) < 1e-5  # the bar; sums are added in another order
+    asked, phase2 = two.config, two.config.lora
+    assert (asked.pictures, asked.alone_share, phase2.draws, phase2.timesteps) == (3, 0.5, 6, "logit-normal")
+    assert (asked.embedding.draws, asked.embedding.timesteps) == (6, "uniform")
     assert "learned" in both[0][1] and both[1][1] == "" and "note" not in both[1][2]  # the main process speaks for both
     assert {p.name for p in (tmp_path / "two").iterdir()} == {p.name for p in (tmp_path / "one").iterdir()}
 
