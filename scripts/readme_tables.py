@@ -250,6 +250,25 @@ def composites_table() -> str:
     if today:  # the same scenes and seeds, with the relative penalty
         columns.insert(0, ("mifo", today["mifo"], "in_boxes"))
     columns.insert(1, ("mifo without box control", columns[0][1], "without_box_control"))
+    return "\n".join([*_main_job_lines(columns, result), "", *([source(TODAY, today)] if today else []),
+                      source("main_job_composites", result)])  # fmt: skip
+
+
+def pictures_table() -> str:
+    """The preset beside two pictures a step, of both example photos; each photo's two side by side in one run."""
+    results = {name: load(name) for name in ("main_job_pictures", "main_job_pictures_shelf")}
+    there = {name: result for name, result in results.items() if result is not None}
+    if not there:
+        return "Not measured yet."
+    recipes = {"mifo": "the preset", "two-pictures-a-step": "two pictures"}
+    columns = [(f"{result['instance']}, {title}", result[recipe], "in_boxes")
+               for result in there.values() for recipe, title in recipes.items()]  # fmt: skip
+    first = next(iter(there.values()))
+    return "\n".join([*_main_job_lines(columns, first), "", *(source(name, result) for name, result in there.items())])
+
+
+def _main_job_lines(columns: list[tuple[str, Any, str]], result: dict[str, Any]) -> list[str]:
+    """`columns`: title, a recipe's numbers, and which of its pictures. `result`: where they are from."""
     lines = ["| | " + " | ".join(title for title, _, _ in columns) + " |", "|---|" + "---|" * len(columns)]
     timed = result.get("processes", 1) == 1  # else seconds are beside other work
     lines += [f"| {label} | " + " | ".join(value(e, e[k]) for _, e, k in columns) + " |" for label, value in MAIN_JOB_ROWS
@@ -257,7 +276,7 @@ def composites_table() -> str:
     apart = "; ".join(f"{title}: alone right {_each(entry, 'alone', 'right')}, in boxes right {_each(entry, 'in_boxes', 'right')}"
                       for title, entry, where in columns if where == "in_boxes")  # fmt: skip
     runs = f"{_runs(result).capitalize()} each." + (f" Run by run, in percent: {apart}." if result["runs"] > 1 else "")
-    return "\n".join([*lines, "", runs, "", *([source(TODAY, today)] if today else []), source("main_job_composites", result)])
+    return [*lines, "", runs]
 
 
 def _each(entry: dict[str, Any], kind: str, name: str) -> str:
@@ -699,7 +718,7 @@ def _seconds(entry: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
           "headline": headline_table, "answers": answers_table, "base_model": base_model_table, "toybox_xl": xl_table,
-          "samplers": samplers_table, "several": several_table, "composites": composites_table,
+          "samplers": samplers_table, "several": several_table, "composites": composites_table, "pictures": pictures_table,
           "photos": photos_table, "relearn": relearn_table, "bundles_cost": bundles_cost_table,
           "scale": scale_table, "edit": edit_table, "search": search_table, "study": study_table,
           "study_photo": study_photo_table,
