@@ -34,13 +34,17 @@ class Within:
 
 
 class Checked:
-    """Base of such a dataclass. Making one raises InputError that names the field, what was given and what is expected."""
+    """Base of such a dataclass. Making one raises InputError that names the field, what was given and what is expected.
+
+    Numbers are kept in their field's own type (2 as 2.0 where a float is expected), so that what is equal is also written alike.
+    """
 
     def __post_init__(self) -> None:
         for name, hint in field_types(type(self)).items():
             value = getattr(self, name)
             if not _fits(value, hint):
                 raise InputError(f"{type(self).__name__}.{name} is {repr(value)[:80]}, expected {_expected(hint)}")
+            object.__setattr__(self, name, _in_type(value, hint))  # frozen
 
 
 def field_types(kind: type) -> dict[str, Any]:
@@ -71,6 +75,19 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is float:
         return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     return isinstance(value, hint)
+
+
+def _in_type(value: Any, hint: Any) -> Any:
+    """A value that fits, its numbers as plain Python's int and float."""
+    origin, inside = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _in_type(value, inside[0])
+    if origin in (Union, types.UnionType):
+        return _in_type(value, next(option for option in inside if _fits(value, option)))
+    if origin is tuple:
+        each = inside[:1] * len(value) if inside[-1] is Ellipsis else inside
+        return tuple(map(_in_type, value, each))
+    return hint(value) if hint in (int, float) else value
 
 
 def _expected(hint: Any) -> str:

@@ -6,11 +6,22 @@ import json
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mifo import config as module
 from mifo.checked import Checked
-from mifo.config import AttentionTerms, EditConfig, GuidanceConfig, LearnConfig, LoraPhase, SynthesisConfig, from_dict, to_dict
+from mifo.config import (
+    AttentionTerms,
+    CompositeConfig,
+    EditConfig,
+    GuidanceConfig,
+    LearnConfig,
+    LoraPhase,
+    SynthesisConfig,
+    from_dict,
+    to_dict,
+)
 from mifo.errors import InputError
 from mifo.presets import edit_preset, learn_preset, synthesis_preset
 
@@ -72,8 +83,12 @@ def test_presets_survive_json(family: str):
 
 
 def test_whole_numbers_pass_for_real_ones():
-    """JSON written by other programs has 1 for 1.0."""
-    assert from_dict(SynthesisConfig, {"guidance_scale": 7}).guidance_scale == 7
+    """JSON written by other programs has 1 for 1.0, and numpy's numbers are no JSON: what is equal is written alike."""
+    read, made = from_dict(SynthesisConfig, {"guidance_scale": 7, "width": 64}), SynthesisConfig(guidance_scale=7.0, width=64)
+    assert read == made and json.dumps(to_dict(read)) == json.dumps(to_dict(made))
+    from_numpy = SynthesisConfig(guidance_scale=np.float32(7), width=np.int64(64))  # type: ignore[arg-type]
+    assert json.dumps(to_dict(from_numpy)) == json.dumps(to_dict(made))
+    assert str(to_dict(CompositeConfig(scale=(1, 2)))["scale"]) in ("(1.0, 2.0)", "[1.0, 2.0]")
 
 
 def test_a_setting_that_was_retired_is_still_read_in_old_bundles() -> None:

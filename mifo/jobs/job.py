@@ -56,6 +56,7 @@ class SynthesizeJob(Job):
     """The base model; by default the bundle's own."""
     output: str | None = None
     """The folder to write; the next number below output/<bundle> by default."""
+    contrast_scale: NotNegative | None = None
 
 
 @dataclass(frozen=True)

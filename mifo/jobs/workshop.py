@@ -20,7 +20,7 @@ from ..bundle.several import Several
 from ..bundle.shelf import check_name
 from ..bundle.store import Bundle, attach, base_of_bundle, find_bundle, is_bundle, load_bundle
 from ..bundle.target import photo_digest
-from ..config import Drawing, LearnConfig, MemoryConfig, to_dict, with_steps
+from ..config import Drawing, LearnConfig, MemoryConfig, SynthesisConfig, to_dict, with_steps
 from ..data.instance import Instance, load_instance, with_background, without_background
 from ..editing.output import KIND as EDIT
 from ..errors import InputError
@@ -86,7 +86,7 @@ class Workshop:
         check_apart(output, place, {}, {f"the bundle {each.name}": each.folder for each in bundles})
         check_output(output, place, SYNTHESIS, overwrite=False)
         base = self.base_of(bundle, job.model)
-        config = _drawing(synthesis_preset(base.family), job, width=job.width, height=job.height)
+        config = _synthesis_config(base.family, job)
         done = _steps(report, "denoising")
         if job.best_of:
             if bundle is None or len(bundles) > 1 or job.num_images > 1:
@@ -188,7 +188,7 @@ class Workshop:
             return False  # its seed is found by drawing
         several = Several.of([self.bundle(name) for name in job.bundles])
         name = self._base_name(several.first, job.model)
-        config = _drawing(synthesis_preset(family_of(name)), job, width=job.width, height=job.height)
+        config = _synthesis_config(family_of(name), job)
         within = several.within(job.prompt)
         by_place = several.acts_by_place(config.lora, job.boxes is not None, None)
         layout = several.layout_outside(several.layout(job.boxes, within, by_place))
@@ -254,10 +254,14 @@ class SavePreview(Callback):
             sheet.save(temporary, "PNG")
 
 
-def _drawing(config: Drawing, job: SynthesizeJob | EditJob, **sizes: int | None) -> Drawing:
+def _synthesis_config(family: str, job: SynthesizeJob) -> SynthesisConfig:
+    return _drawing(synthesis_preset(family), job, width=job.width, height=job.height, contrast_scale=job.contrast_scale)
+
+
+def _drawing(config: Drawing, job: SynthesizeJob | EditJob, **more: float | None) -> Drawing:
     """The preset with what the job says."""
     changed = with_steps(config, job.steps)
-    given: dict[str, Any] = {"guidance_scale": job.guidance_scale, "negative_prompt": job.negative_prompt, **sizes}
+    given: dict[str, Any] = {"guidance_scale": job.guidance_scale, "negative_prompt": job.negative_prompt, **more}
     return replace(changed, **{k: v for k, v in given.items() if v is not None})
 
 

@@ -57,7 +57,7 @@ def check_contrast(config: SynthesisConfig, layout: Layout | None, by_place: boo
     LoRA acts by place."""
     if not config.contrast_scale:
         return
-    asked = f"--contrast-scale {config.contrast_scale:g}"
+    asked = f"a contrast scale of {config.contrast_scale:g}"
     if layout is None or len(layout) < 2:
         raise InputError(f"{asked} leads assets in boxes away from each other, and there are {len(layout or ())} in boxes; give "
                          "--boxes for two or more, or leave it out")  # fmt: skip

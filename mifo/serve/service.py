@@ -67,6 +67,7 @@ class ToSynthesize(Asked):
     steps: Steps | None = None
     guidance_scale: Scale | None = None
     negative_prompt: Annotated[str, Field(max_length=2000)] = ""
+    contrast_scale: Annotated[float, Field(ge=0, le=10, description="How far each box is led away from the other things.")] = 0
 
 
 class ToEdit(Asked):
@@ -196,7 +197,8 @@ def make_service(state: Path, bundles: Path, output: Path, model: str | None = N
     def synthesize(asked: ToSynthesize, owner: Owner) -> Accepted:
         """Draws pictures; GET /jobs/{id} says when they are there."""
         job = SynthesizeJob(asked.prompt, check_bundles(asked.bundles), boxes_text(asked.boxes), asked.seed, asked.num_images,
-                            None, asked.steps, asked.guidance_scale, asked.negative_prompt or None, model=model)  # fmt: skip
+                            None, asked.steps, asked.guidance_scale, asked.negative_prompt or None,
+                            contrast_scale=asked.contrast_scale or None, model=model)  # fmt: skip
         return add(job, owner)
 
     @service.post("/edit", status_code=202, responses={**REFUSED, **CANNOT})

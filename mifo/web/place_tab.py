@@ -110,6 +110,8 @@ def place_tab(site: Site, demo: gr.Blocks) -> Parts:
     with gr.Accordion("Settings", open=False), gr.Row():
         steps = gr.Number(label="Steps (0: the preset's)", value=0, precision=0, minimum=0, min_width=120, elem_id="place-steps")
         guidance = gr.Number(label="Guidance scale (0: the preset's)", value=0, minimum=0, min_width=120)
+        contrast = gr.Number(label="Away from the other things (0: not, 1: look-alikes)", value=0, minimum=0, maximum=10,
+                             min_width=150, elem_id="place-contrast")  # fmt: skip
         negative = gr.Textbox(label="Negative prompt", max_lines=1, min_width=150)
     draw = gr.Button("Draw", variant="primary", elem_id="place-draw")
     with_boxes = gr.Checkbox(label="Show the boxes on the pictures", value=False, elem_id="place-show-boxes")
@@ -181,7 +183,7 @@ def place_tab(site: Site, demo: gr.Blocks) -> Parts:
 
     @guarded
     def begin(name: str, more: list[str], text: str, value: str, count: float, seed: float, best: float, steps: float,
-              scale: float, negative: str) -> int:  # fmt: skip
+              scale: float, contrast: float, negative: str) -> int:  # fmt: skip
         offer = offered(site, name, more)
         plain = offer.numbered(text)
         check_prompt(plain, [BACKGROUND_TOKEN if t == BACKGROUND_TOKEN else asset_token(k) for k, t in enumerate(offer.tokens)])
@@ -189,7 +191,7 @@ def place_tab(site: Site, demo: gr.Blocks) -> Parts:
         parse_layout(json_text({offer.numbered(label): box for label, box in boxes.items()}), assets_in(plain))
         job = SynthesizeJob(text, offer.used_by(text), json_text(boxes) if boxes else None, int(seed),
                             int(count) if not best else 1, int(best) or None, int(steps) or None, float(scale) or None,
-                            negative.strip() or None)  # fmt: skip
+                            negative.strip() or None, contrast_scale=float(contrast) or None)  # fmt: skip
         return site.store.add(job, most_queued=MOST_QUEUED)
 
     @guarded
@@ -204,9 +206,10 @@ def place_tab(site: Site, demo: gr.Blocks) -> Parts:
         made = read_recipe(Path(path))
         boxes = json_text(made.layout.to_json()) if made.layout else None
         config = made.config
-        return site.store.add(SynthesizeJob(made.prompt, made.bundles, boxes, made.seed, 1, None,
-                                            config.steps, config.guidance_scale, config.negative_prompt or None, config.width,
-                                            config.height), most_queued=MOST_QUEUED)  # fmt: skip
+        job = SynthesizeJob(made.prompt, made.bundles, boxes, made.seed, 1, None, config.steps, config.guidance_scale,
+                            config.negative_prompt or None, config.width, config.height,
+                            contrast_scale=config.contrast_scale or None)  # fmt: skip
+        return site.store.add(job, most_queued=MOST_QUEUED)
 
     def take_from_shelf(event: gr.SelectData) -> Any:
         usable = [e for e in list_bundles(site.bundles) if not e.problem]
@@ -227,7 +230,7 @@ def place_tab(site: Site, demo: gr.Blocks) -> Parts:
     clear.click(choose, [bundle, more], words_shown)
     prompt.blur(follow_prompt, [bundle, more, prompt, layout], layout, show_progress="hidden")
     under.change(put_under, [under, layout], layout)
-    draw.click(begin, [bundle, more, prompt, layout, count, seed, best_of, steps, guidance, negative], begun)
+    draw.click(begin, [bundle, more, prompt, layout, count, seed, best_of, steps, guidance, contrast, negative], begun)
     gallery.select(select, begun, [chosen, recipe, again, send, download])
     again.click(draw_again, chosen, begun)
     with_boxes.change(lambda number, wanted: gallery_pictures(site, number, wanted), [begun, with_boxes], gallery)

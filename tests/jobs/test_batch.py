@@ -33,17 +33,21 @@ def test_a_batch_draws_what_each_command_draws(place: Path) -> None:
     both = {"bundles": ["desk", "shelf"], "prompt": "a photo of <asset0> and <shelf.asset1>",
             "boxes": [[0, 0.1, 0.5, 0.9], [0.5, 0.1, 1, 0.9]], "output": "mine"}  # fmt: skip
     boxed = {"bundles": ["desk"], "prompt": "a photo of <asset0>", "boxes": json.loads(BOX), "num_images": 2}
-    file = write_jobs(place, {"bundles": ["shelf"], "prompt": "a photo of <asset1>", "seed": 4}, both, boxed)
+    led = {**both, "bundles": ["desk"], "prompt": "a photo of <asset0> and <asset1>", "contrast_scale": 2, "output": "away"}
+    file = write_jobs(place, {"bundles": ["shelf"], "prompt": "a photo of <asset1>", "seed": 4}, both, boxed, led)
     result = mifo("synthesize", "--batch-file", file, "--json")
     lines = {line["item"]: line for line in map(json.loads, result.stdout.splitlines())}
-    assert {k: line["state"] for k, line in lines.items()} == {0: "done", 1: "done", 2: "done"}
+    assert {k: line["state"] for k, line in lines.items()} == dict.fromkeys(range(4), "done")
     assert lines[1]["folder"] == "mine" and len(lines[2]["images"]) == 2
     common = ["--model-path", tiny_base_folder(), "--steps", 2]
     mifo("synthesize", "shelf", "--prompt", "a photo of <asset1>", "--seed", 4, "--output-path", "one", *common)
     mifo("synthesize", "desk", "shelf", "--prompt", both["prompt"], "--boxes", json.dumps(both["boxes"]), "--output-path", "two",
          *common)  # fmt: skip
     assert Path(lines[0]["images"][0]).read_bytes() == Path("one/000004.png").read_bytes()
+    mifo("synthesize", "desk", "--prompt", led["prompt"], "--boxes", json.dumps(both["boxes"]), "--contrast-scale", 2,
+         "--output-path", "three", *common)  # fmt: skip
     assert Path("mine/000000.png").read_bytes() == Path("two/000000.png").read_bytes()
+    assert Path("away/000000.png").read_bytes() == Path("three/000000.png").read_bytes()
 
 
 def test_only_what_is_missing_or_changed_is_drawn_again(place: Path) -> None:
@@ -66,7 +70,8 @@ def test_an_output_of_its_own_is_believed_only_if_all_is_the_same(place: Path) -
     before = Path("mine/000000.png").read_bytes()
     assert '"there"' in mifo("synthesize", "--batch-file", write_jobs(place, job), "--json").stdout
     changes = ({"boxes": [[0, 0, 0.5, 0.5]]}, {"boxes": None}, {"steps": 3}, {"guidance_scale": 3.5}, {"bundles": ["shelf"]},
-               {"seed": 1}, {"num_images": 2}, {"negative_prompt": "blurry"}, {"prompt": "a photo of <asset1>"})  # fmt: skip
+               {"seed": 1}, {"num_images": 2}, {"negative_prompt": "blurry"}, {"contrast_scale": 1},
+               {"prompt": "a photo of <asset1>"})  # fmt: skip
     for change in changes:
         result = mifo("synthesize", "--batch-file", write_jobs(place, {**job, **change}), exit_code=2)
         assert "holds an earlier run's synthesis" in result.stderr, change

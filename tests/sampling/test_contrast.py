@@ -152,7 +152,7 @@ def test_a_command_that_cannot_have_it_says_so_before_it_loads_a_model(
     monkeypatch.setattr("mifo.cli.draw.load_base_of", lambda *_: pytest.fail("the model is loaded"))
     result = mifo("synthesize", tiny_bundle_folder(), "--prompt", PROMPT, *more, "--contrast-scale", "1.5", "--output-path",
                   tmp_path / "out", exit_code=2)  # fmt: skip
-    assert "--contrast-scale 1.5" in result.stderr and said in result.stderr and not (tmp_path / "out").exists()
+    assert "a contrast scale of 1.5" in result.stderr and said in result.stderr and not (tmp_path / "out").exists()
 
 
 def test_a_command_asks_for_it_and_draws_the_same_again_from_the_picture(tmp_path: Path) -> None:

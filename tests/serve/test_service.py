@@ -22,6 +22,9 @@ import pytest
 from _tiny import ROOT, copy_bundle, tiny_base_folder, write_instance
 from PIL import Image
 
+from mifo.jobs.store import JobStore
+from mifo.jobs.worker import LIST
+
 pytest.importorskip("fastapi")
 schemathesis = pytest.importorskip("schemathesis")
 KEY = "0123456789abcdef0123"
@@ -101,6 +104,15 @@ def test_a_key_is_needed_and_jobs_are_their_owners(client: Any) -> None:
     assert client.get(f"/jobs/{number}").json()["state"] == "queued"
     assert client.get(f"/jobs/{number}", headers={"X-API-Key": "fedcba9876543210fedc"}).status_code == 404
     assert client.delete(f"/jobs/{number}").json()["state"] == "cancelled"
+
+
+def test_all_that_is_asked_for_arrives_in_the_job(client: Any, tmp_path: Path) -> None:
+    ask = {"prompt": "a photo of <asset0> and <asset1>", "bundles": ["two_cups"], "boxes": [[0, 0, 0.5, 1], [0.5, 0, 1, 1]],
+           "seed": 3, "num_images": 2, "steps": 7, "guidance_scale": 4.5, "negative_prompt": "blurry",
+           "contrast_scale": 1.5}  # fmt: skip
+    number = client.post("/synthesize", json=ask).json()["id"]
+    entry = JobStore(tmp_path / "state" / LIST).get(number)
+    assert entry is not None and entry.request == {"kind": "synthesize", **ask}
 
 
 def test_queue_rate_and_size_have_limits(client: Any) -> None:

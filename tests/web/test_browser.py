@@ -266,6 +266,7 @@ def test_assets_are_placed_by_dragging_and_edited_into_a_picture(learned: Server
         assert _edges(person.boxes("place-canvas")[1]) == [a + b for a, b in zip(_edges(moved[1]), (0, 3, 1, 3), strict=True)]
         person.settings()
         person.fill("place-steps", STEPS["place-steps"])
+        person.fill("place-contrast", "0.5")
         person.fill("place-count", "2")
         person.page.click("#place-draw")
         person.page.wait_for_selector("#place-gallery img", timeout=WAIT)
@@ -276,7 +277,7 @@ def test_assets_are_placed_by_dragging_and_edited_into_a_picture(learned: Server
         person.shot("place")
         picture = learned.folder / "output" / "cars" / "0001" / "000000.png"
         recipe = Image.open(picture).text["mifo"]  # type: ignore[attr-defined]
-        assert '"<asset2>": [' in recipe and (SHOTS or '"steps": 12' in recipe)
+        assert '"<asset2>": [' in recipe and '"contrast_scale": 0.5' in recipe and (SHOTS or '"steps": 12' in recipe)
         _check_placed(picture.parent)
 
         person.page.click("#place-send")
