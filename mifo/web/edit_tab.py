@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,74 @@ from ..jobs.job import EditJob
 from ..prompts import check_prompt
 from ..segmentation.segment import read_photo
 from .learn_tab import PICTURES, for_painting, painted_mask
-from .place_tab import bundle_choices, entry_of, picture_of
+from .place_tab import PlaceTab, bundle_choices, entry_of, picture_of
 from .site import MOST_QUEUED, Site, guarded
 
 PLAIN = ("no bundle: plain words", "")
 
 
-def edit_tab(site: Site, demo: gr.Blocks, send: gr.Button, chosen: gr.State,
-             tabs: gr.Tabs) -> tuple[gr.State, gr.Gallery, gr.ImageSlider]:  # fmt: skip
-    """Builds the tab inside the caller's context; returns the number of the job that it began last, its gallery and its slider.
-    `send` and `chosen` are the Place tab's: the picture to edit."""
+@dataclass(frozen=True)
+class EditTab:
+    """What the rest of the page uses of it."""
+
+    begun: gr.State
+    """The number of the job that it began last"""
+    gallery: gr.Gallery
+    slider: gr.ImageSlider
+
+
+@dataclass(frozen=True)
+class EditActions:
+    """What the tab's parts do; each gives back the new values of what `edit_tab` names as its outputs."""
+
+    site: Site
+
+    def kept(self, path: Path) -> Path:
+        """A copy of our own: the page's temporary files go away."""
+        read_photo(path)
+        self.site.uploads.mkdir(parents=True, exist_ok=True)
+        suffix = path.suffix.lower() if path.suffix.lower() in PICTURES else ".png"
+        copy = self.site.uploads / f"{secrets.token_hex(8)}{suffix}"
+        shutil.copyfile(path, copy)
+        return copy
+
+    @guarded
+    def take_picture(self, path: str | None) -> tuple[str, Any]:
+        return _shown(self.kept(Path(path))) if path else ("", None)
+
+    @guarded
+    def take_sent(self, path: str) -> tuple[Any, ...]:
+        if not path:
+            raise InputError("choose a picture in the gallery first")
+        return *_shown(self.kept(Path(path))), gr.Tabs(selected="edit")
+
+    @guarded
+    def begin(self, name: str, painted: dict[str, Any] | None, bundle: str, text: str, count: float, seed: float,
+              steps: float) -> int:  # fmt: skip
+        picture = self.site.uploads / Path(name).name if name else None
+        if picture is None or not picture.is_file():
+            raise InputError("there is no picture yet; drop one above, or send one here from Place")
+        check_prompt(text, entry_of(self.site, bundle).tokens if bundle else ())
+        mask = painted_mask(painted)
+        if mask is None:
+            raise InputError("nothing is painted yet; paint over the part that may change")
+        size = read_photo(picture)[1].size
+        whole = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST)
+        file = self.site.uploads / f"{secrets.token_hex(8)}-mask.png"
+        with write_file(file) as temporary:
+            whole.save(temporary, "PNG")
+        job = EditJob(text, str(picture), str(file), (bundle,) if bundle else (), None, int(seed), int(count), int(steps) or None)
+        return self.site.store.add(job, most_queued=MOST_QUEUED)
+
+    @guarded
+    def select(self, event: gr.SelectData, number: int) -> tuple[Any, Any]:
+        path = picture_of(self.site, number, event.index)
+        entry = self.site.store.get(int(number))
+        return (entry.request["image"], path) if entry else None, gr.update(value=path, interactive=True)
+
+
+def edit_tab(site: Site, demo: gr.Blocks, place: PlaceTab, tabs: gr.Tabs) -> EditTab:
+    """Builds the tab inside the caller's context. `place`: where pictures are sent from; `tabs`: what this tab is one of."""
     begun, source = gr.State(0), gr.State("")
     gr.Markdown("Every pixel outside what you paint stays as it is.")
     upload = gr.File(label="Picture (PNG, JPEG, WebP)", file_types=PICTURES, type="filepath", elem_id="edit-photo", height=120)
@@ -47,58 +106,14 @@ def edit_tab(site: Site, demo: gr.Blocks, send: gr.Button, chosen: gr.State,
                             buttons=["download", "fullscreen"])  # fmt: skip
     download = gr.DownloadButton("Download the chosen one", size="sm", interactive=False)
 
-    def shown(path: Path) -> tuple[str, Any]:
-        return path.name, {"background": for_painting(read_photo(path)[1]), "layers": [], "composite": None}
-
-    def kept(path: Path) -> Path:
-        """A copy of our own: the page's temporary files go away."""
-        read_photo(path)
-        site.uploads.mkdir(parents=True, exist_ok=True)
-        suffix = path.suffix.lower() if path.suffix.lower() in PICTURES else ".png"
-        copy = site.uploads / f"{secrets.token_hex(8)}{suffix}"
-        shutil.copyfile(path, copy)
-        return copy
-
-    @guarded
-    def take_picture(path: str | None) -> tuple[str, Any]:
-        return shown(kept(Path(path))) if path else ("", None)
-
-    @guarded
-    def take_sent(path: str) -> tuple[Any, ...]:
-        if not path:
-            raise InputError("choose a picture in the gallery first")
-        return *shown(kept(Path(path))), gr.Tabs(selected="edit")
-
-    @guarded
-    def begin(name: str, painted: dict[str, Any] | None, bundle: str, text: str, count: float, seed: float, steps: float) -> int:
-        picture = site.uploads / Path(name).name if name else None
-        if picture is None or not picture.is_file():
-            raise InputError("there is no picture yet; drop one above, or send one here from Place")
-        check_prompt(text, entry_of(site, bundle).tokens if bundle else ())
-        mask = painted_mask(painted)
-        if mask is None:
-            raise InputError("nothing is painted yet; paint over the part that may change")
-        size = read_photo(picture)[1].size
-        whole = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST)
-        file = site.uploads / f"{secrets.token_hex(8)}-mask.png"
-        with write_file(file) as temporary:
-            whole.save(temporary, "PNG")
-        job = EditJob(text, str(picture), str(file), (bundle,) if bundle else (), None, int(seed), int(count), int(steps) or None)
-        return site.store.add(job, most_queued=MOST_QUEUED)
-
-    @guarded
-    def select(event: gr.SelectData, number: int) -> tuple[Any, Any]:
-        path = picture_of(site, number, event.index)
-        entry = site.store.get(int(number))
-        return (entry.request["image"], path) if entry else None, gr.update(value=path, interactive=True)
-
-    upload.upload(take_picture, upload, [source, painter])
-    send.click(take_sent, chosen, [source, painter, tabs])
-    draw.click(begin, [source, painter, bundle, prompt, count, seed, steps], begun)
-    gallery.select(select, begun, [slider, download])
+    does = EditActions(site)
+    upload.upload(does.take_picture, upload, [source, painter])
+    place.send.click(does.take_sent, place.chosen, [source, painter, tabs])
+    draw.click(does.begin, [source, painter, bundle, prompt, count, seed, steps], begun)
+    gallery.select(does.select, begun, [slider, download])
     begun.change(lambda number: edit_pictures(site, number), begun, [gallery, slider])
     demo.load(lambda: gr.update(choices=[PLAIN, *bundle_choices(site)]), None, bundle, show_progress="hidden")
-    return begun, gallery, slider
+    return EditTab(begun, gallery, slider)
 
 
 def edit_pictures(site: Site, number: int) -> tuple[Any, Any]:
@@ -110,3 +125,7 @@ def edit_pictures(site: Site, number: int) -> tuple[Any, Any]:
     captions = [", ".join(f"{name} {value:.2f}" for name, value in sorted(each.items())) for each in scores]
     images = entry.result["images"]
     return list(zip(images, captions, strict=False)), (entry.request["image"], images[0])
+
+
+def _shown(path: Path) -> tuple[str, Any]:
+    return path.name, {"background": for_painting(read_photo(path)[1]), "layers": [], "composite": None}

@@ -6,6 +6,7 @@ import re
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,117 @@ PAINT = 140  # of 255: how opaque a mask is while it is painted
 NAMED_COLORS = ("red", "blue", "green", "orange", "purple", "cyan", "pink", "brown")
 MASK_FILE = re.compile(r"mask(\d+)\.png")
 PICTURES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"]
+
+
+@dataclass(frozen=True)
+class LearnActions:
+    """What the tab's parts do; each gives back the new values of what `learn_tab` names as its outputs."""
+
+    site: Site
+
+    def present(self, draft: Draft | None, base: str = "toybox") -> list[Any]:
+        """A draft as the page shows it: its name (twice: the next visit finds it again by the second), the photo with its marks,
+        the things to choose from, what is wrong with the masks, and a word for each thing."""
+        if draft is None:
+            hidden = [gr.update(visible=False)] * MAX_THINGS
+            return ["", "", canvas_update(Drawn("mark"), ""), gr.update(choices=[], value=None), "", *hidden]
+        stored, image = draft.open()
+        masks = draft.masks(image)
+        boxes = tuple((str(k), thing.box) for k, thing in enumerate(draft.things))
+        points = tuple(point for thing in draft.things for point in thing.points)
+        drawn = Drawn("mark", image.width / image.height, boxes, points)
+        things = [(f"thing {k} ({NAMED_COLORS[k]})", k) for k in range(len(draft.things))]
+        boxes_of_words = [gr.update(visible=k < len(draft.things), value=draft.things[k].word if k < len(draft.things) else "")
+                          for k in range(MAX_THINGS)]  # fmt: skip
+        said = mask_notes(stored, image, masks, base) if masks else ""
+        return [draft.name, draft.name, canvas_update(drawn, picture_address(overview(image, masks))),
+                gr.update(choices=things, value=things[-1][1] if things else None), said, *boxes_of_words]  # fmt: skip
+
+    def draft(self, name: str) -> Draft:
+        draft = open_draft(self.site.drafts, name)
+        if draft is None:
+            raise InputError("there is no photo yet; drop one above")
+        return draft
+
+    @guarded
+    def take_photo(self, path: str | None) -> list[Any]:
+        return self.present(new_draft(self.site.drafts, Path(path)) if path else None)
+
+    @guarded
+    def mark(self, name: str, base: str, value: str, *said: str) -> list[Any]:
+        draft, added = self.draft(name).name_things(said), read_value(value).added
+        if "box" in added:
+            draft = draft.add_box(_floats(added["box"]))
+        elif "point" in added:
+            x, y = _floats(added["point"])
+            draft = draft.add_point((x, y))
+        elif isinstance(added.get("removed"), int):
+            draft = draft.remove(added["removed"])
+        return self.present(draft, base)
+
+    @guarded
+    def take_away(self, name: str, base: str, index: int | None, *said: str) -> list[Any]:
+        draft = self.draft(name).name_things(said)
+        return self.present(draft.remove(_chosen(draft, index)), base)
+
+    @guarded
+    def load_mask(self, name: str, index: int | None) -> Any:
+        draft = self.draft(name)
+        chosen = _chosen(draft, index)
+        whole = draft.open()[1]
+        mask = Image.fromarray(draft.masks(whole)[chosen].astype(np.uint8) * PAINT)
+        image = for_painting(whole)
+        mask = mask.resize(image.size, Image.Resampling.BOX)
+        layer = Image.new("RGBA", image.size, "#e63946")
+        layer.putalpha(mask)
+        return {"background": image, "layers": [layer], "composite": None}
+
+    @guarded
+    def store_mask(self, name: str, base: str, index: int | None, painted: dict[str, Any] | None, *said: str) -> list[Any]:
+        draft = self.draft(name).name_things(said)
+        chosen = _chosen(draft, index)
+        mask = painted_mask(painted)
+        if mask is None:
+            raise InputError("nothing is painted; choose 'Show its mask here' first")
+        return self.present(draft.paint(chosen, mask), base)
+
+    @guarded
+    def begin(self, name: str, called: str, base: str, seed: float, first: float, second: float, background: bool, gib: float,
+              *said: str) -> tuple[int, Any]:  # fmt: skip
+        draft = self.draft(name).name_things(said)
+        called = check_name(called.strip())
+        if (self.site.bundles / called).exists():
+            raise InputError(f"there is a bundle called {called} already; choose another name, or delete it in the Library")
+        if gib:
+            plan_text(base, len(draft.things), gib, check=True)
+        folder = self.site.photos / called
+        if folder.exists():
+            folder = self.site.photos / f"{called}-{time.strftime('%Y%m%d-%H%M%S')}"
+        draft.save(folder)
+        job = LearnJob(str(folder), called, base.strip() or "toybox", int(seed), background, int(first) or None,
+                       int(second) or None, float(gib) or None)  # fmt: skip
+        number = self.site.store.add(job, most_queued=MOST_QUEUED)
+        gr.Info(f"Learning {called} begins; how far it is stands at the top of the page.")
+        return number, gr.update(visible=False)
+
+    @guarded
+    def go_on(self) -> tuple[int, Any]:
+        stopped = interrupted(self.site)
+        if stopped is None:
+            raise InputError("no learning was stopped")
+        return self.site.store.add(stopped, most_queued=MOST_QUEUED), gr.update(visible=False)
+
+    @guarded
+    def show_plan(self, name: str, base: str, gib: float) -> str:
+        draft = open_draft(self.site.drafts, name)
+        return plan_text(base, len(draft.things) if draft and draft.things else 3, gib)
+
+    def restore(self, name: str) -> list[Any]:
+        try:
+            draft = open_draft(self.site.drafts, name)
+            return [*self.present(draft), gr.update(visible=interrupted(self.site) is not None)]
+        except InputError:
+            return [*self.present(None), gr.update(visible=interrupted(self.site) is not None)]
 
 
 def learn_tab(site: Site, demo: gr.Blocks) -> None:
@@ -76,120 +188,18 @@ def learn_tab(site: Site, demo: gr.Blocks) -> None:
     start = gr.Button("Learn", variant="primary", elem_id="learn-start")
     resume = gr.Button("Go on with the learning that was stopped", visible=False, elem_id="learn-resume")
 
+    does = LearnActions(site)
     shown = [draft_name, remembered, marks, which, notes, *words]
-
-    def present(draft: Draft | None, base: str = "toybox") -> list[Any]:
-        if draft is None:
-            hidden = [gr.update(visible=False)] * MAX_THINGS
-            return ["", "", canvas_update(Drawn("mark"), ""), gr.update(choices=[], value=None), "", *hidden]
-        stored, image = draft.open()
-        masks = draft.masks(image)
-        boxes = tuple((str(k), thing.box) for k, thing in enumerate(draft.things))
-        points = tuple(point for thing in draft.things for point in thing.points)
-        drawn = Drawn("mark", image.width / image.height, boxes, points)
-        things = [(f"thing {k} ({NAMED_COLORS[k]})", k) for k in range(len(draft.things))]
-        boxes_of_words = [gr.update(visible=k < len(draft.things), value=draft.things[k].word if k < len(draft.things) else "")
-                          for k in range(MAX_THINGS)]  # fmt: skip
-        said = mask_notes(stored, image, masks, base) if masks else ""
-        return [draft.name, draft.name, canvas_update(drawn, picture_address(overview(image, masks))),
-                gr.update(choices=things, value=things[-1][1] if things else None), said, *boxes_of_words]  # fmt: skip
-
-    def of(name: str) -> Draft:
-        draft = open_draft(site.drafts, name)
-        if draft is None:
-            raise InputError("there is no photo yet; drop one above")
-        return draft
-
-    @guarded
-    def take_photo(path: str | None) -> list[Any]:
-        return present(new_draft(site.drafts, Path(path)) if path else None)
-
-    @guarded
-    def mark(name: str, base: str, value: str, *said: str) -> list[Any]:
-        draft, added = of(name).name_things(said), read_value(value).added
-        if "box" in added:
-            draft = draft.add_box(_floats(added["box"]))
-        elif "point" in added:
-            x, y = _floats(added["point"])
-            draft = draft.add_point((x, y))
-        elif isinstance(added.get("removed"), int):
-            draft = draft.remove(added["removed"])
-        return present(draft, base)
-
-    @guarded
-    def take_away(name: str, base: str, index: int | None, *said: str) -> list[Any]:
-        draft = of(name).name_things(said)
-        return present(draft.remove(_chosen(draft, index)), base)
-
-    @guarded
-    def load_mask(name: str, index: int | None) -> Any:
-        draft = of(name)
-        chosen = _chosen(draft, index)
-        whole = draft.open()[1]
-        mask = Image.fromarray(draft.masks(whole)[chosen].astype(np.uint8) * PAINT)
-        image = for_painting(whole)
-        mask = mask.resize(image.size, Image.Resampling.BOX)
-        layer = Image.new("RGBA", image.size, "#e63946")
-        layer.putalpha(mask)
-        return {"background": image, "layers": [layer], "composite": None}
-
-    @guarded
-    def store_mask(name: str, base: str, index: int | None, painted: dict[str, Any] | None, *said: str) -> list[Any]:
-        draft = of(name).name_things(said)
-        chosen = _chosen(draft, index)
-        mask = painted_mask(painted)
-        if mask is None:
-            raise InputError("nothing is painted; choose 'Show its mask here' first")
-        return present(draft.paint(chosen, mask), base)
-
-    @guarded
-    def begin(name: str, called: str, base: str, seed: float, first: float, second: float, background: bool, gib: float,
-              *said: str) -> tuple[int, Any]:  # fmt: skip
-        draft = of(name).name_things(said)
-        called = check_name(called.strip())
-        if (site.bundles / called).exists():
-            raise InputError(f"there is a bundle called {called} already; choose another name, or delete it in the Library")
-        if gib:
-            plan_text(base, len(draft.things), gib, check=True)
-        folder = site.photos / called
-        if folder.exists():
-            folder = site.photos / f"{called}-{time.strftime('%Y%m%d-%H%M%S')}"
-        draft.save(folder)
-        job = LearnJob(str(folder), called, base.strip() or "toybox", int(seed), background, int(first) or None,
-                       int(second) or None, float(gib) or None)  # fmt: skip
-        number = site.store.add(job, most_queued=MOST_QUEUED)
-        gr.Info(f"Learning {called} begins; how far it is stands at the top of the page.")
-        return number, gr.update(visible=False)
-
-    @guarded
-    def go_on() -> tuple[int, Any]:
-        stopped = interrupted(site)
-        if stopped is None:
-            raise InputError("no learning was stopped")
-        return site.store.add(stopped, most_queued=MOST_QUEUED), gr.update(visible=False)
-
-    @guarded
-    def show_plan(name: str, base: str, gib: float) -> str:
-        draft = open_draft(site.drafts, name)
-        return plan_text(base, len(draft.things) if draft and draft.things else 3, gib)
-
-    upload.upload(take_photo, upload, shown)
-    marks.input(mark, [draft_name, model, marks, *words], shown, show_progress="hidden")
-    remove.click(take_away, [draft_name, model, which, *words], shown)
-    show_mask.click(load_mask, [draft_name, which], painter)
-    use_mask.click(store_mask, [draft_name, model, which, painter, *words], shown)
-    budget.release(show_plan, [draft_name, model, budget], planned)
-    start.click(begin, [draft_name, name, model, seed, tokens_steps, lora_steps, background, budget, *words], [begun, resume])
-    resume.click(go_on, None, [begun, resume])
-
-    def restore(name: str) -> list[Any]:
-        try:
-            draft = open_draft(site.drafts, name)
-            return [*present(draft), gr.update(visible=interrupted(site) is not None)]
-        except InputError:
-            return [*present(None), gr.update(visible=interrupted(site) is not None)]
-
-    demo.load(restore, remembered, [*shown, resume], show_progress="hidden")
+    upload.upload(does.take_photo, upload, shown)
+    marks.input(does.mark, [draft_name, model, marks, *words], shown, show_progress="hidden")
+    remove.click(does.take_away, [draft_name, model, which, *words], shown)
+    show_mask.click(does.load_mask, [draft_name, which], painter)
+    use_mask.click(does.store_mask, [draft_name, model, which, painter, *words], shown)
+    budget.release(does.show_plan, [draft_name, model, budget], planned)
+    start.click(does.begin, [draft_name, name, model, seed, tokens_steps, lora_steps, background, budget, *words],
+                [begun, resume])  # fmt: skip
+    resume.click(does.go_on, None, [begun, resume])
+    demo.load(does.restore, remembered, [*shown, resume], show_progress="hidden")
 
 
 def interrupted(site: Site) -> LearnJob | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,68 @@ BUTTONS = ["download", "fullscreen"]  # of a picture; Gradio's own list would sh
 HEADINGS = ["bundle", "things", "base", "learned", "MiB", "attention inside masks"]
 
 
-def library_tab(site: Site, demo: gr.Blocks, others: list[gr.Dropdown]) -> tuple[gr.HTML, gr.Dropdown, gr.Textbox]:
-    """Builds the tab inside the caller's context; returns its table, its choice, and what was measured.
-    `others`: lists of bundles elsewhere on the page, which follow."""
+@dataclass(frozen=True)
+class LibraryTab:
+    """What the rest of the page uses of it."""
+
+    table: gr.HTML
+    bundle: gr.Dropdown
+    measured: gr.Textbox
+
+
+@dataclass(frozen=True)
+class LibraryActions:
+    """What the tab's parts do; each gives back the new values of what `library_tab` names as its outputs."""
+
+    site: Site
+    others: int
+    """Lists of bundles elsewhere on the page"""
+
+    def filled(self, selected: str | None = None) -> list[Any]:
+        choices = bundle_choices(self.site)
+        names = [name for _, name in choices]
+        value = selected if selected in names else names[0] if names else None
+        return [table_html(self.site), gr.update(choices=choices, value=value), *[gr.update(choices=choices)] * self.others]
+
+    def show(self, name: str | None) -> tuple[Any, ...]:
+        entry = _entry(self.site, name)
+        if entry is None:
+            return None, None, "", ""
+        attention = Path(entry.folder) / "attention.png"
+        took = f" It took {entry.seconds:.0f} seconds." if entry.seconds else ""
+        tokens = ", ".join(f"`{token}`" for token in entry.tokens)
+        said = f"**{entry.name}**: {tokens}, on {entry.base}, {entry.mib} MiB, learned {entry.learned}.{took}"
+        return entry.preview, str(attention) if attention.is_file() else None, said, last_evaluation(self.site, entry.name)
+
+    @guarded
+    def begin(self, name: str, count: float) -> int:
+        return self.site.store.add(EvaluateJob(_chosen(self.site, name).name, int(count)), most_queued=MOST_QUEUED)
+
+    @guarded
+    def write_export(self, name: str, kind: str) -> str:
+        from ..bundle.export import export_for_diffusers, export_for_kohya
+        from ..bundle.store import load_bundle
+        from ..io.outputs import numbered_folder
+
+        bundle = load_bundle(Path(_chosen(self.site, name).folder))
+        with numbered_folder(None, self.site.output / bundle.name / "export") as folder:
+            (export_for_diffusers if kind == "diffusers" else export_for_kohya)(bundle, folder)
+        return f"Written: {self.site.output.name}/{bundle.name}/export/{folder.name}"
+
+    @guarded
+    def give_name(self, name: str, new: str) -> list[Any]:
+        folder = rename_bundle(Path(_chosen(self.site, name).folder), new.strip())
+        return self.filled(folder.name)
+
+    @guarded
+    def throw(self, name: str) -> list[Any]:
+        gone = throw_away(Path(_chosen(self.site, name).folder))
+        gr.Info(f"{name} lies in the trash folder now, as {gone.name}")
+        return self.filled()
+
+
+def library_tab(site: Site, demo: gr.Blocks, others: list[gr.Dropdown]) -> LibraryTab:
+    """Builds the tab inside the caller's context. `others`: lists of bundles elsewhere on the page, which follow."""
     begun = gr.State(0)
     table = gr.HTML("", elem_id="library-table")
     with gr.Row():
@@ -47,58 +107,17 @@ def library_tab(site: Site, demo: gr.Blocks, others: list[gr.Dropdown]) -> tuple
         new_name = gr.Textbox(label="New name", max_lines=1, min_width=150, elem_id="library-new-name")
         rename = gr.Button("Rename", min_width=100, elem_id="library-rename")
         delete = gr.Button("Delete (into the trash folder)", variant="stop", min_width=150, elem_id="library-delete")
+
+    does = LibraryActions(site, len(others))
     lists = [table, bundle, *others]
-
-    def filled(selected: str | None = None) -> list[Any]:
-        choices = bundle_choices(site)
-        names = [name for _, name in choices]
-        value = selected if selected in names else names[0] if names else None
-        return [table_html(site), gr.update(choices=choices, value=value), *[gr.update(choices=choices)] * len(others)]
-
-    def show(name: str | None) -> tuple[Any, ...]:
-        entry = _entry(site, name)
-        if entry is None:
-            return None, None, "", ""
-        attention = Path(entry.folder) / "attention.png"
-        took = f" It took {entry.seconds:.0f} seconds." if entry.seconds else ""
-        tokens = ", ".join(f"`{token}`" for token in entry.tokens)
-        said = f"**{entry.name}**: {tokens}, on {entry.base}, {entry.mib} MiB, learned {entry.learned}.{took}"
-        return entry.preview, str(attention) if attention.is_file() else None, said, last_evaluation(site, entry.name)
-
-    @guarded
-    def begin(name: str, count: float) -> int:
-        return site.store.add(EvaluateJob(_chosen(site, name).name, int(count)), most_queued=MOST_QUEUED)
-
-    @guarded
-    def write_export(name: str, kind: str) -> str:
-        from ..bundle.export import export_for_diffusers, export_for_kohya
-        from ..bundle.store import load_bundle
-        from ..io.outputs import numbered_folder
-
-        bundle = load_bundle(Path(_chosen(site, name).folder))
-        with numbered_folder(None, site.output / bundle.name / "export") as folder:
-            (export_for_diffusers if kind == "diffusers" else export_for_kohya)(bundle, folder)
-        return f"Written: {site.output.name}/{bundle.name}/export/{folder.name}"
-
-    @guarded
-    def give_name(name: str, new: str) -> list[Any]:
-        folder = rename_bundle(Path(_chosen(site, name).folder), new.strip())
-        return filled(folder.name)
-
-    @guarded
-    def throw(name: str) -> list[Any]:
-        gone = throw_away(Path(_chosen(site, name).folder))
-        gr.Info(f"{name} lies in the trash folder now, as {gone.name}")
-        return filled()
-
-    bundle.change(show, bundle, [preview, attention, facts, measured])
-    refresh.click(filled, bundle, lists)
-    evaluate.click(begin, [bundle, samples], begun)
-    export.click(write_export, [bundle, kind], exported)
-    rename.click(give_name, [bundle, new_name], lists)
-    delete.click(throw, bundle, lists)
-    demo.load(filled, None, lists, show_progress="hidden")
-    return table, bundle, measured
+    bundle.change(does.show, bundle, [preview, attention, facts, measured])
+    refresh.click(does.filled, bundle, lists)
+    evaluate.click(does.begin, [bundle, samples], begun)
+    export.click(does.write_export, [bundle, kind], exported)
+    rename.click(does.give_name, [bundle, new_name], lists)
+    delete.click(does.throw, bundle, lists)
+    demo.load(does.filled, None, lists, show_progress="hidden")
+    return LibraryTab(table, bundle, measured)
 
 
 def table_html(site: Site) -> str:

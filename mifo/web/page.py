@@ -16,11 +16,11 @@ import gradio as gr
 from ..errors import InputError
 from ..jobs.store import DONE
 from ..jobs.supervisor import working
-from .edit_tab import edit_pictures, edit_tab
+from .edit_tab import EditTab, edit_pictures, edit_tab
 from .job_panel import LOOK_EVERY, job_panel
 from .learn_tab import learn_tab, thing_styles
-from .library_tab import last_evaluation, library_tab, table_html
-from .place_tab import bundle_choices, chip_styles, gallery_pictures, place_tab, shelf_pictures
+from .library_tab import LibraryTab, last_evaluation, library_tab, table_html
+from .place_tab import PlaceTab, bundle_choices, chip_styles, gallery_pictures, place_tab, shelf_pictures
 from .site import Site
 
 HOST = "127.0.0.1"
@@ -48,18 +48,16 @@ def build(site: Site) -> gr.Blocks:
             with gr.Tab("Learn", id="learn"):
                 learn_tab(site, demo)
             with gr.Tab("Place", id="place"):
-                placed, gallery, bundle, more, shelf, send, chosen = place_tab(site, demo)
+                place = place_tab(site, demo)
             with gr.Tab("Edit", id="edit"):
-                edited, candidates, slider = edit_tab(site, demo, send, chosen, tabs)
+                edit = edit_tab(site, demo, place, tabs)
             with gr.Tab("Library", id="library"):
-                table, choice, measured = library_tab(site, demo, [bundle])
-        _follow(site, demo, gallery, placed, candidates, slider, edited, table, choice, bundle, more, shelf, measured)
+                library = library_tab(site, demo, [place.bundle])
+        _follow(site, demo, place, edit, library)
     return demo
 
 
-def _follow(site: Site, demo: gr.Blocks, gallery: gr.Gallery, placed: gr.State, candidates: gr.Gallery, slider: gr.ImageSlider,
-            edited: gr.State, table: gr.HTML, choice: gr.Dropdown, bundle: gr.Dropdown, more: gr.Dropdown,
-            shelf: gr.Gallery, measured: gr.Textbox) -> None:  # fmt: skip
+def _follow(site: Site, demo: gr.Blocks, place: PlaceTab, edit: EditTab, library: LibraryTab) -> None:
     """Results appear when their jobs are done, in whatever page they were begun; a page that is loaded shows the last ones."""
     seen = gr.State({})
     timer = gr.Timer(LOOK_EVERY)
@@ -82,9 +80,10 @@ def _follow(site: Site, demo: gr.Blocks, gallery: gr.Gallery, placed: gr.State, 
         return (now, pictures, *both, table_html(site), gr.update(choices=choices), gr.update(choices=choices, **picked),
                 gr.update(choices=choices), shelf_pictures(site), text)  # fmt: skip
 
-    timer.tick(look, [seen, placed, edited, choice], [seen, gallery, candidates, slider, table, choice, bundle, more, shelf,
-                                                                measured], show_progress="hidden")  # fmt: skip
-    demo.load(lambda: (_last(site, "synthesize"), _last(site, "edit")), None, [placed, edited], show_progress="hidden")
+    timer.tick(look, [seen, place.begun, edit.begun, library.bundle],
+               [seen, place.gallery, edit.gallery, edit.slider, library.table, library.bundle, place.bundle, place.more,
+                place.shelf, library.measured], show_progress="hidden")  # fmt: skip
+    demo.load(lambda: (_last(site, "synthesize"), _last(site, "edit")), None, [place.begun, edit.begun], show_progress="hidden")
 
 
 def _state(site: Site, number: int) -> tuple[int, str]:

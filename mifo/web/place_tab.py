@@ -81,12 +81,117 @@ def offered(site: Site, first: Any, more: Any) -> Offer:
     return Offer(tuple(entry.name for entry in entries), tuple(tokens), tuple(captions))
 
 
-Parts = tuple[gr.State, gr.Gallery, gr.Dropdown, gr.Dropdown, gr.Gallery, gr.Button, gr.State]
+@dataclass(frozen=True)
+class PlaceTab:
+    """What the rest of the page uses of it."""
+
+    begun: gr.State
+    """The number of the job that it began last"""
+    gallery: gr.Gallery
+    bundle: gr.Dropdown
+    more: gr.Dropdown
+    """The bundles beside it"""
+    shelf: gr.Gallery
+    send: gr.Button
+    """Sends the chosen picture to Edit"""
+    chosen: gr.State
 
 
-def place_tab(site: Site, demo: gr.Blocks) -> Parts:
-    """Builds the tab inside the caller's context; returns the number of the job that it began last, its gallery, its bundle, the
-    bundles beside it, its shelf of bundles, its button "send to Edit", and the picture that is chosen."""
+@dataclass(frozen=True)
+class PlaceActions:
+    """What the tab's parts do; each gives back the new values of what `place_tab` names as its outputs."""
+
+    site: Site
+
+    @guarded
+    def choose(self, name: str | None, more: list[str]) -> list[Any]:
+        if not name:
+            return [canvas_update(Drawn("place"), ""), "", *[gr.update(visible=False)] * MAX_CHIPS]
+        offer = offered(self.site, name, more)
+        text = PROMPT.format(" and ".join(offer.tokens[:2]))
+        return [canvas_update(_boxes_for(text, Drawn("place"), offer)), text, *_chips(offer)]
+
+    @guarded
+    def widen(self, name: str | None, more: list[str]) -> list[Any]:
+        return _chips(offered(self.site, name, more)) if name else [gr.skip()] * MAX_CHIPS
+
+    @guarded
+    def insert(self, index: int, name: str, more: list[str], text: str, value: str) -> tuple[Any, str]:
+        offer, drawn = offered(self.site, name, more), read_value(value)
+        token = offer.tokens[index]
+        if token not in text and token not in offer.named_in(text):
+            joined = text.rstrip() if text.strip() else "a photo of"
+            text = f"{joined} {'and ' if offer.named_in(text) else ''}{token}"
+        return canvas_update(_boxes_for(text, drawn, offer)), text
+
+    @guarded
+    def add_next(self, name: str, more: list[str], text: str, value: str) -> tuple[Any, str]:
+        offer, drawn = offered(self.site, name, more), read_value(value)
+        free = [t for t in offer.tokens if t not in offer.named_in(text) and t != BACKGROUND_TOKEN]
+        if not free:
+            raise InputError("all assets of the chosen bundles are in the prompt already")
+        text = f"{text.rstrip()} and {free[0]}"
+        made = _boxes_for(text, drawn, offer)
+        if drawn.boxes:
+            x0, y0, x1, y1 = drawn.boxes[-1][1]
+            left, top = min(x0 + 0.08, 1 - (x1 - x0)), min(y0 + 0.08, 1 - (y1 - y0))
+            made = Drawn("place", made.aspect, (*made.boxes[:-1], (free[0], (left, top, left + x1 - x0, top + y1 - y0))))
+        return canvas_update(made), text
+
+    @guarded
+    def follow_prompt(self, name: str | None, more: list[str], text: str, value: str) -> Any:
+        return canvas_update(_boxes_for(text, read_value(value), offered(self.site, name, more))) if name else gr.skip()
+
+    @guarded
+    def put_under(self, path: str | None, value: str) -> Any:
+        drawn = read_value(value)
+        if not path:
+            return canvas_update(Drawn("place", 1.0, drawn.boxes), "")
+        image = read_photo(Path(path))[1]
+        return canvas_update(Drawn("place", 1.0, drawn.boxes), picture_address(image))
+
+    @guarded
+    def begin(self, name: str, more: list[str], text: str, value: str, count: float, seed: float, best: float, steps: float,
+              scale: float, contrast: float, negative: str) -> int:  # fmt: skip
+        offer = offered(self.site, name, more)
+        plain = offer.numbered(text)
+        check_prompt(plain, [BACKGROUND_TOKEN if t == BACKGROUND_TOKEN else asset_token(k) for k, t in enumerate(offer.tokens)])
+        boxes = {label: list(box) for label, box in read_value(value).boxes if label in offer.named_in(text)}
+        parse_layout(json_text({offer.numbered(label): box for label, box in boxes.items()}), assets_in(plain))
+        job = SynthesizeJob(text, offer.used_by(text), json_text(boxes) if boxes else None, int(seed),
+                            int(count) if not best else 1, int(best) or None, int(steps) or None, float(scale) or None,
+                            negative.strip() or None, contrast_scale=float(contrast) or None)  # fmt: skip
+        return self.site.store.add(job, most_queued=MOST_QUEUED)
+
+    @guarded
+    def select(self, event: gr.SelectData, number: int) -> tuple[Any, ...]:
+        path = picture_of(self.site, number, event.index)
+        record = read_record(Path(path))
+        return path, {k: v for k, v in record.items() if k != "base_fingerprint"}, *[gr.update(interactive=True)] * 2, \
+            gr.update(interactive=True, value=path)  # fmt: skip
+
+    @guarded
+    def draw_again(self, path: str) -> int:
+        made = read_recipe(Path(path))
+        boxes = json_text(made.layout.to_json()) if made.layout else None
+        config = made.config
+        job = SynthesizeJob(made.prompt, made.bundles, boxes, made.seed, 1, None, config.steps, config.guidance_scale,
+                            config.negative_prompt or None, config.width, config.height,
+                            contrast_scale=config.contrast_scale or None)  # fmt: skip
+        return self.site.store.add(job, most_queued=MOST_QUEUED)
+
+    def take_from_shelf(self, event: gr.SelectData) -> Any:
+        usable = [e for e in list_bundles(self.site.bundles) if not e.problem]
+        return usable[event.index].name if event.index < len(usable) else gr.skip()
+
+    def fill(self) -> tuple[Any, Any, Any]:
+        choices = bundle_choices(self.site)
+        return shelf_pictures(self.site), gr.update(choices=choices, value=choices[0][1] if choices else None), \
+            gr.update(choices=choices)  # fmt: skip
+
+
+def place_tab(site: Site, demo: gr.Blocks) -> PlaceTab:
+    """Builds the tab inside the caller's context."""
     begun, chosen = gr.State(0), gr.State("")
     shelf = gr.Gallery(label="Bundles: choose one", columns=4, height=170, object_fit="contain", elem_id="place-shelf",
                        allow_preview=False, interactive=False, buttons=[])  # fmt: skip
@@ -122,121 +227,26 @@ def place_tab(site: Site, demo: gr.Blocks) -> Parts:
         send = gr.Button("Send to Edit", size="sm", min_width=120, interactive=False, elem_id="place-send")
         download = gr.DownloadButton("Download", size="sm", min_width=120, interactive=False)
     recipe = gr.JSON(label="How the chosen picture was made", elem_id="place-recipe", open=False)
+
+    does = PlaceActions(site)
     words_shown = [layout, prompt, *chips]
-
-    def boxes_for(text: str, drawn: Drawn, offer: Offer) -> Drawn:
-        """Every asset of the prompt has its box: the one that it had, or a new one; boxes that nobody has touched make room."""
-        wanted = offer.named_in(text)
-        made = spread([label for label, _ in drawn.boxes])
-        untouched = all(math.isclose(a, b, abs_tol=1e-6) for (_, old), (_, new) in zip(drawn.boxes, made, strict=True)
-                        for a, b in zip(old, new, strict=True))  # fmt: skip
-        there = {} if untouched else dict(drawn.boxes)
-        new = dict(spread(wanted))
-        return Drawn("place", drawn.aspect, tuple((t, there.get(t, new[t])) for t in wanted))
-
-    @guarded
-    def choose(name: str | None, more: list[str]) -> list[Any]:
-        if not name:
-            return [canvas_update(Drawn("place"), ""), "", *[gr.update(visible=False)] * MAX_CHIPS]
-        offer = offered(site, name, more)
-        text = PROMPT.format(" and ".join(offer.tokens[:2]))
-        return [canvas_update(boxes_for(text, Drawn("place"), offer)), text, *_chips(offer)]
-
-    @guarded
-    def widen(name: str | None, more: list[str]) -> list[Any]:
-        return _chips(offered(site, name, more)) if name else [gr.skip()] * MAX_CHIPS
-
-    @guarded
-    def insert(index: int, name: str, more: list[str], text: str, value: str) -> tuple[Any, str]:
-        offer, drawn = offered(site, name, more), read_value(value)
-        token = offer.tokens[index]
-        if token not in text and token not in offer.named_in(text):
-            joined = text.rstrip() if text.strip() else "a photo of"
-            text = f"{joined} {'and ' if offer.named_in(text) else ''}{token}"
-        return canvas_update(boxes_for(text, drawn, offer)), text
-
-    @guarded
-    def add_next(name: str, more: list[str], text: str, value: str) -> tuple[Any, str]:
-        offer, drawn = offered(site, name, more), read_value(value)
-        free = [t for t in offer.tokens if t not in offer.named_in(text) and t != BACKGROUND_TOKEN]
-        if not free:
-            raise InputError("all assets of the chosen bundles are in the prompt already")
-        text = f"{text.rstrip()} and {free[0]}"
-        made = boxes_for(text, drawn, offer)
-        if drawn.boxes:
-            x0, y0, x1, y1 = drawn.boxes[-1][1]
-            left, top = min(x0 + 0.08, 1 - (x1 - x0)), min(y0 + 0.08, 1 - (y1 - y0))
-            made = Drawn("place", made.aspect, (*made.boxes[:-1], (free[0], (left, top, left + x1 - x0, top + y1 - y0))))
-        return canvas_update(made), text
-
-    @guarded
-    def follow_prompt(name: str | None, more: list[str], text: str, value: str) -> Any:
-        return canvas_update(boxes_for(text, read_value(value), offered(site, name, more))) if name else gr.skip()
-
-    @guarded
-    def put_under(path: str | None, value: str) -> Any:
-        drawn = read_value(value)
-        if not path:
-            return canvas_update(Drawn("place", 1.0, drawn.boxes), "")
-        image = read_photo(Path(path))[1]
-        return canvas_update(Drawn("place", 1.0, drawn.boxes), picture_address(image))
-
-    @guarded
-    def begin(name: str, more: list[str], text: str, value: str, count: float, seed: float, best: float, steps: float,
-              scale: float, contrast: float, negative: str) -> int:  # fmt: skip
-        offer = offered(site, name, more)
-        plain = offer.numbered(text)
-        check_prompt(plain, [BACKGROUND_TOKEN if t == BACKGROUND_TOKEN else asset_token(k) for k, t in enumerate(offer.tokens)])
-        boxes = {label: list(box) for label, box in read_value(value).boxes if label in offer.named_in(text)}
-        parse_layout(json_text({offer.numbered(label): box for label, box in boxes.items()}), assets_in(plain))
-        job = SynthesizeJob(text, offer.used_by(text), json_text(boxes) if boxes else None, int(seed),
-                            int(count) if not best else 1, int(best) or None, int(steps) or None, float(scale) or None,
-                            negative.strip() or None, contrast_scale=float(contrast) or None)  # fmt: skip
-        return site.store.add(job, most_queued=MOST_QUEUED)
-
-    @guarded
-    def select(event: gr.SelectData, number: int) -> tuple[Any, ...]:
-        path = picture_of(site, number, event.index)
-        record = read_record(Path(path))
-        return path, {k: v for k, v in record.items() if k != "base_fingerprint"}, *[gr.update(interactive=True)] * 2, \
-            gr.update(interactive=True, value=path)  # fmt: skip
-
-    @guarded
-    def draw_again(path: str) -> int:
-        made = read_recipe(Path(path))
-        boxes = json_text(made.layout.to_json()) if made.layout else None
-        config = made.config
-        job = SynthesizeJob(made.prompt, made.bundles, boxes, made.seed, 1, None, config.steps, config.guidance_scale,
-                            config.negative_prompt or None, config.width, config.height,
-                            contrast_scale=config.contrast_scale or None)  # fmt: skip
-        return site.store.add(job, most_queued=MOST_QUEUED)
-
-    def take_from_shelf(event: gr.SelectData) -> Any:
-        usable = [e for e in list_bundles(site.bundles) if not e.problem]
-        return usable[event.index].name if event.index < len(usable) else gr.skip()
-
-    def fill() -> tuple[Any, Any, Any]:
-        choices = bundle_choices(site)
-        return shelf_pictures(site), gr.update(choices=choices, value=choices[0][1] if choices else None), \
-            gr.update(choices=choices)  # fmt: skip
-
-    bundle.change(choose, [bundle, more], words_shown)
-    more.change(widen, [bundle, more], chips, show_progress="hidden")
-    shelf.select(take_from_shelf, None, bundle)
+    bundle.change(does.choose, [bundle, more], words_shown)
+    more.change(does.widen, [bundle, more], chips, show_progress="hidden")
+    shelf.select(does.take_from_shelf, None, bundle)
     for k, chip in enumerate(chips):
-        chip.click(lambda name, more, text, value, k=k: insert(k, name, more, text, value), [bundle, more, prompt, layout],
+        chip.click(lambda name, more, text, value, k=k: does.insert(k, name, more, text, value), [bundle, more, prompt, layout],
                    [layout, prompt], show_progress="hidden")  # fmt: skip
-    add.click(add_next, [bundle, more, prompt, layout], [layout, prompt], show_progress="hidden")
-    clear.click(choose, [bundle, more], words_shown)
-    prompt.blur(follow_prompt, [bundle, more, prompt, layout], layout, show_progress="hidden")
-    under.change(put_under, [under, layout], layout)
-    draw.click(begin, [bundle, more, prompt, layout, count, seed, best_of, steps, guidance, contrast, negative], begun)
-    gallery.select(select, begun, [chosen, recipe, again, send, download])
-    again.click(draw_again, chosen, begun)
+    add.click(does.add_next, [bundle, more, prompt, layout], [layout, prompt], show_progress="hidden")
+    clear.click(does.choose, [bundle, more], words_shown)
+    prompt.blur(does.follow_prompt, [bundle, more, prompt, layout], layout, show_progress="hidden")
+    under.change(does.put_under, [under, layout], layout)
+    draw.click(does.begin, [bundle, more, prompt, layout, count, seed, best_of, steps, guidance, contrast, negative], begun)
+    gallery.select(does.select, begun, [chosen, recipe, again, send, download])
+    again.click(does.draw_again, chosen, begun)
     with_boxes.change(lambda number, wanted: gallery_pictures(site, number, wanted), [begun, with_boxes], gallery)
     begun.change(lambda number, wanted: gallery_pictures(site, number, wanted), [begun, with_boxes], gallery)
-    demo.load(fill, None, [shelf, bundle, more], show_progress="hidden")
-    return begun, gallery, bundle, more, shelf, send, chosen
+    demo.load(does.fill, None, [shelf, bundle, more], show_progress="hidden")
+    return PlaceTab(begun, gallery, bundle, more, shelf, send, chosen)
 
 
 def shelf_pictures(site: Site) -> list[tuple[Any, str]]:
@@ -283,6 +293,17 @@ def gallery_pictures(site: Site, number: int, with_boxes: bool = False) -> Any:
             layout = Layout(tuple(asked), tuple(Box(*box) for box in asked.values()))
             shown.append((draw_boxes(thumbnail(image.convert("RGB")), layout), caption))
     return shown
+
+
+def _boxes_for(text: str, drawn: Drawn, offer: Offer) -> Drawn:
+    """Every asset of the prompt has its box: the one that it had, or a new one; boxes that nobody has touched make room."""
+    wanted = offer.named_in(text)
+    made = spread([label for label, _ in drawn.boxes])
+    untouched = all(math.isclose(a, b, abs_tol=1e-6) for (_, old), (_, new) in zip(drawn.boxes, made, strict=True)
+                    for a, b in zip(old, new, strict=True))  # fmt: skip
+    there = {} if untouched else dict(drawn.boxes)
+    new = dict(spread(wanted))
+    return Drawn("place", drawn.aspect, tuple((t, there.get(t, new[t])) for t in wanted))
 
 
 def _chips(offer: Offer) -> list[Any]:
