@@ -69,10 +69,12 @@ def prune(
     delete: Annotated[bool, typer.Option("--delete", help="Remove what is listed; without it nothing is.")] = False,
     output_dir: OutputDir = Path("Model_ours"),
 ) -> None:
-    """List what can go: interrupted runs' checkpoints, class priors, and bundles in the trash."""
+    """List what can go: interrupted runs' checkpoints, class priors, bundles in the trash, and uploaded pictures."""
     from ..bundle.prune import leftovers, remove
+    from ..jobs.uploads import SERVE_STATE, WEB_STATE, old_uploads
 
-    found = leftovers(output_dir, PLACE, older_than, larger_than)
+    uploads = [each for state in (WEB_STATE, SERVE_STATE) for each in old_uploads(output_dir.parent / state)]
+    found = leftovers(output_dir, PLACE, older_than, larger_than, uploads)
     removed = [each for each in found if delete and remove(each)]
     verb = {True: "removed", False: "stays"} if delete else {False: "can go"}
     rows: list[tuple[str, ...]] = [("what", "where", "MiB", "days", "")]

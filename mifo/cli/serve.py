@@ -44,8 +44,9 @@ def serve(
         except ImportError:
             raise InputError("the service needs FastAPI and uvicorn; pip install 'mifo[serve]' adds them") from None
         from ..jobs.supervisor import working
+        from ..jobs.uploads import SERVE_STATE
 
-        state, bundles, output = folder / ".mifo_serve", folder / "Model_ours", folder / "output"
+        state, bundles, output = folder / SERVE_STATE, folder / "Model_ours", folder / "output"
         service = make_service(state, bundles, output, model_path, known,
                                Limits(most_queued=most_queued, most_a_minute=most_a_minute))  # fmt: skip
     with _listening(host, port) as taken, working(state, bundles, output):

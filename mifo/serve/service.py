@@ -6,7 +6,6 @@
 
 import base64
 import binascii
-import secrets
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -29,6 +28,7 @@ from ..io.json_text import json_text
 from ..io.terminal import without_folders
 from ..jobs.job import EditJob, Job, LearnJob, SynthesizeJob
 from ..jobs.store import DONE, Entry, JobStore, QueueFull
+from ..jobs.uploads import new_photo, new_upload
 from ..jobs.worker import LIST
 from .access import Rate, whose
 
@@ -274,9 +274,7 @@ def keep_upload(state: Path, data: str, what: str) -> Path:
         content = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError):
         raise InputError(f"{what} is no base64") from None
-    folder = state / "uploads"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{secrets.token_hex(8)}.png"
+    path = new_upload(state)
     with write_file(path) as temporary:
         temporary.write_bytes(content)
     try:
@@ -293,8 +291,7 @@ def keep_instance_upload(state: Path, asked: ToLearn) -> Path:
 
     if len(asked.masks) > MAX_ASSETS or (asked.words and len(asked.words) != len(asked.masks)):
         raise InputError(f"{len(asked.masks)} masks and {len(asked.words)} words were given; expected a word for each, or none")
-    folder = state / "photos" / secrets.token_hex(8)
-    folder.mkdir(parents=True)
+    folder = new_photo(state)
     try:
         for name, data in (("img.png", asked.image), *((f"mask{k}.png", mask) for k, mask in enumerate(asked.masks))):
             keep_upload(state, data, name).rename(folder / name)

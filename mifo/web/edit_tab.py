@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import Image
 from ..errors import InputError
 from ..io.files import write_file
 from ..jobs.job import EditJob
+from ..jobs.uploads import new_upload
 from ..prompts import check_prompt
 from ..segmentation.segment import read_photo
 from .learn_tab import PICTURES, for_painting, painted_mask
@@ -43,9 +43,8 @@ class EditActions:
     def kept(self, path: Path) -> Path:
         """A copy of our own: the page's temporary files go away."""
         read_photo(path)
-        self.site.uploads.mkdir(parents=True, exist_ok=True)
         suffix = path.suffix.lower() if path.suffix.lower() in PICTURES else ".png"
-        copy = self.site.uploads / f"{secrets.token_hex(8)}{suffix}"
+        copy = new_upload(self.site.state, suffix)
         shutil.copyfile(path, copy)
         return copy
 
@@ -71,7 +70,7 @@ class EditActions:
             raise InputError("nothing is painted yet; paint over the part that may change")
         size = read_photo(picture)[1].size
         whole = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST)
-        file = self.site.uploads / f"{secrets.token_hex(8)}-mask.png"
+        file = new_upload(self.site.state, "-mask.png")
         with write_file(file) as temporary:
             whole.save(temporary, "PNG")
         job = EditJob(text, str(picture), str(file), (bundle,) if bundle else (), None, int(seed), int(count), int(steps) or None)

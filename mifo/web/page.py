@@ -16,6 +16,7 @@ import gradio as gr
 from ..errors import InputError
 from ..jobs.store import DONE
 from ..jobs.supervisor import working
+from ..jobs.uploads import WEB_STATE
 from .edit_tab import EditTab, edit_pictures, edit_tab
 from .job_panel import LOOK_EVERY, job_panel
 from .learn_tab import learn_tab, thing_styles
@@ -24,7 +25,6 @@ from .place_tab import PlaceTab, bundle_choices, chip_styles, gallery_pictures, 
 from .site import Site
 
 HOST = "127.0.0.1"
-STATE = ".mifo_web"  # beside the folders that are served, in none of them
 MOST_UPLOADED = 1 << 26  # bytes
 STYLE = """
 .gradio-container { max-width: 980px !important; margin: 0 auto !important; }
@@ -121,6 +121,6 @@ def serving(site: Site, port: int | None = None) -> Iterator[str]:
 
 def site_in(folder: Path) -> Site:
     """The folders as the commands use them, below `folder`."""
-    return Site(folder / "Model_ours", folder / "output", folder / "my_photos", folder / STATE)
+    return Site(folder / "Model_ours", folder / "output", folder / "my_photos", folder / WEB_STATE)
 
 

@@ -14,6 +14,7 @@ import gradio as gr
 from ..errors import InputError, NotFinite
 from ..io.terminal import without_folders
 from ..jobs.store import JobStore
+from ..jobs.uploads import UPLOADS
 from ..jobs.worker import LIST
 
 T = TypeVar("T")
@@ -40,7 +41,7 @@ class Site:
 
     @property
     def uploads(self) -> Path:
-        return self.state / "uploads"
+        return self.state / UPLOADS
 
 
 def told(error: Exception | str) -> str:

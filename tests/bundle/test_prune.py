@@ -57,6 +57,39 @@ def test_nothing_goes_without_delete_and_then_only_what_is_ours_and_old(place: P
     assert files == {p.relative_to(place) for p in (mine, other, alike, fresh)}
 
 
+def test_uploads_go_once_no_job_needs_them(place: Path) -> None:
+    """Of the page and of the service; a picture that a job waits for stays, and so does what nobody uploaded."""
+    from mifo.jobs.job import EditJob, LearnJob
+    from mifo.jobs.store import DONE, JobStore
+    from mifo.jobs.uploads import SERVE_STATE, WEB_STATE, new_photo, new_upload
+    from mifo.jobs.worker import LIST
+
+    web, serve = place / WEB_STATE, place / SERVE_STATE
+    image, mask, gone, fresh = (new_upload(web, ending) for ending in (".png", "-mask.png", ".jpg", ".png"))
+    waiting, learned, shared = new_photo(serve), new_photo(serve), new_photo(serve)
+    parts = (folder / name for folder in (waiting, learned, shared) for name in ("img.png", "mask0.png"))
+    for path in (image, mask, gone, *parts):
+        aged(path)
+    fresh.write_bytes(b"x")
+    mine = [aged(web / "uploads" / "holiday.png"), aged(shared / "notes.txt"), aged(serve / "photos" / "holiday" / "img.png")]
+    before = sorted(place.rglob("*"))
+    mifo("prune", "--delete", "--older-than", 90)
+    mifo("prune")
+    assert sorted(place.rglob("*")) == before  # without a list of jobs, too
+    page, service = JobStore(web / LIST), JobStore(serve / LIST)
+    page.add(EditJob("a car", str(image), str(mask)))
+    done = page.add(EditJob("a car", str(gone), str(gone)))
+    page.take(), page.take()
+    page.finish(done, DONE, {})
+    service.add(LearnJob(str(waiting), "cups"))
+    listed = mifo("prune").stdout
+    assert listed.count("upload ") == 3 and str(gone.name) in listed and str(image.name) not in listed
+    mifo("prune", "--delete")
+    left = {p for folder in (web / "uploads", serve / "photos") for p in folder.rglob("*") if p.is_file()}
+    assert left == {image, mask, fresh, waiting / "img.png", waiting / "mask0.png", *mine}
+    assert not learned.exists()
+
+
 def test_a_run_that_works_keeps_its_state(place: Path) -> None:
     folder = place / "Model_ours" / ".checkpoints" / "desk"
     with hold_lock(folder, "learning", "wait"):
