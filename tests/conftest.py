@@ -5,6 +5,7 @@ Heavy imports stand inside the fixtures, so that tests of plain geometry and tex
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
     from mifo.model.base import BaseModel
 
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as in the processes that tests start: bytes are compared between the two
 
 #: Modules that run whole commands, train, or start processes: minutes together. `make check` leaves them out.
 SLOW_MODULES = {

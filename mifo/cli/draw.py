@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -100,16 +100,10 @@ def synthesize(
     from ..prompts import NEGATIVE, check_prompt
 
     recipe = _recipe(again, prompt, boxes, (sampling, layout_options, together, compute.seed))
-    prompt = recipe.prompt if recipe else prompt
-    names = model_id or (list(recipe.bundles) if recipe else [])
-    if not names or prompt is None:
-        missing = "MODEL_ID, a learned bundle" if not names else '--prompt, such as "a photo of <asset0>"'
-        raise InputError(f"there is no {missing}; give it" + ("" if recipe else ", or --again with a picture to be drawn again"))
-    seed = recipe.seed if recipe else compute.seed
+    asked = _asked_again(recipe, model_id) if recipe else _asked(model_id, prompt, boxes, compute.seed, sampling, layout_options,
+                                                                 together)  # fmt: skip
+    prompt, seed, best_of = asked.prompt, asked.seed, sampling.best_of
     check_writable(output.output_path or PLACE)
-    if sampling.best_of and sampling.batch_size > 1:
-        given = f"--best-of {sampling.best_of} keeps one picture, but --batch-size is {sampling.batch_size}"
-        raise InputError(f"{given}; leave one of them out")
     if sampling.subject_token_indices:
         say("note: --subject-token-indices is not needed; the assets' positions are found in the prompt")
 
@@ -125,25 +119,19 @@ def synthesize(
     from ..synthesis.resumable import open_job
     from ..synthesis.synthesize import KIND
 
-    best_of = sampling.best_of
-    several = bundles_together([load_bundle(find_bundle(name, source.output_dir)) for name in names], together.word)
-    bundle, background = several.bundles[0], recipe.facts.get("background_lora") if recipe else together.background_lora
-    if best_of and len(names) > 1:
-        raise InputError("--best-of ranks by what one bundle has learned; leave it out with several bundles")
+    several = bundles_together([load_bundle(find_bundle(name, source.output_dir)) for name in asked.bundles], together.word)
+    bundle = several.bundles[0]
     place = PLACE / several.name
     for each in several.bundles:
         check_apart(output.output_path, place, {"--boxes": boxes, "--again": again}, not_to_write_into(each, source.model_path))
     check_output(output.output_path, place, KIND, output.overwrite)
     within = several.within(prompt)
     check_prompt(within, several.tokens)
-    negative = recipe.config.negative_prompt if recipe else sampling.negative_prompt
-    check_prompt(negative, several.tokens, NEGATIVE)
+    check_prompt(asked.negative_prompt, several.tokens, NEGATIVE)
     say_weights([prompt])
-    say_weights([negative], NEGATIVE)
-    wanted_boxes = boxes if boxes is not None else recipe.layout if recipe else None
-    lora = recipe.config.lora if recipe else (layout_options.lora_place or LoraPlace.everywhere).value
-    by_place = several.acts_by_place(lora, wanted_boxes is not None, background)
-    layout = layout_together(several, wanted_boxes, within, by_place)
+    say_weights([asked.negative_prompt], NEGATIVE)
+    by_place = several.acts_by_place(asked.lora, asked.boxes is not None, asked.background_lora)
+    layout = layout_together(several, asked.boxes, within, by_place)
     chosen = choose_device(compute.device)
     dtype, wanted = choose_dtype(compute.mixed_precision, chosen), source.model_path or own_base(bundle)
     attention = choose_attention(compute.attention_backend, chosen, dtype)
@@ -171,7 +159,7 @@ def synthesize(
         else:
             with Bar() as bar:
                 result = run_synthesize(base, several, prompt, layout, num_images=sampling.batch_size, seed=seed, config=config,
-                                        background_lora=background, on_progress=bar.denoising)  # fmt: skip
+                                        background_lora=asked.background_lora, on_progress=bar.denoising)  # fmt: skip
             if recipe:
                 result = synthesis_result(result.synthesis, base, several, **recipe.facts)
         with numbered_folder(output.output_path, place) as folder, waiting("writing the pictures"):
@@ -260,6 +248,44 @@ def _recipe(again: Path | None, prompt: str | None, boxes: str | None, options: 
         if set("/\\") & set(name) or name.startswith("."):
             raise InputError(f"{again} names a bundle '{name[:100]}', which is no plain name; give MODEL_ID")
     return recipe
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is to be drawn, by the command's options or by a picture that is to be drawn again."""
+
+    bundles: Sequence[str]
+    prompt: str
+    boxes: str | Layout | None
+    seed: int
+    negative_prompt: str
+    lora: str
+    """'everywhere' or 'boxes'"""
+    background_lora: str | None
+
+
+def _asked(bundles: Sequence[str] | None, prompt: str | None, boxes: str | None, seed: int, sampling: SynthesisOptions,
+           layout: LayoutOptions, together: SeveralOptions) -> _Asked:  # fmt: skip
+    """Raises InputError where something is missing, or does not go together."""
+    if not bundles or prompt is None:
+        missing = "MODEL_ID, a learned bundle" if not bundles else '--prompt, such as "a photo of <asset0>"'
+        raise InputError(f"there is no {missing}; give it, or --again with a picture to be drawn again")
+    if sampling.best_of and sampling.batch_size > 1:
+        given = f"--best-of {sampling.best_of} keeps one picture, but --batch-size is {sampling.batch_size}"
+        raise InputError(f"{given}; leave one of them out")
+    if sampling.best_of and len(bundles) > 1:
+        raise InputError("--best-of ranks by what one bundle has learned; leave it out with several bundles")
+    return _Asked(bundles, prompt, boxes, seed, sampling.negative_prompt, (layout.lora_place or LoraPlace.everywhere).value,
+                  together.background_lora)  # fmt: skip
+
+
+def _asked_again(recipe: Recipe, bundles: Sequence[str] | None) -> _Asked:
+    """`bundles`: in the place of the picture's own. Raises InputError where it names none."""
+    names = bundles or recipe.bundles
+    if not names:
+        raise InputError("there is no MODEL_ID, a learned bundle; give it")
+    return _Asked(names, recipe.prompt, recipe.layout, recipe.seed, recipe.config.negative_prompt, recipe.config.lora,
+                  recipe.facts.get("background_lora"))  # fmt: skip
 
 
 def _synthesis_config(config: SynthesisConfig, sampling: SynthesisOptions, layout: LayoutOptions) -> SynthesisConfig:
