@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -94,51 +94,83 @@ def learned(example: str, base: BaseModel, folder: Path, background: bool = Fals
 # --- parts --------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Inserted:
+    """One edit. Of several candidates `right` and `own` are of the first that was drawn, `best_*` of the one ranked best."""
+
+    right: bool
+    """Class, both colours and pattern"""
+    best_right: bool
+    own: tuple[bool, ...]
+    """Whether the right instance stands in the mask: of each candidate, the best ranked first"""
+    unranked: int
+    """Which of those was drawn first"""
+    difference: int
+    """The largest outside the mask"""
+    same_pixels: tuple[bool, ...]
+    """Of each thing that was in the picture"""
+    same_verdict: tuple[bool, ...]
+    seconds: float
+    before: Image.Image
+    after: Image.Image
+
+
+def insert(base: BaseModel, bundle: Bundle, things: list[Thing], index: int, scene: Scene, box: Box, judge: Any,
+           config: EditConfig, seed: int, candidates: int) -> Inserted:  # fmt: skip
+    """`<asset_index>` into a scene's free place. The bundle must be attached."""
+    drawing = draw_scene(scene, PHOTO)
+    mask = box.rasterize(PHOTO, PHOTO)
+    prompt = f"a photo of {bundle.tokens[index]}"
+    result = edit(base, EditRequest(drawing.image, mask, prompt, bundle.tokens, crops=crops_of(bundle)), config, seed, candidates)
+    images = [result.edited_image(c) for c in range(candidates)]
+    before, *after = judge_images(judge, [drawing.image, *images])
+    unranked = min(range(candidates), key=lambda c: result.candidates[c].seed)
+
+    def right(verdict: Verdict) -> bool:
+        found, iou = best_in_box(verdict, box)
+        return compare(found, things[index]).all and iou > 0.1
+
+    return Inserted(
+        right(after[unranked]), right(after[0]), tuple(_is_instance(v, box, things, index) for v in after), unranked,
+        _outside(drawing, images[unranked], mask),
+        tuple(_same_thing(drawing, images[unranked], i) for i in range(len(scene.things))),
+        tuple(_same_verdicts(before, after[unranked], scene)), result.seconds, drawing.image, images[0],
+    )  # fmt: skip
+
+
 def measure_insert(base: BaseModel, bundles: Sequence[Bundle], things: list[Thing], judge: Any, config: EditConfig, scenes: int,
                    first: int, candidates: int = 1) -> tuple[dict[str, Any], list[Image.Image]]:  # fmt: skip
     """`<asset_i>` into the free places: the first and the best candidate, and what became of the rest of the picture.
 
     `bundles`: of several learning runs of the same things.
     """
-    right: list[bool] = []
-    best_right: list[bool] = []
-    own, best_own, all_own = [], [], []
-    differences, same_pixels, same_verdict, seconds, cells = [], [], [], [], []
+    runs: list[list[Inserted]] = []
+    cells: list[Image.Image] = []
     for bundle in bundles:
+        edits = []
         with attach(base, bundle):
             for index, token in enumerate(bundle.tokens):
                 for k, (scene, box) in enumerate(tqdm(free_places(things[index], scenes, FIRST_SEED + first), desc=token)):
-                    drawing = draw_scene(scene, PHOTO)
-                    mask = box.rasterize(PHOTO, PHOTO)
-                    prompt, seed = f"a photo of {token}", first + 1000 * index + k
-                    request = EditRequest(drawing.image, mask, prompt, bundle.tokens, crops=crops_of(bundle))
-                    result = edit(base, request, config, seed, candidates)
-                    seconds.append(result.seconds)
-                    images = [result.edited_image(c) for c in range(candidates)]
-                    before, *after = judge_images(judge, [drawing.image, *images])
-                    hits = [_is_instance(v, box, things, index) for v in after]
-                    unranked = min(range(candidates), key=lambda c: result.candidates[c].seed)
-                    for verdict, values in ((after[unranked], right), (after[0], best_right)):
-                        found, iou = best_in_box(verdict, box)
-                        values.append(compare(found, things[index]).all and iou > 0.1)
-                    own.append(hits[unranked])
-                    best_own.append(hits[0])
-                    all_own += hits
-                    differences.append(_outside(drawing, images[unranked], mask))
-                    same_pixels += [_same_thing(drawing, images[unranked], i) for i in range(len(scene.things))]
-                    same_verdict += _same_verdicts(before, after[unranked], scene)
-                    if k < 3 and bundle is bundles[0]:
-                        cells += [caption_below(enlarge(drawing.image, 192), f"{token}, seed {k}"), enlarge(images[0], 192)]
-    numbers: dict[str, Any] = {"right_instance": share(own), "class_colors_pattern": share(right)}
-    each = len(right) // len(bundles)
-    numbers["class_colors_pattern_by_run"] = [share(right[k : k + each])["percent"] for k in range(0, len(right), each)]
+                    seed = first + 1000 * index + k
+                    made = insert(base, bundle, things, index, scene, box, judge, config, seed, candidates)
+                    edits.append(made)
+                    if k < 3 and not runs:
+                        cells += [caption_below(enlarge(made.before, 192), f"{token}, seed {k}"), enlarge(made.after, 192)]
+        runs.append(edits)
+    every = [each for edits in runs for each in edits]
+    numbers: dict[str, Any] = {
+        "right_instance": share([e.own[e.unranked] for e in every]), "class_colors_pattern": share([e.right for e in every]),
+        "class_colors_pattern_by_run": [share([e.right for e in edits])["percent"] for edits in runs],
+    }  # fmt: skip
     if candidates > 1:
-        numbers |= {"class_colors_pattern_best_ranked": share(best_right), "right_instance_best_ranked": share(best_own),
-                    "right_instance_all_candidates": share(all_own)}  # fmt: skip
+        numbers |= {"class_colors_pattern_best_ranked": share([e.best_right for e in every]),
+                    "right_instance_best_ranked": share([e.own[0] for e in every]),
+                    "right_instance_all_candidates": share([hit for e in every for hit in e.own])}  # fmt: skip
     return {
-        **numbers, "candidates": candidates, "max_difference_outside": max(differences),
-        "objects_unchanged_pixels": share(same_pixels), "objects_unchanged_judge": share(same_verdict),
-        "seconds": spread(seconds),
+        **numbers, "candidates": candidates, "max_difference_outside": max(e.difference for e in every),
+        "objects_unchanged_pixels": share([same for e in every for same in e.same_pixels]),
+        "objects_unchanged_judge": share([same for e in every for same in e.same_verdict]),
+        "seconds": spread([e.seconds for e in every]),
     }, cells  # fmt: skip
 
 
