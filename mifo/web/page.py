@@ -33,6 +33,8 @@ STYLE = """
 .mifo-job { padding: 8px 12px; border: 1px solid #ccc; border-radius: 6px; font-size: 14px; }
 .mifo-job progress { width: 100%; height: 10px; }
 .mifo-job.failed { border-color: #c0392b; }
+/* one bundle alone would fill the page, and the label lies over the first */
+#place-shelf .grid-container { grid-template-columns: repeat(auto-fill, 120px) !important; padding-top: 28px !important; }
 .fixed-width textarea { font-family: monospace !important; font-size: 12px !important; white-space: pre !important;
   overflow-x: auto !important; }
 """

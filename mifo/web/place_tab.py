@@ -156,7 +156,8 @@ class PlaceActions:
         offer = offered(self.site, name, more)
         plain = offer.numbered(text)
         check_prompt(plain, [BACKGROUND_TOKEN if t == BACKGROUND_TOKEN else asset_token(k) for k, t in enumerate(offer.tokens)])
-        boxes = {label: list(box) for label, box in read_value(value).boxes if label in offer.named_in(text)}
+        named = offer.named_in(text)
+        boxes = {label: [round(side, 4) for side in box] for label, box in read_value(value).boxes if label in named}
         parse_layout(json_text({offer.numbered(label): box for label, box in boxes.items()}), assets_in(plain))
         job = SynthesizeJob(text, offer.used_by(text), json_text(boxes) if boxes else None, int(seed),
                             int(count) if not best else 1, int(best) or None, int(steps) or None, float(scale) or None,

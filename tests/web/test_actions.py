@@ -67,7 +67,8 @@ def test_a_marked_photo_becomes_a_job_to_learn_it(site: Site) -> None:
 
 def test_assets_in_boxes_become_a_job_to_draw_them(site: Site) -> None:
     does, text = PlaceActions(site), "a photo of <asset0> and <shelf.asset1>"
-    drawn = Drawn("place", 1.0, (("<asset0>", LEFT), ("<shelf.asset1>", RIGHT), ("<asset1>", RIGHT))).to_value()
+    dragged = (LEFT[0] + 1e-9, *LEFT[1:])
+    drawn = Drawn("place", 1.0, (("<asset0>", dragged), ("<shelf.asset1>", RIGHT), ("<asset1>", RIGHT))).to_value()
     does.begin("desk", ["shelf"], text, drawn, 2, 5, 0, 0, 4.5, 0.5, " blurry ")
     job = last_job(site)
     assert job == SynthesizeJob(text, ("desk", "shelf"), job.boxes, 5, 2, None, None, 4.5, "blurry", contrast_scale=0.5)
