@@ -723,7 +723,7 @@ TABLES: dict[str, Callable[[], str]] = {
           "scale": scale_table, "edit": edit_table, "search": search_table, "study": study_table,
           "study_photo": study_photo_table,
           **{name: partial(comparison_table, name) for name in (
-              "toybench", "toybench_tuned", "toybench_break_a_scene", "toybench_large")},
+              "toybench", "toybench_tuned", "toybench_large")},
           "bench": bench_table, "bench_jobs": jobs_table, "bench_growth": growth_table, "memory_goals": goals_table,
           "memory_goals_sdxl": xl_goals_table,
           "memory": memory_table, "bench_families": families_table, "compile": compile_table, "segment": segment_table,
