@@ -56,7 +56,7 @@ class SynthesizeJob(Job):
     """The base model; by default the bundle's own."""
     output: str | None = None
     """The folder to write; the next number below output/<bundle> by default."""
-    contrast_scale: NotNegative | None = None
+    contrast_scale: Annotated[float, Within(0, 10)] | None = None
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class EditActions:
     def select(self, event: gr.SelectData, number: int) -> tuple[Any, Any]:
         path = picture_of(self.site, number, event.index)
         entry = self.site.store.get(int(number))
-        return (entry.request["image"], path) if entry else None, gr.update(value=path, interactive=True)
+        return _before_and_after(entry.request["image"], path) if entry else None, gr.update(value=path, interactive=True)
 
 
 def edit_tab(site: Site, demo: gr.Blocks, place: PlaceTab, tabs: gr.Tabs) -> EditTab:
@@ -123,7 +123,12 @@ def edit_pictures(site: Site, number: int) -> tuple[Any, Any]:
     scores = entry.result.get("scores") or []
     captions = [", ".join(f"{name} {value:.2f}" for name, value in sorted(each.items())) for each in scores]
     images = entry.result["images"]
-    return list(zip(images, captions, strict=False)), (entry.request["image"], images[0])
+    return list(zip(images, captions, strict=False)), _before_and_after(entry.request["image"], images[0])
+
+
+def _before_and_after(before: str, after: str) -> tuple[str, str] | None:
+    """None once the picture that was edited is pruned."""
+    return (before, after) if Path(before).is_file() else None
 
 
 def _shown(path: Path) -> tuple[str, Any]:

@@ -16,9 +16,10 @@ pytest.importorskip("gradio")
 import gradio as gr
 
 from mifo.jobs.job import EditJob, EvaluateJob, LearnJob, SynthesizeJob
+from mifo.jobs.store import DONE
 from mifo.web.canvas import Drawn
 from mifo.web.draft import MAX_THINGS
-from mifo.web.edit_tab import EditActions
+from mifo.web.edit_tab import EditActions, edit_pictures
 from mifo.web.learn_tab import LearnActions
 from mifo.web.library_tab import LibraryActions
 from mifo.web.place_tab import PlaceActions
@@ -94,6 +95,12 @@ def test_a_painted_picture_becomes_a_job_to_edit_it(site: Site) -> None:
     mask = np.asarray(Image.open(job.mask).convert("L")) > 0
     half = mask.shape[1] // 2
     assert mask.shape[::-1] == Image.open(PHOTO).size and mask[:, :half].all() and not mask[:, half:].any()
+    number = site.store.entries(limit=1)[0].id
+    site.store.take()
+    site.store.finish(number, DONE, {"images": [str(PHOTO)], "scores": [{"asset": 0.5}]})
+    assert edit_pictures(site, number) == ([(str(PHOTO), "asset 0.50")], (job.image, str(PHOTO)))
+    Path(job.image).unlink()  # as prune does
+    assert edit_pictures(site, number) == ([(str(PHOTO), "asset 0.50")], None)
     with pytest.raises(gr.Error, match="no picture yet"):
         does.begin("../../secret.png", {"layers": [painted]}, "", "a car", 1, 0, 0)
 
