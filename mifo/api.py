@@ -51,8 +51,8 @@ from .learning.learn import learn as run_learn
 from .learning.relearn import relearn_config, start_from
 from .learning.trainer import Callback, Progress
 from .model.base import BaseModel
-from .model.base import load_base_model as read_base_model
 from .model.device import choose_device, choose_dtype, precision_name
+from .model.load_base import load_base_model as read_base_model
 from .planning.planner import Plan, Settings, make_plan, read_model
 from .presets import edit_preset, learn_preset, synthesis_preset
 from .prompts import BACKGROUND_TOKEN

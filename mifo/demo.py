@@ -22,7 +22,7 @@ from .io.manifest import remove_ours
 from .io.sheets import ASSET_COLORS, PAPER, TEXT, caption_below, draw_boxes, enlarge, grid, outline
 from .learning.checkpoints import Checkpointing
 from .learning.learn import learn
-from .model.base import load_base_model
+from .model.load_base import load_base_model
 from .presets import learn_preset, synthesis_preset
 from .sampling.sample import sample_prompts
 from .synthesis.synthesize import synthesize

@@ -10,7 +10,7 @@ from filelock import FileLock
 
 from mifo.data.instance import load_instance
 from mifo.learning.learn import learn
-from mifo.model.base import load_base_model
+from mifo.model.load_base import load_base_model
 from mifo.presets import learn_preset
 
 EXAMPLE = Path(__file__).parents[1] / "example" / "toy_car"

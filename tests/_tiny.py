@@ -115,7 +115,7 @@ def write_instance(folder: Path, assets: int = 2, size: tuple[int, int] = (96, 6
 
 def load_base() -> Any:
     """A fresh copy of the tiny model, which a test may spoil."""
-    from mifo.model.base import load_base_model
+    from mifo.model.load_base import load_base_model
 
     return load_base_model(str(tiny_base_folder()))
 
@@ -129,7 +129,7 @@ def tiny_bundle_folder() -> Path:
 @functools.cache
 def tiny_xl_bundle_folder() -> Path:
     """The same on the tiny XL model."""
-    from mifo.model.base import load_base_model
+    from mifo.model.load_base import load_base_model
 
     return _learn_two_cups(load_base_model(str(tiny_xl_folder())), "two_xl_cups")
 

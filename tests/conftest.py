@@ -117,7 +117,7 @@ def tiny_sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_sd_base(tiny_sd_folder: Path) -> BaseModel:
     """`tiny_sd_folder`, loaded as a user's own model would be. A test that borrows it gives it back as it was."""
-    from mifo.model.base import load_base_model
+    from mifo.model.load_base import load_base_model
 
     return load_base_model(str(tiny_sd_folder))
 

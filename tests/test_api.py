@@ -32,7 +32,7 @@ from mifo.errors import InputError
 from mifo.jobs.job import LearnJob
 from mifo.jobs.workshop import Workshop
 from mifo.learning.trainer import Progress
-from mifo.model import base as base_model
+from mifo.model import load_base
 from mifo.presets import edit_preset, learn_preset, synthesis_preset
 
 BOXES = [[0.0, 0.1, 0.5, 0.9], [0.5, 0.1, 1.0, 0.9]]
@@ -130,7 +130,7 @@ def test_learning_knows_its_base_models_precision(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("mifo.api.run_learn", lambda instance, base, config, *_, **__: seen.append(config.mixed_precision))
     photo = load_instance(write_instance(tmp_path / "cups"))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        learn(photo, base_model.load_base_model(str(tiny_base_folder()), dtype=dtype), tmp_path / "out")
+        learn(photo, load_base.load_base_model(str(tiny_base_folder()), dtype=dtype), tmp_path / "out")
     assert seen == ["no", "fp16", "bf16"]
 
 

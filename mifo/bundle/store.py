@@ -23,9 +23,10 @@ from ..errors import InputError, did_you_mean
 from ..io.files import write_folder
 from ..io.json_text import json_text
 from ..io.swap import finish_swaps
-from ..model.base import HUB_MODELS, BaseModel, has_layout, identify, is_local, public_name
+from ..model.base import BaseModel, is_local, public_name
 from ..model.embedding import use_assets
 from ..model.families import ADAPTERS
+from ..model.load_base import HUB_MODELS, has_layout, identify
 from ..model.lora import AGAIN, LORA_CONFIG, LORA_WEIGHTS, Adapter, lend_adapter, lora_config, save_adapter
 from ..prompts import BACKGROUND_TOKEN, add_asset_tokens, asset_token
 from .catalogue import RECORD

@@ -53,7 +53,7 @@ def not_to_write_into(bundle: Bundle | None, model_path: str | None) -> dict[str
 
 def family_of(model_path: str) -> str:
     """As BaseModel.family, before the model is there."""
-    from ..model.base import family_of
+    from ..model.load_base import family_of
 
     return family_of(model_path)
 
@@ -86,7 +86,7 @@ def plan_within(job: str, model_path: str, device: str, dtype: torch.dtype, reso
     if vram_gib is None:
         return None
     from ..config import EditConfig, SynthesisConfig
-    from ..model.base import resolve
+    from ..model.load_base import resolve
     from ..model.shapes import SHAPES
     from ..planning.planner import Settings, make_plan, read_model
     from ..planning.report import limit_gpu, plan_text
@@ -114,7 +114,7 @@ def own_base(bundle: Bundle) -> str:
 
 def load_base(model_path: str, device: str, dtype: torch.dtype, memory: MemoryConfig) -> BaseModel:
     """`load_base_model`, with the seconds that it takes."""
-    from ..model.base import load_base_model
+    from ..model.load_base import load_base_model
 
     with waiting("loading the base model"):
         return load_base_model(model_path, device, dtype, memory)
@@ -144,7 +144,7 @@ def note_compiled(compiled: bool, vram_gib: float | None) -> None:
 
 def check_sampling(model_path: str, config: SynthesisConfig | EditConfig) -> None:
     """Refuses a number of steps that the sampler cannot take, by the model's scheduler folder alone, before anything loads."""
-    from ..model.base import resolve
+    from ..model.load_base import resolve
     from ..model.samplers import check_steps, read_scheduler
 
     folder = resolve(model_path)[0]

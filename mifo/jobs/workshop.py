@@ -34,8 +34,9 @@ from ..io.sheets import sheets_in
 from ..learning.report import draw_attention_sheet
 from ..learning.state import PhaseRun
 from ..learning.trainer import Callback, Trainer
-from ..model.base import BaseModel, family_of
+from ..model.base import BaseModel
 from ..model.device import choose_device, choose_dtype, precision_name
+from ..model.load_base import family_of
 from ..planning.report import limit_gpu
 from ..presets import edit_preset, learn_preset, scale_steps, synthesis_preset
 from ..prompts import assets_in

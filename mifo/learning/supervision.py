@@ -10,8 +10,9 @@ from ..config import LearnConfig
 from ..data.instance import bucket
 from ..data.mask_sizes import MaskSizes
 from ..errors import InputError
-from ..model.base import TOYBOX_FOLDER, BaseModel, model_configs
+from ..model.base import BaseModel
 from ..model.families import family_of
+from ..model.load_base import TOYBOX_FOLDER, model_configs
 from ..model.shapes import SHAPES, native_latents, shape_of
 from ..model.single_file import is_single_file
 from ..presets import learn_preset

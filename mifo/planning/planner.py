@@ -12,7 +12,7 @@ import torch
 from ..config import EditConfig, LearnConfig, MemoryConfig, RefinementConfig, SynthesisConfig
 from ..errors import InputError
 from ..io.json_text import json_text, named_infinities
-from ..model.base import TOYBOX_FOLDER, model_configs
+from ..model.load_base import TOYBOX_FOLDER, model_configs
 from ..model.quantize import NF4_BYTES
 from ..model.shapes import SHAPES, shape_of
 from ..model.single_file import is_single_file

@@ -27,10 +27,11 @@ from ..boxes import Box, Layout
 from ..config import AttentionTerms, SynthesisConfig
 from ..editing.blending import tune_to_source
 from ..learning.losses import masked_diffusion_loss, penalty_loss
-from ..model.base import BaseModel, tile_vae
+from ..model.base import BaseModel
 from ..model.base_config import SIZE_NUMBERS
 from ..model.embedding import use_assets
 from ..model.families import family_of
+from ..model.load_base import tile_vae
 from ..model.lora import add_adapters
 from ..model.prompt_embeds import PromptEmbeds, joined, predict
 from ..model.quantize import quantizable

@@ -23,7 +23,7 @@ from mifo.data.instance import Instance, load_instance
 from mifo.io.json_text import json_text
 from mifo.io.sheets import ASSET_COLORS, caption_below, draw_boxes, enlarge, grid, outline
 from mifo.learning.learn import learn
-from mifo.model.base import load_base_model
+from mifo.model.load_base import load_base_model
 from mifo.presets import synthesis_preset
 from mifo.synthesis.synthesize import synthesize
 from mifo.toybox.examples import write_instance

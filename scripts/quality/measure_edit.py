@@ -32,7 +32,8 @@ from mifo.data.instance import load_instance, with_background
 from mifo.editing.edit import EditRequest, edit
 from mifo.io.sheets import caption_below, enlarge, grid
 from mifo.learning.learn import learn
-from mifo.model.base import BaseModel, load_base_model
+from mifo.model.base import BaseModel
+from mifo.model.load_base import load_base_model
 from mifo.presets import edit_preset, learn_preset, synthesis_preset
 from mifo.prompts import things_among
 from mifo.sampling.sample import sample_prompts

@@ -22,7 +22,7 @@ import mifo.sampling.guidance
 from mifo.bundle.store import attach, load_bundle
 from mifo.config import SynthesisConfig
 from mifo.io.json_text import record_text
-from mifo.model.base import load_base_model
+from mifo.model.load_base import load_base_model
 from mifo.presets import synthesis_preset
 from mifo.sampling.guidance import LatentGuidance, step_size
 from mifo.toybox.judge import load_judge

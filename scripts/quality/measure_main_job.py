@@ -33,7 +33,8 @@ from mifo.data.instance import load_instance
 from mifo.io.json_text import json_text, record_text
 from mifo.io.sheets import caption_below, draw_boxes, enlarge, grid
 from mifo.learning.learn import learn
-from mifo.model.base import BaseModel, load_base_model
+from mifo.model.base import BaseModel
+from mifo.model.load_base import load_base_model
 from mifo.presets import learn_preset, scale_steps, synthesis_preset
 from mifo.sampling.sample import sample_prompts
 from mifo.synthesis.synthesize import synthesize

@@ -29,7 +29,8 @@ from mifo.bundle.store import attach, load_bundle
 from mifo.data.instance import load_instance
 from mifo.io.json_text import json_text
 from mifo.learning.learn import learn
-from mifo.model.base import BaseModel, load_base_model
+from mifo.model.base import BaseModel
+from mifo.model.load_base import load_base_model
 from mifo.presets import learn_preset, synthesis_preset
 from mifo.prompts import join_assets
 from mifo.sampling.guidance import MaskRefinement

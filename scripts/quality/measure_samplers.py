@@ -18,7 +18,8 @@ import typer
 from mifo.bundle.store import attach, load_bundle
 from mifo.config import SynthesisConfig, with_steps
 from mifo.io.json_text import record_text
-from mifo.model.base import BaseModel, load_base_model
+from mifo.model.base import BaseModel
+from mifo.model.load_base import load_base_model
 from mifo.model.samplers import SCHEDULERS
 from mifo.presets import synthesis_preset
 from mifo.synthesis.synthesize import synthesize

@@ -42,7 +42,7 @@ from mifo.evaluation import run as evaluation  # noqa: E402
 from mifo.io.files import write_folder  # noqa: E402
 from mifo.io.manifest import MANIFEST  # noqa: E402
 from mifo.learning import learn  # noqa: E402
-from mifo.model import base as base_model  # noqa: E402
+from mifo.model import load_base  # noqa: E402
 from mifo.synthesis import synthesize as synthesis  # noqa: E402
 from mifo.synthesis import variations as scenes  # noqa: E402
 from mifo.toybox.examples import write_example  # noqa: E402
@@ -235,7 +235,7 @@ COMMANDS: dict[str, Callable[[random.Random, Anywhere, str], list[str]]] = {
 
 def grey_pictures() -> None:
     """What takes long does nothing: here only files matter. Models are read once."""
-    load, loaded = base_model.load_base_model, {}
+    load, loaded = load_base.load_base_model, {}
 
     def load_once(name: str, *more: Any) -> Any:
         key = str(Path(name).resolve()) if os.path.isdir(name) else name
@@ -251,7 +251,7 @@ def grey_pictures() -> None:
             shutil.copytree("Model_ours/cups", temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
         return load_bundle(folder)
 
-    base_model.load_base_model = load_once  # type: ignore[assignment]
+    load_base.load_base_model = load_once  # type: ignore[assignment]
     for module in (synthesis, scenes, evaluation, demo):
         module.synthesize = drawn  # type: ignore[attr-defined]
     for name in ("draw_preview", "draw_attention_sheet"):

@@ -40,7 +40,7 @@ from mifo.data.instance import load_instance  # noqa: E402
 from mifo.errors import InputError  # noqa: E402
 from mifo.learning.checkpoints import Checkpointing, latest  # noqa: E402
 from mifo.learning.learn import learn  # noqa: E402
-from mifo.model.base import load_base_model  # noqa: E402
+from mifo.model.load_base import load_base_model  # noqa: E402
 from mifo.presets import learn_preset  # noqa: E402
 
 NAME = "cups"

@@ -43,7 +43,8 @@ from mifo.evaluation.run import draw_cases, draw_prompts
 from mifo.evaluation.toybox_backend import ToyboxBackend
 from mifo.io.json_text import json_text
 from mifo.learning.dataset import InstanceData
-from mifo.model.base import BaseModel, load_base_model
+from mifo.model.base import BaseModel
+from mifo.model.load_base import load_base_model
 from mifo.presets import learn_preset, synthesis_preset
 from mifo.toybox.examples import write_instance
 from scripts.toybench.methods import METHODS, Training, choose_methods, training

@@ -21,7 +21,7 @@ from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionM
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from mifo.io.files import check_writable, write_folder
-from mifo.model.base import TOYBOX_FOLDER, load_base_model
+from mifo.model.load_base import TOYBOX_FOLDER, load_base_model
 from scripts.hub_names import use_hub_names
 
 POOLED, TIME = 64, 32

@@ -16,7 +16,7 @@ import typer
 from tqdm import tqdm
 
 from mifo.io.sheets import caption_below, enlarge, grid
-from mifo.model.base import load_base_model
+from mifo.model.load_base import load_base_model
 from mifo.sampling.sample import sample_prompts
 from mifo.toybox.judge import Verdict, judge_images, load_judge
 from mifo.toybox.scoring import main_color_and_class, surest

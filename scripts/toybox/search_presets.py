@@ -33,7 +33,8 @@ from mifo.bundle.store import attach
 from mifo.config import AttentionTerms, LearnConfig
 from mifo.data.instance import load_instance
 from mifo.learning.learn import learn
-from mifo.model.base import BaseModel, load_base_model
+from mifo.model.base import BaseModel
+from mifo.model.load_base import load_base_model
 from mifo.presets import learn_preset, synthesis_preset
 from mifo.sampling.sample import sample_prompts
 from mifo.toybox.examples import write_instance

@@ -29,8 +29,9 @@ from mifo.config import LearnConfig, LoraPhase
 from mifo.errors import InputError
 from mifo.io.files import write_file, write_folder
 from mifo.io.temporary import ABANDONED_AFTER
-from mifo.model.base import BaseModel, load_base_model
+from mifo.model.base import BaseModel
 from mifo.model.embedding import use_assets
+from mifo.model.load_base import load_base_model
 from mifo.model.lora import add_adapters, remove_adapter
 from mifo.prompts import tokenize_prompt
 

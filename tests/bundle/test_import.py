@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_pipeline import close, drawn_by, drawn_by_mifo
 
 from mifo.bundle.store import load_bundle
-from mifo.model.base import load_base_model
+from mifo.model.load_base import load_base_model
 
 
 def run_import(*files: Path, to: Path, model: Path | None = None, exit_code: int = 0, words: str = "") -> Any:

@@ -14,7 +14,7 @@ from mifo import api
 from mifo.bundle.store import load_bundle
 from mifo.config import GuidanceConfig, RefinementConfig, SynthesisConfig
 from mifo.errors import InputError
-from mifo.model.base import load_base_model
+from mifo.model.load_base import load_base_model
 from mifo.sampling.denoise import initial_latents
 from mifo.synthesis.modular import boxed_pipeline
 

@@ -19,7 +19,8 @@ from mifo.bundle.export import LORA_FILE, export_for_diffusers, export_for_kohya
 from mifo.bundle.store import Bundle, attach, load_bundle
 from mifo.config import SynthesisConfig
 from mifo.errors import InputError
-from mifo.model.base import BaseModel, load_base_model
+from mifo.model.base import BaseModel
+from mifo.model.load_base import load_base_model
 from mifo.sampling.denoise import initial_latents
 from mifo.synthesis.synthesize import synthesize
 

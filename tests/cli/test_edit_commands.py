@@ -21,7 +21,7 @@ from mifo.config import MemoryConfig, SynthesisConfig
 from mifo.data.instance import load_instance, with_background
 from mifo.editing.source_image import load_edit_mask, load_source_image
 from mifo.errors import InputError
-from mifo.model import base as base_model
+from mifo.model import load_base
 from mifo.planning.planner import GIB, RESERVE, Settings, make_plan, read_model
 from mifo.presets import edit_preset
 
@@ -334,8 +334,8 @@ def test_an_edit_within_a_budget_gives_up_what_it_must_or_is_refused(place: Path
     free = make_plan(model, settings)
     assert free.largest.name == "background", "tuning a decoder takes gradients and optimizer states"
     used: list[MemoryConfig] = []
-    load = base_model.load_base_model
-    monkeypatch.setattr(base_model, "load_base_model", lambda *a: used.append(a[3]) or load(*a))
+    load = load_base.load_base_model
+    monkeypatch.setattr(load_base, "load_base_model", lambda *a: used.append(a[3]) or load(*a))
     extra = ["--background", "optimization", "--reconstruction-steps", 1, "--attention-backend", "materialized"]
     said = mifo(*edit(place, *extra, "--vram-gib", (free.largest.peak + RESERVE) / GIB - 1e-5)).stderr
     assert "turned on for" in said and "attention: materialized" in said and used != [MemoryConfig()]

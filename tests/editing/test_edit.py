@@ -341,7 +341,7 @@ def test_apart_from_the_background_a_subject_goes_on_with_nothing():
 
 def test_a_thin_mask_is_filled_with_what_the_prompt_says():
     """The toybox model itself, whose balloons are shorter than this bar; with free words a quarter of it is green."""
-    from mifo.model.base import load_base_model
+    from mifo.model.load_base import load_base_model
     from mifo.presets import edit_preset
     from mifo.toybox.draw import BACKGROUNDS, COLORS
     from mifo.toybox.world import Scene, draw_scene

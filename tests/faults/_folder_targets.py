@@ -26,9 +26,9 @@ from mifo.io.manifest import MANIFEST, Manifest, is_ours, read_manifest, remove_
 from mifo.io.tensor_file import Damaged, read_header, read_state, write_state
 from mifo.learning.checkpoints import latest
 from mifo.learning.prior import _read_cache
-from mifo.model.base import has_layout
 from mifo.model.base_config import check_configs, read_configs
 from mifo.model.base_weights import check_files, variant_of, weight_files
+from mifo.model.load_base import has_layout
 from mifo.presets import learn_preset
 from mifo.synthesis.variations import read_prompts
 

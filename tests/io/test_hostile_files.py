@@ -29,7 +29,7 @@ from mifo.data.instance import load_instance
 from mifo.errors import InputError
 from mifo.evaluation.toybox_backend import load_truth
 from mifo.io.terminal import MAX_MESSAGE, shown
-from mifo.model.base import load_base_model
+from mifo.model.load_base import load_base_model
 from mifo.prompts import check_prompt
 
 

@@ -29,7 +29,7 @@ from mifo.errors import InputError
 from mifo.evaluation.cases import read_cases
 from mifo.evaluation.toybox_backend import load_truth
 from mifo.io.read_files import UnusableFile, read_regular
-from mifo.model.base import load_base_model, resolve
+from mifo.model.load_base import load_base_model, resolve
 from mifo.synthesis import resumable as batch
 from mifo.synthesis.variations import read_prompts
 
@@ -287,7 +287,7 @@ def test_a_bundle_that_names_an_unknown_base_fetches_and_loads_nothing(tmp_path:
 
 
 def test_known_hub_models_go_by_their_short_names(tmp_path: Path):
-    from mifo.model.base import HUB_MODELS
+    from mifo.model.load_base import HUB_MODELS
 
     folder = copy_bundle(tmp_path)
     record = json.loads((folder / "bundle.json").read_text())

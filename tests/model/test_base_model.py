@@ -11,8 +11,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from mifo.errors import InputError
-from mifo.model.base import DTYPE, HUB_MODELS, TOYBOX_FOLDER, load_base_model, resolve
 from mifo.model.base_weights import STEMS
+from mifo.model.load_base import DTYPE, HUB_MODELS, TOYBOX_FOLDER, load_base_model, resolve
 from mifo.toybox.judge import judge_images, load_judge
 
 

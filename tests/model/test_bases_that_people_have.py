@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from mifo.bundle.store import attach, base_of_bundle, load_bundle
 from mifo.errors import InputError
 from mifo.model import base_weights
-from mifo.model.base import HUB_MODELS, load_base_model, resolve
+from mifo.model.load_base import HUB_MODELS, load_base_model, resolve
 from mifo.model.shapes import SHAPES, shape_of
 
 SD2_AT_768 = {

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from mifo.bundle.store import attach, base_of_bundle, load_bundle
 from mifo.errors import InputError
 from mifo.model import fingerprint as module
-from mifo.model.base import load_base_model
 from mifo.model.fingerprint import file_fingerprint, fingerprint, weight_name
+from mifo.model.load_base import load_base_model
 
 WEIGHTS = {"text_encoder": "model.safetensors", "vae": "diffusion_pytorch_model.safetensors",
            "unet": "diffusion_pytorch_model.safetensors"}  # fmt: skip

@@ -51,7 +51,7 @@ def spoiled_base(folder: Path, part: str, value: float) -> Path:
 
 def bundle_on(base: Path, folder: Path) -> Path:
     """The tiny bundle, as if it had been learned on `base`."""
-    from mifo.model.base import load_base_model
+    from mifo.model.load_base import load_base_model
 
     bundle = copy_bundle(folder)
     record = json.loads((bundle / "bundle.json").read_text())

@@ -18,7 +18,7 @@ from mifo.cli.parts import choose_device, choose_dtype
 from mifo.data.instance import load_instance
 from mifo.learning.learn import learn
 from mifo.learning.optimizer import Stepper
-from mifo.model.base import load_base_model
+from mifo.model.load_base import load_base_model
 from mifo.model.peak_memory import GIB, PeakMemory, limit_memory, process_peak_gib, with_index
 from mifo.presets import learn_preset
 

@@ -309,7 +309,8 @@ def test_commands_refuse_too_many_steps_before_anything_loads(
         if part.name != "scheduler":
             (settings / part.name).symlink_to(part)
     write_folder(settings, "PNDM")
-    monkeypatch.setattr("mifo.model.base.UNet2DConditionModel.from_pretrained", lambda *_, **__: pytest.fail("the UNet loads"))
+    unet = "mifo.model.load_base.UNet2DConditionModel"
+    monkeypatch.setattr(f"{unet}.from_pretrained", lambda *_, **__: pytest.fail("the UNet loads"))
     Image.new("RGB", (64, 64), "grey").save(tmp_path / "photo.png")
     Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
     more = {

@@ -21,8 +21,9 @@ from mifo.bundle.store import attach, load_bundle
 from mifo.config import SynthesisConfig
 from mifo.data.instance import fit_instance, load_instance
 from mifo.errors import InputError
-from mifo.model.base import BaseModel, family_of, load_base_model
+from mifo.model.base import BaseModel
 from mifo.model.base_weights import STEMS
+from mifo.model.load_base import family_of, load_base_model
 from mifo.model.prompt_embeds import ImageSize
 from mifo.model.shapes import SHAPES
 from mifo.model.single_file import configs_of_file

@@ -28,9 +28,10 @@ from mifo.learning.dataset import InstanceData
 from mifo.learning.learn import gradient_checkpointing, lend_adapters
 from mifo.learning.optimizer import Stepper, make_optimizer
 from mifo.learning.trainer import Trainer
-from mifo.model.base import BaseModel, load_base_model
+from mifo.model.base import BaseModel
 from mifo.model.embedding import use_assets
 from mifo.model.half_precision import follow_input_dtype
+from mifo.model.load_base import load_base_model
 from mifo.model.lora import add_adapters
 from mifo.planning.live_bytes import LiveBytes
 from mifo.planning.planner import GIB, RESERVE, Settings, make_plan, phases_of, read_model

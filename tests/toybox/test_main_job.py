@@ -8,7 +8,7 @@ import pytest
 from _learned import EXAMPLE, learned_cars
 
 from mifo.bundle.store import attach, load_bundle
-from mifo.model.base import load_base_model
+from mifo.model.load_base import load_base_model
 from mifo.presets import synthesis_preset
 from mifo.toybox.judge import load_judge
 from scripts.quality.measure_main_job import load_things, measure_alone, measure_boxes
