@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,7 @@ from .parts import (
 
 if TYPE_CHECKING:
     from ..bundle.store import Bundle
-    from ..config import LearnConfig
+    from ..config import LearnConfig, MemoryConfig
     from ..data.instance import Instance
     from ..learning.relearn import Start
     from ..learning.trainer import Callback
@@ -56,6 +56,51 @@ def learn(
     instance: InstanceName = None,
 ) -> None:
     """Learn the things in INSTANCE (img.jpg and mask0.png, mask1.png, ...), each as its own token."""
+    # all input is checked before anything long starts
+    tasks, start = _read_input(instance, source, training, output)
+    into_itself = start is not None and output.name is None  # --into asks for just that
+    overwrite = output.overwrite or into_itself
+    import_libraries()
+    from ..bundle.target import check_target
+
+    for task in tasks:
+        check_target(task.target, task.instance, None, overwrite)
+    learner = _Learner(job, source, training, evaluators, output, compute, start, overwrite)
+    results: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
+    for task in tasks:
+        try:
+            results.append(_learn_summary(learner.learn(task)))
+        except (InputError, NotFinite) as error:
+            if len(tasks) == 1 or process_count() > 1:  # which would no longer be at the same place
+                raise
+            failed[task.instance.name] = str(error)  # the others may well succeed
+            say(f"{task.instance.name} failed: {error}")
+        else:
+            job.text(*_learned_text(results[-1]))
+    job.json(results[0] if instance is not None else {"bundles": results, **({"failed": failed} if failed else {})})
+    if failed:
+        say(f"error: {len(failed)} of {len(tasks)} were not learned: {', '.join(failed)}")
+        raise typer.Exit(2)
+
+
+# --- input --------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Task:
+    """One photo to learn."""
+
+    instance: Instance
+    words: list[str | None] | None
+    """What each asset starts from; None where nothing was said."""
+    target: Path
+    """The bundle's folder."""
+
+
+def _read_input(instance: str | None, source: LearnInput, training: TrainingOptions,
+                output: LearnOutput) -> tuple[list[_Task], Start | None]:  # fmt: skip
+    """-> what is to be learned, and from which bundle it goes on. Raises InputError for what does not fit together."""
     from ..data.instance import load_instance, with_background
     from ..prompts import check_class_prompt
 
@@ -66,7 +111,6 @@ def learn(
     folders = instance_folders(instance, source.folder_path)
     if output.name and len(folders) > 1:
         raise InputError(f"--name {output.name} fits one instance, but {len(folders)} would be learned; name the INSTANCE too")
-    # all input is checked before anything long starts
     with waiting("reading the photo"):
         instances = [load_instance(folder, source.mask_orientation.value) for folder in folders]
     words = [_initializers(source.initializer_tokens, each.count) for each in instances]
@@ -77,86 +121,9 @@ def learn(
     targets = [output.output_dir / bundle_name(output.name or each.name) for each in instances]
     if start is not None and output.name is None:
         targets = [start.bundle.folder]
-    overwrite = output.overwrite or (start is not None and output.name is None)  # --into asks for just that
     for target in targets:
         _check_target(target, folders, source.model_path)
-
-    import_libraries()
-    from ..api import learn as run_learn
-    from ..attention.backend import use_backend
-    from ..bundle.target import check_target
-    from ..config import MemoryConfig
-    from ..data.mask_check import check_masks
-    from ..learning.relearn import check_start, relearn_config
-    from ..learning.supervision import learned_size, sizes_of
-    from ..model.device import precision_name
-    from ..presets import learn_preset
-
-    for each, target in zip(instances, targets, strict=True):
-        check_target(target, each, None, overwrite)
-    chosen = choose_device(compute.device)
-    dtype = choose_dtype(compute.mixed_precision, chosen)
-    attention = choose_attention(compute.attention_backend, chosen, dtype)
-    results: list[dict[str, Any]] = []
-    failed: dict[str, str] = {}
-    base: BaseModel | None = None
-
-    def learn_one(each: Instance, target: Path, initial: list[str | None] | None) -> None:
-        nonlocal base
-        preset = learn_preset(family_of(source.model_path), training.recipe.value, each.count)
-        preset = relearn_config(preset, start.bundle) if start else preset
-        config = _learn_config(preset, training, compute.seed, precision_name(dtype))
-        plan = plan_within("learn", source.model_path, chosen, dtype, training.resolution, compute.vram_gib, attention.name,
-                           config, assets=each.count)  # fmt: skip
-        memory = plan.settings.memory if plan else MemoryConfig()
-        if base is None or base.memory != memory:
-            base = None  # let go first: there may be room for one alone
-            base = load_base(source.model_path, chosen, dtype, memory)
-        config = plan.settings.learn if plan else config
-        if start is not None:
-            check_start(start, base, config)
-        if config.resolution is not None:
-            base.check_side("the resolution", config.resolution)
-        if config.aspect == "photo":
-            say("note: learned at {}x{} pixels, the photo's own shape".format(*learned_size(base, config, each.image.size)))
-        with waiting("looking at the masks"):
-            report = check_masks(each, sizes_of(base, config))
-        for line in (*report.notes, *report.warnings):
-            say(f"note: {line}")
-        judge = _checkpoint_judge(config, each, base, evaluators)
-        job.hint = partial(_resume_hint, target)
-        if note := check_target(target, each, base.fingerprint, overwrite):
-            say(f"note: {note}")
-        _say_what_is_resumed(target, training.resume)
-        earlier = target if os.path.lexists(target) else None
-        with _tracking(output.log_with, target.name, each) as callbacks, use_backend(base.unet, attention), Bar() as bar, \
-                job.keeping(earlier):  # fmt: skip
-            bundle = run_learn(each, base, target, config, words=initial, overwrite=overwrite, resume=training.resume,
-                               checkpoint_every=training.checkpoint_every, judge=judge, keep_base_path=output.keep_base_path,
-                               on_progress=bar.learning, callbacks=callbacks,
-                               into=start.bundle if start else None, only=start.only if start else ())  # fmt: skip
-        job.kept.append(target)
-        if not bundle.base_source:
-            say(f"note: the bundle has the base model's name, {bundle.base_name}, and fingerprint, but not where it lies: "
-                "give the commands that draw --model-path, or learn with --keep-base-path")  # fmt: skip
-        results.append(_learn_summary(bundle))
-        job.text(*_learned_text(results[-1]))
-
-    for each, target, initial in zip(instances, targets, words, strict=True):
-        try:
-            learn_one(each, target, initial)
-        except (InputError, NotFinite) as error:
-            if len(instances) == 1 or process_count() > 1:  # which would no longer be at the same place
-                raise
-            failed[each.name] = str(error)  # the others may well succeed
-            say(f"{each.name} failed: {error}")
-    job.json(results[0] if instance is not None else {"bundles": results, **({"failed": failed} if failed else {})})
-    if failed:
-        say(f"error: {len(failed)} of {len(instances)} were not learned: {', '.join(failed)}")
-        raise typer.Exit(2)
-
-
-# --- parts --------------------------------------------------------------------------------------
+    return [_Task(*each) for each in zip(instances, words, targets, strict=True)], start
 
 
 def _start(output: LearnOutput, instances: list[Instance]) -> Start | None:
@@ -170,6 +137,91 @@ def _start(output: LearnOutput, instances: list[Instance]) -> Start | None:
     from ..learning.relearn import start_from
 
     return start_from(load_bundle(find_bundle(output.into, output.output_dir)), output.only or [], instances[0])
+
+
+# --- learning -----------------------------------------------------------------------------------
+
+
+class _Learner:
+    """Learns one photo after the other with the same options, on the same base model while its memory settings stay the same."""
+
+    def __init__(self, job: Job, source: LearnInput, training: TrainingOptions, evaluators: EvaluatorOptions,
+                 output: LearnOutput, compute: ComputeOptions, start: Start | None, overwrite: bool) -> None:  # fmt: skip
+        self.job, self.source, self.training, self.evaluators = job, source, training, evaluators
+        self.output, self.compute, self.start, self.overwrite = output, compute, start, overwrite
+        self.device = choose_device(compute.device)
+        self.dtype = choose_dtype(compute.mixed_precision, self.device)
+        self.attention = choose_attention(compute.attention_backend, self.device, self.dtype)
+        self.base: BaseModel | None = None
+
+    def learn(self, task: _Task) -> Bundle:
+        """Raises InputError for what cannot be learned, NotFinite where learning broke down."""
+        from ..api import learn as run_learn
+        from ..attention.backend import use_backend
+        from ..bundle.target import check_target
+
+        output, start, target = self.output, self.start, task.target
+        base, config = self._prepare(task.instance)
+        judge = _checkpoint_judge(config, task.instance, base, self.evaluators)
+        self.job.hint = partial(_resume_hint, target)
+        if note := check_target(target, task.instance, base.fingerprint, self.overwrite):
+            say(f"note: {note}")
+        _say_what_is_resumed(target, self.training.resume)
+        earlier = target if os.path.lexists(target) else None
+        with _tracking(output.log_with, target.name, task.instance) as callbacks, use_backend(base.unet, self.attention), \
+                Bar() as bar, self.job.keeping(earlier):  # fmt: skip
+            bundle = run_learn(task.instance, base, target, config, words=task.words, overwrite=self.overwrite,
+                               resume=self.training.resume, checkpoint_every=self.training.checkpoint_every, judge=judge,
+                               keep_base_path=output.keep_base_path, on_progress=bar.learning, callbacks=callbacks,
+                               into=start.bundle if start else None, only=start.only if start else ())  # fmt: skip
+        self.job.kept.append(target)
+        if not bundle.base_source:
+            say(f"note: the bundle has the base model's name, {bundle.base_name}, and fingerprint, but not where it lies: "
+                "give the commands that draw --model-path, or learn with --keep-base-path")  # fmt: skip
+        return bundle
+
+    def _prepare(self, instance: Instance) -> tuple[BaseModel, LearnConfig]:
+        """The base model, loaded, and the settings, both as planned for the memory there is; and a look at the masks."""
+        from ..data.mask_check import check_masks
+        from ..learning.relearn import check_start
+        from ..learning.supervision import learned_size, sizes_of
+
+        config, memory = self._plan(instance)
+        base = self._load(memory)
+        if self.start is not None:
+            check_start(self.start, base, config)
+        if config.resolution is not None:
+            base.check_side("the resolution", config.resolution)
+        if config.aspect == "photo":
+            say("note: learned at {}x{} pixels, the photo's own shape".format(*learned_size(base, config, instance.image.size)))
+        with waiting("looking at the masks"):
+            report = check_masks(instance, sizes_of(base, config))
+        for line in (*report.notes, *report.warnings):
+            say(f"note: {line}")
+        return base, config
+
+    def _plan(self, instance: Instance) -> tuple[LearnConfig, MemoryConfig]:
+        from ..config import MemoryConfig
+        from ..learning.relearn import relearn_config
+        from ..model.device import precision_name
+        from ..presets import learn_preset
+
+        model, training = self.source.model_path, self.training
+        preset = learn_preset(family_of(model), training.recipe.value, instance.count)
+        preset = relearn_config(preset, self.start.bundle) if self.start else preset
+        config = _learn_config(preset, training, self.compute.seed, precision_name(self.dtype))
+        plan = plan_within("learn", model, self.device, self.dtype, training.resolution, self.compute.vram_gib,
+                           self.attention.name, config, assets=instance.count)  # fmt: skip
+        return (plan.settings.learn, plan.settings.memory) if plan else (config, MemoryConfig())
+
+    def _load(self, memory: MemoryConfig) -> BaseModel:
+        if self.base is None or self.base.memory != memory:
+            self.base = None  # let go first: there may be room for one alone
+            self.base = load_base(self.source.model_path, self.device, self.dtype, memory)
+        return self.base
+
+
+# --- parts --------------------------------------------------------------------------------------
 
 
 def _learn_config(config: LearnConfig, training: TrainingOptions, seed: int, precision: Any) -> LearnConfig:
