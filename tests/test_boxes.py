@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mifo.boxes import Box, Layout, mask_box, parse_layout
+from mifo.boxes import Box, Layout, mask_box, parse_boxes_alone, parse_layout
 from mifo.errors import InputError
 
 TOKENS = ["<asset2>", "<asset0>"]
@@ -233,6 +233,14 @@ def test_wrong_files_are_explained(tmp_path: Path, content: bytes, message: str)
     path.write_bytes(content)
     with pytest.raises(InputError, match=message):
         parse_layout(path, TOKENS)
+
+
+@pytest.mark.parametrize("content", ["3", "null", '"left"', "true"])
+def test_what_is_no_list_is_no_boxes_without_a_prompt_either(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "boxes.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match="must be a JSON list or object, not "):
+        parse_boxes_alone(path)
 
 
 def test_a_missing_file_and_a_folder_are_explained(tmp_path: Path) -> None:

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 LEFT, RIGHT = [0.05, 0.25, 0.45, 0.75], [0.55, 0.25, 0.95, 0.75]
 
 
-def make_bundle(base: BaseModel, folder: Path, seed: int, things: int = 2, rank: int = 4) -> Bundle:
+def make_bundle(base: BaseModel, folder: Path, seed: int, things: int = 2, rank: int = 4, background: bool = False) -> Bundle:
     """Random weights, strong enough to change a picture at once."""
     import torch
 
     from mifo.bundle.store import save_bundle
     from mifo.config import LearnConfig, LoraPhase
     from mifo.model.lora import add_adapters, remove_adapter
-    from mifo.prompts import asset_token
+    from mifo.prompts import BACKGROUND_TOKEN, asset_token
 
     generator = torch.Generator().manual_seed(seed)
     adapters = add_adapters(base, rank, True, seed)
@@ -34,8 +34,8 @@ def make_bundle(base: BaseModel, folder: Path, seed: int, things: int = 2, rank:
             for name, weight in adapter.named_parameters():
                 if "lora_B" in name:
                     weight.data = 0.15 * torch.randn(weight.shape, generator=generator)
-        rows = torch.randn(things, base.text_width, generator=generator) * 0.2
-        tokens = tuple(asset_token(k) for k in range(things))
+        tokens = (*(asset_token(k) for k in range(things)), *([BACKGROUND_TOKEN] if background else []))
+        rows = torch.randn(len(tokens), base.text_width, generator=generator) * 0.2
         return save_bundle(folder, base, tokens, None, rows, adapters, LearnConfig(lora=LoraPhase(rank=rank)), {})
     finally:
         for adapter in adapters.values():
@@ -239,3 +239,28 @@ def test_a_box_within_a_later_one_is_noted() -> None:
     small, large = Box(0.2, 0.2, 0.4, 0.4), Box(0.1, 0.1, 0.6, 0.6)
     assert hidden_boxes(Layout(("<asset0>", "<asset1>"), (small, large))) == [("<asset0>", "<asset1>")]
     assert hidden_boxes(Layout(("<asset0>", "<asset1>"), (large, small))) == []
+
+
+def test_the_first_bundle_s_background_is_the_picture_s(toybox_random_base: BaseModel, pair: tuple[Bundle, Bundle],
+                                                        tmp_path: Path) -> None:  # fmt: skip
+    """Each word means the row that its own bundle learned; another bundle's background is left out."""
+    import torch
+
+    from mifo.bundle.several import lend
+    from mifo.prompts import BACKGROUND_TOKEN, tokenize_prompt
+
+    base, desk = toybox_random_base, make_bundle(toybox_random_base, tmp_path / "desk", 3, background=True)
+    shelf = make_bundle(base, tmp_path / "shelf", 4, background=True)
+    both = several((desk, shelf))
+    assert both.tokens == (*(f"<asset{k}>" for k in range(4)), BACKGROUND_TOKEN)
+    named = ("<asset1>", "<asset3>", BACKGROUND_TOKEN)
+    with lend(base, both, by_place=True):
+        found = tokenize_prompt(base.tokenizer, both.within("<shelf.asset1> on <background> by <asset1>"), list(named))
+        rows = base.text_encoder.get_input_embeddings()(torch.tensor(found.input_ids))
+        number = base.tokenizer.get_added_vocab()
+        meant = [rows[found.input_ids.index(number[token])] for token in named]
+    for row, learned in zip(meant, (desk.token_embeddings[1], shelf.token_embeddings[1], desk.token_embeddings[2]), strict=True):
+        assert torch.equal(row, learned)
+    assert several((pair[0], shelf)).tokens == tuple(f"<asset{k}>" for k in range(4))
+    with pytest.raises(InputError, match="one background"):
+        several((pair[0], shelf)).within("a <shelf.background>")

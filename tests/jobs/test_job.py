@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from _tiny import load_base, write_instance
+from _tiny import copy_bundle, load_base, write_instance
 
+from mifo import api
 from mifo.config import LearnConfig, MemoryConfig
 from mifo.errors import InputError
 from mifo.jobs.job import EditJob, EvaluateJob, LearnJob, SynthesizeJob, read_job, read_jobs
@@ -161,3 +164,39 @@ def test_a_learn_job_asks_for_the_steps_that_it_says(tmp_path: Path, monkeypatch
     preset = learn_preset("toybox")
     assert [c.embedding.train_steps for c in asked] == [3 * preset.embedding.train_steps] * 2
     assert [c.lora.train_steps for c in asked] == [3 * preset.lora.train_steps, 7]
+
+
+def test_a_job_that_says_no_more_is_the_call_that_says_no_more() -> None:
+    """Of the Python API, whose defaults are the commands' too."""
+    seeds = {api.learn: LearnConfig().seed}  # which has its seed from the settings
+    for job, call in ((SynthesizeJob("a"), api.synthesize), (EditJob("a", "i", "m"), api.edit), (LearnJob("p"), api.learn)):
+        defaults = {name: p.default for name, p in inspect.signature(call).parameters.items()}
+        assert job.seed == seeds.get(call, defaults["seed"]), call
+        assert getattr(job, "num_images", 1) == defaults.get("num_images", 1), call
+        assert getattr(job, "overwrite", False) == defaults.get("overwrite", False), call
+
+
+def test_a_workshop_reads_a_bundle_once_and_again_when_it_was_learned_again(tmp_path: Path) -> None:
+    folder = copy_bundle(tmp_path / "bundles", "desk")
+    workshop = Workshop(tmp_path / "bundles", tmp_path / "output")
+    first = workshop.bundle("desk")
+    assert workshop.bundle("desk") is first
+    record = folder / "bundle.json"
+    written = record.stat().st_mtime
+    os.utime(record, (written + 5, written + 5))
+    assert workshop.bundle("desk") is not first
+
+
+@pytest.mark.parametrize("job", [
+    SynthesizeJob("a photo of <asset0>", ("desk",), output="mine"),
+    EditJob("a photo of <asset0>", "street.png", "mask.png", ("desk",), output="mine"),
+])  # fmt: skip
+def test_a_job_whose_output_is_taken_is_refused_before_a_model_is_loaded(job: Any, tmp_path: Path,
+                                                                         monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    copy_bundle(tmp_path / "bundles", "desk")
+    Path("mine").mkdir()
+    Path("mine/note.txt").write_text("keep")
+    monkeypatch.setattr(Workshop, "base_of", lambda *_: pytest.fail("a model is loaded"))
+    with pytest.raises(InputError, match="other things in it"):
+        Workshop(tmp_path / "bundles", tmp_path / "output").do(job)
