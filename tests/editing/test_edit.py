@@ -135,6 +135,10 @@ def test_cloning_takes_the_edges_colours(place):
     assert np.array_equal(shifted[~mask], source[~mask])
     inner = block((48, 40), place[0] + 3, place[1] + 3, place[2] - 3, place[3] - 3)
     assert np.abs(shifted.astype(int) - source)[inner].mean() < 12
+    flat = np.full_like(source, 120)
+    changed = (clone(flat, source.astype(np.float32), mask) != flat).any(-1)
+    for axis in (0, 1):  # all of it is drawn, up to the picture's border
+        assert np.array_equal(changed.any(axis), mask.any(axis))
 
 
 def test_cloning_without_an_outside_takes_what_was_drawn():
