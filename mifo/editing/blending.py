@@ -117,13 +117,17 @@ def clone(source: Pixels, drawn: npt.NDArray[np.float32], mask: BoolArray) -> Pi
 
 
 def _seamless(source: Pixels, drawn: Pixels, mask: BoolArray) -> Pixels:
-    margin = 2  # a repeated edge is out of the mask and cut off again
-    padded = [cv2.copyMakeBorder(a, margin, margin, margin, margin, cv2.BORDER_REPLICATE) for a in (source, drawn)]
-    grey = cv2.copyMakeBorder(mask.astype(np.uint8) * 255, margin, margin, margin, margin, cv2.BORDER_CONSTANT, value=0)
+    """OpenCV leaves the outermost ring of a mask as it is in `source`, and wants the patch to lie clear of the border: at the
+    picture's border the ring is put outside, where it is cut off again."""
+    ring, clear = 2, 2
+    both = ring + clear
+    padded = [cv2.copyMakeBorder(a, both, both, both, both, cv2.BORDER_REPLICATE) for a in (source, drawn)]
+    grey = cv2.copyMakeBorder(mask.astype(np.uint8) * 255, ring, ring, ring, ring, cv2.BORDER_REPLICATE)
+    grey = cv2.copyMakeBorder(grey, clear, clear, clear, clear, cv2.BORDER_CONSTANT, value=0)
     x, y, width, height = cv2.boundingRect(grey)
     center = (x + width // 2, y + height // 2)
     cloned: npt.NDArray[np.uint8] = cv2.seamlessClone(padded[1], padded[0], grey, center, cv2.NORMAL_CLONE)
-    return cloned[margin:-margin, margin:-margin]
+    return cloned[both:-both, both:-both]
 
 
 def _seamless_small(source: Pixels, drawn: npt.NDArray[np.float32], mask: BoolArray) -> Pixels:
