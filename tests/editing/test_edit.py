@@ -240,6 +240,8 @@ def test_a_prompt_that_explains_the_candidate_scores_high(kind: str):
 def test_best_first_weighs_the_measures_alike():
     scores = [{"asset": 0.2, "prompt": 0.001}, {"asset": 0.9, "prompt": 0.003}, {"asset": 0.8, "prompt": 0.000}]
     assert best_first(scores) == [1, 2, 0] or best_first(scores)[0] == 1
+    apart = [{"asset": 0.9, "prompt": 0.000}, {"asset": 0.8, "prompt": 0.003}, {"asset": 0.3, "prompt": 0.001}]
+    assert best_first(apart) == [1, 0, 2]  # a nearly equal look does not outweigh a prompt that fits, small as its numbers are
     assert best_first([{"prompt": 0.1}, {"prompt": 0.3}, {"prompt": 0.2}]) == [1, 2, 0]
     assert best_first([{"prompt": 0.1}]) == [0]
 
