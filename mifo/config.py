@@ -15,6 +15,7 @@ AtLeastOne = Annotated[int, Within(1, 10**9)]
 NotNegative = Annotated[float, Within(0)]
 Part = Annotated[float, Within(0, 1)]
 Steps = Annotated[int, Within(1, 1000)]
+Contrast = Annotated[float, Within(0, 10)]
 Seed = Annotated[int, Within(0, 2**63 - 1)]
 Timesteps = Literal["uniform", "logit-normal"]
 """How the draws' timesteps are distributed: 'uniform' as published, or 'logit-normal' (Esser et al., arXiv 2403.03206, section
@@ -250,7 +251,7 @@ class SynthesisConfig(Checked):
     boxes."""
     own_text: bool = True
     """Each of several assets in boxes reads the prompt as if it spoke of that asset alone; needs `bounded`."""
-    contrast_scale: NotNegative = 0.0
+    contrast_scale: Contrast = 0.0
     """How strongly each of several assets in boxes is led away from what the words of the others would draw there; needs
     `own_text`. 0 goes without; otherwise a step has one more pass of the UNet, over the conditional rows alone."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)

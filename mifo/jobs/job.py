@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from ..checked import Checked, Within
-from ..config import AtLeastOne, Count, NotNegative, Seed, Steps, from_dict
+from ..config import AtLeastOne, Contrast, Count, NotNegative, Seed, Steps, from_dict
 from ..errors import InputError, did_you_mean
 from ..io.json_text import json_text
 from ..io.read_files import read_regular
@@ -56,7 +56,7 @@ class SynthesizeJob(Job):
     """The base model; by default the bundle's own."""
     output: str | None = None
     """The folder to write; the next number below output/<bundle> by default."""
-    contrast_scale: Annotated[float, Within(0, 10)] | None = None
+    contrast_scale: Contrast | None = None
 
 
 @dataclass(frozen=True)

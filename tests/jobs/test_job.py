@@ -13,7 +13,7 @@ import pytest
 from _tiny import copy_bundle, load_base, write_instance
 
 from mifo import api
-from mifo.config import LearnConfig, MemoryConfig
+from mifo.config import LearnConfig, MemoryConfig, SynthesisConfig
 from mifo.errors import InputError
 from mifo.jobs.job import EditJob, EvaluateJob, LearnJob, SynthesizeJob, read_job, read_jobs
 from mifo.jobs.store import CANCELLED, DONE, FAILED, MAX_ATTEMPTS, QUEUED, RUNNING, JobStore, QueueFull
@@ -41,6 +41,7 @@ def test_a_single_name_and_plain_boxes_are_understood() -> None:
     ([], "expected an object"), ({"bundles": ["a"]}, "has no prompt"), ({"prompt": "x", "sead": 1}, "unknown keys"),
     ({"prompt": "x", "seed": -1}, "seed is -1"), ({"prompt": "x", "kind": "synthesise"}, "did you mean 'synthesize'"),
     ({"kind": "edit", "prompt": "x"}, "no image, no mask"), ({"prompt": "x", "num_images": 10**9}, "num_images"),
+    ({"prompt": "x", "contrast_scale": 11}, "contrast_scale is 11"),
     ({"prompt": 7}, "prompt is 7"), ({"prompt": "x", "bundles": [1]}, "bundles"), ({"kind": 3}, "of the kind 3"),
 ])  # fmt: skip
 def test_what_is_wrong_is_named(data: Any, said: str) -> None:
@@ -174,6 +175,14 @@ def test_a_job_that_says_no_more_is_the_call_that_says_no_more() -> None:
         assert job.seed == seeds.get(call, defaults["seed"]), call
         assert getattr(job, "num_images", 1) == defaults.get("num_images", 1), call
         assert getattr(job, "overwrite", False) == defaults.get("overwrite", False), call
+
+
+def test_the_contrast_has_the_same_bounds_for_all_who_ask() -> None:
+    for wrong in (-1, 11):
+        with pytest.raises(InputError, match=f"contrast_scale is {wrong}"):
+            SynthesisConfig(contrast_scale=wrong)
+        with pytest.raises(InputError, match=f"contrast_scale is {wrong}"):
+            SynthesizeJob("a", contrast_scale=wrong)
 
 
 def test_a_workshop_reads_a_bundle_once_and_again_when_it_was_learned_again(tmp_path: Path) -> None:
