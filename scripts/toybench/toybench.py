@@ -16,7 +16,6 @@ drawing has changed.
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import shutil
 import sys
@@ -48,10 +47,11 @@ from mifo.model.load_base import load_base_model
 from mifo.presets import learn_preset, synthesis_preset
 from mifo.toybox.examples import write_instance
 from scripts.toybench.methods import METHODS, Training, choose_methods, training
-from scripts.toybench.toybench_methods import trained, write_record
+from scripts.toybench.toybench_items import item_path, load_items, read_key, restore_items, save_items, write_record
+from scripts.toybench.toybench_methods import trained
 from scripts.toybench.toybench_scenes import COUNTS, LARGE_COUNTS, LEVELS, SPLITS, Cell, bench_scene
 
-ITEMS, KEPT = "items", "bundles"
+KEPT = "bundles"
 VERSION = 1  # of what an item holds; a change measures everything again
 SEED = 4_000  # of drawing; the pictures of sample k have seed SEED + k
 VALUES = ("identity", "identity_margin", "right_instance", "confused", "detect_and_compare", "prompt_fit", "count_right", "ious")
@@ -70,10 +70,6 @@ class Job:
     work: Path
     device: str
     learning_seed: int = 0
-
-
-def item_path(work: Path, cell: Cell, method: str, learning_seed: int = 0) -> Path:
-    return work / ITEMS / cell.split / cell.name / f"{method}{f'-seed{learning_seed}' if learning_seed else ''}.json"
 
 
 def item_key(fingerprint: str, cell: Cell, method: str, samples: int, share: float, learning_seed: int = 0) -> str:
@@ -206,13 +202,6 @@ def seed_of(cell: Cell, learning_seed: int) -> int:
     return cell.seed % 1000 + 1000 * learning_seed
 
 
-def read_key(path: Path) -> str | None:
-    try:
-        return str(json.loads(path.read_text())["key"])
-    except (OSError, ValueError, KeyError):
-        return None
-
-
 def run_all(jobs: Sequence[Job], workers: int, report: Callable[[list[str]], None]) -> list[str]:
     """Runs the jobs and returns what went wrong; one job's failure stops no other."""
     failures: list[str] = []
@@ -254,12 +243,14 @@ def main(
     model_path: str = "toybox",
     device: str = "cpu",
     work: Annotated[Path, typer.Option(help="Where items are kept.")] = Path("runs/toybench"),
+    items_file: Annotated[Path | None, typer.Option(help="All items in one small file: read before, written after, so that a "
+                                                         "comparison goes on on another machine.")] = None,
     name: Annotated[str | None, typer.Option(help="Of scripts/results/NAME.json; by default from split and size.")] = None,
     paired: Annotated[bool, typer.Option(help="Report each method against mifo on the scenes that the two have.")] = False,
     report_only: bool = False,
 ) -> None:
     """Runs what is missing, then writes scripts/results/<name>.json and <name>.png from all items of this split."""
-    from scripts.toybench.toybench_report import load_items, write_report
+    from scripts.toybench.toybench_report import write_report
 
     if quick:
         levels, counts, scenes, samples, share = "patterns", "2", 1, 1, 0.1
@@ -278,6 +269,11 @@ def main(
     except (KeyError, ValueError) as error:
         raise typer.BadParameter(f"{error} is not known; methods are {', '.join(METHODS)}; levels {', '.join(LEVELS)}; counts "
                                  f"{COUNTS + LARGE_COUNTS}; splits {', '.join(SPLITS)}") from None  # fmt: skip
+    if items_file is not None and items_file.exists():
+        try:
+            print(f"{restore_items(items_file, work)} items come from {items_file}")
+        except ValueError as error:
+            raise typer.BadParameter(f"{error}; give another name, or that of a file which --items-file has written") from None
     failures: list[str] = []
     if not report_only:
         fingerprint = base_of(model_path, device).fingerprint
@@ -292,11 +288,13 @@ def main(
             print(f"{done}/{total} {', '.join(names)}; about {left / 60:.0f} min left", flush=True)
 
         failures = run_all(jobs, workers, report)
-    items = load_items(work / ITEMS / split, chosen, cells, paired)
+    items = load_items(work, chosen, cells, learning_seeds, paired)
     label = name or f"toybench{'_quick' if quick else ''}{'_large' if large else ''}{'_holdout' if split == 'holdout' else ''}"
     if items:
         facts = {"split": split, "samples": samples, "learning_seeds": learning_seeds, "workers": workers, "model": model_path,
                  "paired": paired}  # fmt: skip
+        if items_file is not None:
+            save_items(items_file, load_items(work, chosen, cells, learning_seeds, paired=True))
         print(write_report(label, items, facts, device))
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)

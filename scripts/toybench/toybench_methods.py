@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +26,6 @@ from mifo.config import LearnConfig
 from mifo.data.instance import FittedInstance, Instance, fit_instance
 from mifo.evaluation.backend import Backend
 from mifo.evaluation.checkpoints import checkpoint_judge
-from mifo.io.json_text import record_text
 from mifo.io.sheets import pixels_to_tensor
 from mifo.learning.dataset import Batch, InstanceData
 from mifo.learning.learn import learn, lend_adapters
@@ -37,6 +35,7 @@ from mifo.model.base import BaseModel
 from mifo.model.embedding import initial_vectors, use_assets
 from mifo.prompts import add_asset_tokens, join_assets
 from scripts.toybench.methods import Training
+from scripts.toybench.toybench_items import write_record
 
 PAIRS = 24
 
@@ -90,14 +89,6 @@ def learned(base: BaseModel, instance: Instance, config: LearnConfig, backend: B
         facts["kept_step"] = bundle.metadata["kept"]["step"]
     write_record(cost, facts)
     return bundle, facts
-
-
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Whole or not at all: a run may be killed at any time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(record_text(record) + "\n")
-    os.replace(partial, path)
 
 
 @contextmanager

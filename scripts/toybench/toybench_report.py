@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +12,11 @@ from mifo.evaluation.metrics import interval
 from mifo.evaluation.plots import Bar, BarChart, MatrixChart, save_charts
 from scripts.record import FOLDER, write_result
 from scripts.toybench.methods import METHODS
-from scripts.toybench.toybench_scenes import LEVELS, Cell
+from scripts.toybench.toybench_items import Item
+from scripts.toybench.toybench_scenes import LEVELS
 
-Item = dict[str, Any]
 OURS = "mifo"
-NO_LOSS = "published-no-attention-loss"
+NO_LOSS = ("published-no-attention-loss", "no-attention-loss")  # from the photo as published, and on composites
 MIN_SCENES = 5  # fewer have intervals that say little
 
 #: name in the table -> (column title, values of one item, larger is better)
@@ -42,21 +40,6 @@ VERSUS = ("margin_in_boxes", "confused_in_boxes", "margin_alone", "confused_alon
 IN_PAIRED_TABLE = ("margin_in_boxes", "confused_in_boxes", "identity_in_boxes", "margin_alone", "confused_alone",
                    "identity_alone", "drift")  # fmt: skip
 BARS = ("margin_in_boxes", "confused_in_boxes")  # the table has the others
-
-
-def load_items(folder: Path, methods: Sequence[str], cells: Sequence[Cell], paired: bool = False) -> list[Item]:
-    """The items of these methods and cells, of the scenes that all methods which have any have finished.
-
-    `paired`: all items, since each method is compared with this project on the scenes that the two have.
-    """
-    items = [json.loads(path.read_text()) for path in sorted(folder.glob("*/*.json"))]
-    asked = {cell.name for cell in cells}
-    items = [i for i in items if i["method"] in methods and i["scene"] in asked]
-    scenes: dict[str, set[str]] = defaultdict(set)
-    for item in items:
-        scenes[item["method"]].add(item["scene"])
-    shared = set.intersection(*scenes.values()) if scenes and not paired else set().union(*scenes.values())
-    return [i for i in items if i["scene"] in shared]
 
 
 def by_scene(items: Sequence[Item], measure: str) -> dict[str, list[float]]:
@@ -95,8 +78,9 @@ def summarize(items: Sequence[Item]) -> dict[str, Any]:
             entry["mifo_against_it"] = {
                 group: {m: compare(ours[group], own[group], m) for m in MEASURES} for group in ours if group in own
             }
-        if name.startswith("published-") and name != NO_LOSS and NO_LOSS in methods:
-            entry["against_no_attention_loss"] = {m: compare(own["all"], methods[NO_LOSS], m) for m in MEASURES}
+        none = NO_LOSS[0] if name.startswith("published-") else NO_LOSS[1]
+        if name not in NO_LOSS and none in methods:
+            entry["against_no_attention_loss"] = {m: compare(own["all"], methods[none], m) for m in MEASURES}
         found[name] = entry
     return found
 

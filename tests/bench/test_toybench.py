@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import replace
 from itertools import combinations
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from _tiny import load_base, tiny_base_folder, write_instance
 
 from mifo.boxes import Box
@@ -20,7 +22,8 @@ from mifo.presets import learn_preset, synthesis_preset
 from mifo.toybox.draw import RARE_CLASSES
 from scripts.toybench import toybench, toybench_report
 from scripts.toybench.methods import METHODS, choose_methods, training
-from scripts.toybench.toybench import item_path, main, plan_jobs, run_all
+from scripts.toybench.toybench import main, plan_jobs, run_all
+from scripts.toybench.toybench_items import item_path, load_items, restore_items, save_items, write_record
 from scripts.toybench.toybench_methods import PairData, pair_picture, trained, whole_model
 from scripts.toybench.toybench_scenes import COUNTS, LARGE_COUNTS, LEVELS, Cell, bench_scene
 
@@ -178,6 +181,55 @@ def test_a_run_goes_on_where_it_was_and_reports(tmp_path: Path, monkeypatch: pyt
     assert found["groups"] == 1  # the other method has not finished the second scene
     assert (tmp_path / "bench.png").stat().st_size > 1000
 
+    # on another machine, from one small file: as far as it was here, and the same report but for when it was made
+    file, elsewhere = tmp_path / "items.jsonl.gz", tmp_path / "elsewhere"
+    for folder in (work, elsewhere):
+        with pytest.raises(BaseException) as stopped:
+            main(report_only=True, methods=",".join(methods), work=folder, name="again", items_file=file)
+        assert getattr(stopped.value, "exit_code", None) == 0
+        assert json.loads((tmp_path / "again.json").read_text())["methods"] == report["methods"]
+    assert len(plan_jobs(cells, methods, 2, 0.001, model, elsewhere, "cpu", load_base().fingerprint)[0]) == len(plan(2)[0]) == 2
+
+
+def test_a_file_of_items_loses_none(tmp_path: Path):
+    cells = [Cell("colors", 3, k, "dev") for k in range(2)]
+
+    def item(cell: Cell, method: str, seed: int, value: float) -> dict:
+        return {"split": "dev", "scene": cell.name, "method": method, "learning_seed": seed, "key": "k", "value": value}
+
+    file, first, second = tmp_path / "items.jsonl.gz", tmp_path / "first", tmp_path / "second"
+    save_items(file, [item(cells[0], "mifo", 0, 0.1), item(cells[0], "mifo", 1, 0.2)])
+    save_items(file, [item(cells[0], "mifo", 1, 0.3), item(cells[1], "reward", 0, 0.4)])  # one measured again, one new
+    write_record(item_path(first, cells[0], "mifo", 0), item(cells[0], "mifo", 0, 0.9))  # measured here: stays
+    assert (restore_items(file, first), restore_items(file, first), restore_items(file, second)) == (2, 0, 3)
+    for work, values in ((first, [0.9, 0.3, 0.4]), (second, [0.1, 0.3, 0.4])):
+        assert [i["value"] for i in load_items(work, ["mifo", "reward"], cells, 2, paired=True)] == values
+    before = file.read_bytes()
+    save_items(file, [])
+    assert file.read_bytes() == before  # the same items, the same bytes
+    for wrong in (b"no items", before[:40], gzip.compress(b"[1]\n"), gzip.compress(b'{"scene": "colors-3-000"}\n')):
+        file.write_bytes(wrong)
+        with pytest.raises(ValueError, match="is not a file of toybench's items"):
+            save_items(file, [item(cells[0], "mifo", 0, 0.1)])
+        assert file.read_bytes() == wrong and not list(tmp_path.glob("*.partial"))
+        with pytest.raises(typer.BadParameter, match="give another name"):
+            main(report_only=True, work=tmp_path / "third", items_file=file)
+
+
+def test_a_report_is_of_runs_that_all_methods_have_finished(tmp_path: Path):
+    cell = Cell("colors", 3, 0, "dev")
+    for method, seeds in (("mifo", 3), ("reward", 2)):
+        for seed in range(seeds):
+            found = {"split": "dev", "scene": cell.name, "method": method, "learning_seed": seed}
+            write_record(item_path(tmp_path, cell, method, seed), found)
+
+    def runs(seeds: int, paired: bool = False) -> list[tuple[str, int]]:
+        return [(i["method"], i["learning_seed"]) for i in load_items(tmp_path, ["mifo", "reward"], [cell], seeds, paired)]
+
+    assert runs(1) == [("mifo", 0), ("reward", 0)]  # no more learning seeds than the report says it has
+    assert runs(3) == [("mifo", 0), ("mifo", 1), ("reward", 0), ("reward", 1)]
+    assert len(runs(3, paired=True)) == 5
+
 
 def test_quick_run_measures_real_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(toybench_report, "FOLDER", tmp_path)
@@ -216,6 +268,11 @@ def test_comparison_by_scene():
     no_loss = found["published-penalty"]["against_no_attention_loss"]["margin_in_boxes"]
     assert toybench_report.difference(no_loss) == "**+0.30 (+0.30 to +0.30)**"
     assert not any("against_no_attention_loss" in found[name] for name in ("mifo", "published-no-attention-loss"))
+    composites = toybench_report.summarize(items + [item("reward", k, [0.7, 0.7]) for k in range(6)]
+                                           + [item("no-attention-loss", k, [0.5, 0.5]) for k in range(6)])  # fmt: skip
+    for name, margin in (("reward", 0.2), ("published-penalty", 0.3)):  # each beside none of its own kind
+        compared = composites[name]["against_no_attention_loss"]["margin_in_boxes"]
+        assert compared["difference"]["mean"] == pytest.approx(margin)
     assert "| mifo | 0.87 (" in toybench_report.table(found)
     assert "| colors | 8 | **0.87 (" in toybench_report.versus_table(found, "rank-4")
     paired = toybench_report.paired_table(found)
