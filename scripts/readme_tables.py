@@ -429,9 +429,9 @@ def study_photo_table() -> str:
 def study_composites_table() -> str:
     """The same from composites, as the embedded model learns."""
     names = {title: names[0] for title, (_, names) in STUDY.items()} | {"Break-A-Scene's match": "break-a-scene-first-search"}
-    return _beside_no_loss("toybench_study_composites", names,
-                           "All have this project's rates. They are the best that were found for reward, then penalty, and with a "
-                           "weight of 0.1, as here, for Break-A-Scene's first search; with no loss others are better (above).")  # fmt: skip
+    settings = ("All have this project's rates. They are the best that were found for reward, then penalty, and with a weight of "
+                "0.1, as here, for Break-A-Scene's first search; with no loss others are better (above).")  # fmt: skip
+    return _beside_no_loss("toybench_study_composites", names, settings)
 
 
 def _beside_no_loss(file: str, names: dict[str, str], settings: str) -> str:
