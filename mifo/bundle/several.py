@@ -21,7 +21,7 @@ from ..model.local_lora import LentBundle, lend_by_place
 from ..prompts import BACKGROUND_TOKEN, add_asset_tokens, asset_token, assets_in, things_among
 from .store import Bundle, attach, check_fits
 
-NAMED = re.compile(r"<\s*([^<>\s.][^<>\s]*)\.(asset[0-9]+|background)\s*>", re.IGNORECASE)
+NAMED = re.compile(r"<\s*([^<>\s.][^<>]*?)\.(asset[0-9]+|background)\s*>", re.IGNORECASE)  # a bundle's name may have spaces
 PLAIN = re.compile(r"<(asset[0-9]+)>", re.IGNORECASE)
 ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,39}")
 MAX_NAME = 80  # characters
@@ -49,6 +49,9 @@ class Several:
         names = [bundle.name for bundle in self.bundles]
         if twice := [name for name in names if names.count(name) > 1]:
             raise InputError(f"two bundles are called '{twice[0]}'; give each once, or rename one of them")
+        if self._renames and (unnamed := [n for n in names if not NAMED.fullmatch(f"<{n}.asset0>") or n != n.strip()]):
+            raise InputError(f"no prompt can name an asset of the bundle {unnamed[0]!r}: rename its folder, without '<', '>' and "
+                             "white space around its name")  # fmt: skip
         first = self.first
         for other in self.bundles[1:]:
             if first and other.base_fingerprint != first.base_fingerprint:

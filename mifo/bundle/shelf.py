@@ -15,8 +15,8 @@ MAX_NAME_BYTES = 100
 
 
 def check_name(name: str) -> str:
-    """Raises InputError for what cannot name a folder of bundles."""
-    wrong = any(c in "/\\" or not c.isprintable() for c in name)
+    """Raises InputError for what cannot name a bundle: no folder has such a name, or no prompt could say `<NAME.asset0>`."""
+    wrong = any(c in "/\\<>" or not c.isprintable() for c in name) or name != name.strip()
     if not name or name.startswith(".") or wrong or len(name.encode()) > MAX_NAME_BYTES:
         raise InputError(f"{name[:100]!r} cannot name a bundle; give a --name of letters, digits, '-' and '_'")
     return name

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from mifo.boxes import Layout
+from mifo.bundle.shelf import check_name
 from mifo.errors import InputError
 
 if TYPE_CHECKING:
@@ -65,6 +67,28 @@ def test_names_within_a_picture_and_back(pair: tuple[Bundle, Bundle]) -> None:
     assert both.outside(both.within(prompt)) == "a photo of <shelf.asset2> and <desk.asset1> beside <shelf.asset0>"
     assert both.within(both.outside(both.within(prompt))) == both.within(prompt)
     assert both.owners == {"<asset0>": 0, "<asset1>": 0, "<asset2>": 1, "<asset3>": 1, "<asset4>": 1, "<background>": 0}
+
+
+@pytest.mark.parametrize("name", ["my desk", "v1.2", "desk.asset0", "café №1", "a,b=c", "asset0", "shelf."])
+def test_every_name_that_a_bundle_may_have_can_be_said(pair: tuple[Bundle, Bundle], name: str) -> None:
+    assert check_name(name) == name
+    both = several((pair[0], replace(pair[1], name=name)), cat=f"{name}.asset2")
+    prompt = f"a <cat>, < {name}.Asset1 > and <asset0>"
+    assert both.within(prompt) == "a <asset4>, <asset3> and <asset0>"
+    assert both.within(both.outside(both.within(prompt))) == both.within(prompt)
+    assert both.token_of(both.bundles[1], "<asset0>") == "<asset2>"
+    layout = both.layout({f"{name}.asset2": [0, 0, 0.5, 1]}, "a photo of <asset4>", by_place=True)
+    assert both.layout_outside(layout) == Layout((f"<{name}.asset2>",), layout.boxes)
+
+
+@pytest.mark.parametrize("name", ["a>b", "<x", " desk", "desk "])
+def test_a_name_that_no_prompt_can_say_is_refused(pair: tuple[Bundle, Bundle], name: str) -> None:
+    with pytest.raises(InputError, match="cannot name a bundle"):
+        check_name(name)
+    with pytest.raises(InputError, match="rename its folder"):
+        several((pair[0], replace(pair[1], name=name)))
+    # by itself no one says its name
+    assert several((replace(pair[0], name=name),)).within("a photo of <asset1>") == "a photo of <asset1>"
 
 
 @pytest.mark.parametrize(("prompt", "said"), [
