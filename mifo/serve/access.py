@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import threading
 import time
 from collections import deque
@@ -20,7 +21,10 @@ OPEN = "anybody on this machine"
 
 
 def read_keys(path: Path | None) -> dict[str, str]:
-    """SHA-256 of each key -> whose it is, from a file with `name key` a line; `#` begins a remark. Raises InputError."""
+    """SHA-256 of each key -> whose it is, from a file with `name key` a line; a word that begins with `#` begins a remark.
+
+    Raises InputError.
+    """
     if path is None:
         return {}
     try:
@@ -29,7 +33,7 @@ def read_keys(path: Path | None) -> dict[str, str]:
         raise InputError(f"the keys in {path} cannot be read ({getattr(error, 'strerror', None) or 'no text'})") from None
     found: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
-        words = line.split("#")[0].split()
+        words = re.split(r"(?:^|\s)#", line)[0].split()  # a key may have a # within it
         if not words:
             continue
         if len(words) != 2 or len(words[1]) < SHORTEST:

@@ -157,6 +157,15 @@ def test_keys_that_are_none_are_refused(tmp_path: Path) -> None:
             read_keys(file)
 
 
+def test_a_key_is_read_whole(tmp_path: Path) -> None:
+    from mifo.serve.access import read_keys, whose
+
+    file = tmp_path / "keys.txt"
+    file.write_text(f"# who may ask\nada {KEY}#more  # until May\n  # and\nbob {KEY}\n")
+    keys = read_keys(file)
+    assert [whose(keys, key) for key in (f"{KEY}#more", KEY, f"{KEY}#")] == ["ada", "bob", None]
+
+
 # --- a real process ---------------------------------------------------------------------------------
 
 
