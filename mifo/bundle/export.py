@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -35,9 +36,12 @@ def export_for_kohya(bundle: Bundle, output: Path, overwrite: bool = False) -> N
 
 def export_for_comfyui(bundle: Bundle, output: Path, overwrite: bool = False) -> None:
     """What ComfyUI looks for, in folders as it has them below `models`: `loras/NAME.safetensors` as kohya names it, and
-    `embeddings/NAME-asset0.safetensors`, which a prompt calls `embedding:NAME-asset0`. Raises InputError as the others do."""
-    _write(bundle, output, overwrite, f"loras/{bundle.name}.safetensors", kohya_weights(bundle.lora, len(bundle.widths)),
-           {"format": "pt"}, f"embeddings/{bundle.name}-")  # fmt: skip
+    `embeddings/NAME-asset0.safetensors`, which a prompt calls `embedding:NAME-asset0`. A prompt ends that at white space and
+    reads brackets and commas as its own, so `_` stands for all but letters, digits, `-` and `.` of the bundle's name. Raises
+    InputError as the others do."""
+    name = re.sub(r"[^\w.-]+", "_", bundle.name)
+    _write(bundle, output, overwrite, f"loras/{name}.safetensors", kohya_weights(bundle.lora, len(bundle.widths)),
+           {"format": "pt"}, f"embeddings/{name}-")  # fmt: skip
 
 
 def export_pipeline(bundle: Bundle, base: BaseModel, output: Path, overwrite: bool = False) -> None:

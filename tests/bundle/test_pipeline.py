@@ -15,7 +15,7 @@ from _tiny import load_base, mifo, snapshot, tiny_base_folder, tiny_bundle_folde
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mifo.bundle.export import LORA_FILE, export_for_diffusers, export_for_kohya
+from mifo.bundle.export import LORA_FILE, export_for_comfyui, export_for_diffusers, export_for_kohya
 from mifo.bundle.store import Bundle, attach, load_bundle
 from mifo.config import SynthesisConfig
 from mifo.errors import InputError
@@ -139,6 +139,11 @@ def test_comfyuis_folders(tmp_path: Path) -> None:
     # ComfyUI's loader maps these starts to the UNet and to its two text encoders
     starts = ("lora_unet_", "lora_te1_text_model_encoder_layers_", "lora_te2_text_model_encoder_layers_")
     assert all(key.startswith(starts) for key in load_file(tmp_path / "models" / files[2]))
+
+    # ComfyUI's tokenizer takes `embedding:` up to the next white space, and (a:1.2) for a weight
+    export_for_comfyui(replace(load_bundle(tiny_xl_bundle_folder()), name="my (old) désk, v1.2"), tmp_path / "named")
+    named = sorted(p.name for p in (tmp_path / "named").rglob("*.safetensors"))
+    assert named == ["my_old_désk_v1.2-asset0.safetensors", "my_old_désk_v1.2-asset1.safetensors", "my_old_désk_v1.2.safetensors"]
 
 
 def test_a_base_that_the_bundle_was_not_learned_on_is_refused(tmp_path: Path) -> None:
