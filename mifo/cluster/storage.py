@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..io.files import check_free
-from ..io.manifest import MANIFEST, foreign_entries, read_manifest
+from ..io.manifest import MANIFEST, foreign_entries, is_inside, read_manifest
 
 
 def is_remote(place: str) -> bool:
@@ -65,6 +65,9 @@ def fetch(place: str, folder: Path) -> None:
     try:
         for name in system.find(path):
             inside = name[len(path.rstrip("/")) + 1 :]
+            if not is_inside(inside):  # an object store has no folders, and takes `..` for a name like any other
+                raise InputError(f"{place} has an object {inside[:100]!r}, which would lie outside of its folder; remove "
+                                 "it there")  # fmt: skip
             target = temporary / inside
             target.parent.mkdir(parents=True, exist_ok=True)
             system.get_file(name, str(target))

@@ -54,7 +54,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         content = _read(path)
         record: dict[str, Any] = json.loads(content)
         files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in record["files"].items()}
-        if not all(map(_is_inside, files)):  # a stranger's list, which would lead our own removing out of the folder
+        if not all(map(is_inside, files)):  # a stranger's list, which would lead our own removing out of the folder
             return None
         manifest = Manifest(str(record["kind"]), files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -62,7 +62,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     return manifest if manifest.to_bytes() == content else None
 
 
-def _is_inside(name: str) -> bool:
+def is_inside(name: str) -> bool:
     """True for a plain path below the folder."""
     parts = name.split("/")
     return os.path.normpath(name) == name and not os.path.isabs(name) and not {"", ".", ".."} & set(parts) and "\0" not in name
