@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..bundle.shelf import check_name
 from ..errors import InputError
 from ..jobs.batch import DRAWS, Item, Outcome, do_item
 from ..jobs.job import EvaluateJob, LearnJob
 from ..jobs.workshop import Workshop
-from .storage import fetch, is_remote, is_whole, put
+from .storage import check_place, fetch, is_remote, is_whole, put
 
 IN_FLIGHT = 2  # calls for each worker: one that runs and one that waits, so that none idles and the queue stays with us
 RETRIES = 3  # of a call whose worker was lost
@@ -65,6 +66,7 @@ class Worker:
                 return do_item(self.workshop, item)
             if item.own_place and is_whole(place):
                 return Outcome(item.index, "there", {"folder": place})
+            check_place(place)
             with tempfile.TemporaryDirectory(prefix="mifo-item-") as holder:
                 local = Path(holder) / "item"
                 outcome = do_item(self.workshop, replace(item, job=replace(item.job, output=str(local))))  # type: ignore[call-arg]
@@ -84,15 +86,30 @@ class Worker:
                 fetch(f"{self.bundles.rstrip('/')}/{name}", self.workshop.bundles / name)
 
     def _learn(self, item: Item, job: LearnJob) -> Outcome:
-        name = job.name or Path(job.instance).name
-        place = f"{self.bundles.rstrip('/')}/{name}"
-        if is_remote(self.bundles) and is_whole(place):
-            return Outcome(item.index, "there", {"bundle": name, "folder": place})
+        """At an address nothing is replaced: the bundle of that name there is what was asked for, or the job fails."""
+        if not is_remote(self.bundles):
+            return do_item(self.workshop, item)
+        name = check_name(job.name or Path(job.instance).name)
+        place, own = f"{self.bundles.rstrip('/')}/{name}", self.workshop.bundles / name
+        if is_whole(place):
+            if not own.exists():
+                fetch(place, own)
+            there = None if job.overwrite else self.workshop.learned_already(job)
+            if there is None:
+                raise InputError(f"{place} has a bundle that was learned from another photo or otherwise; nothing is replaced "
+                                 "at an address, so choose another name, or move it away")  # fmt: skip
+            return Outcome(item.index, "there", _at(place, there))
+        check_place(place)
         outcome = do_item(self.workshop, item)
-        if outcome.state == "done" and is_remote(self.bundles):
-            put(self.workshop.bundles / name, place)
-            return replace(outcome, result={**outcome.result, "folder": place})
-        return outcome
+        if outcome.state == "failed":
+            return outcome
+        put(own, place)
+        return replace(outcome, result=_at(place, outcome.result))
+
+
+def _at(place: str, result: dict[str, Any]) -> dict[str, Any]:
+    """What was learned, with where it lies now."""
+    return {**result, "folder": place, "images": [f"{place}/{Path(image).name}" for image in result["images"]]}
 
 
 def run(items: Sequence[Item], workers: Workers, bundles: str, device: str = "", precision: str = "auto") -> Iterator[Outcome]:
