@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -40,8 +41,15 @@ def application(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     place = tmp_path_factory.mktemp("service")
     copy_bundle(place / "Model_ours")
-    return make_service(place / "state", place / "Model_ours", place / "output",
-                        limits=Limits(most_a_minute=10**6, most_queued=10**6))  # fmt: skip
+    service = make_service(place / "state", place / "Model_ours", place / "output",
+                           limits=Limits(most_a_minute=10**6, most_queued=10**6))  # fmt: skip
+
+    async def asked_here(scope: Any, receive: Any, send: Any) -> None:
+        """The client of these tests calls every machine `testserver`."""
+        headers = [(name, b"localhost" if name == b"host" else value) for name, value in scope.get("headers", ())]
+        await service({**scope, "headers": headers}, receive, send)
+
+    return asked_here
 
 
 OPERATIONS = ("POST /synthesize", "POST /edit", "POST /learn", "GET /jobs/{number}", "DELETE /jobs/{number}",
@@ -164,6 +172,23 @@ def test_a_key_is_read_whole(tmp_path: Path) -> None:
     file.write_text(f"# who may ask\nada {KEY}#more  # until May\n  # and\nbob {KEY}\n")
     keys = read_keys(file)
     assert [whose(keys, key) for key in (f"{KEY}#more", KEY, f"{KEY}#")] == ["ada", "bob", None]
+
+
+def test_without_keys_no_website_gets_in_by_a_name_of_its_own(tmp_path: Path) -> None:
+    """DNS rebinding: the browser takes the website's name for this machine, and says so in `Host`."""
+    from fastapi.testclient import TestClient
+
+    from mifo.serve.service import make_service
+
+    def status(keys: dict[str, str], host: str) -> int:
+        service = make_service(tmp_path / "state", tmp_path / "Model_ours", tmp_path / "output", keys=keys)
+        return int(TestClient(service).get("/health", headers={"Host": host}).status_code)
+
+    for host in ("127.0.0.1:8600", "localhost", "LOCALHOST:8600", "[::1]:8600"):
+        assert status({}, host) == 200
+    for host in ("evil.example", "evil.example:8600", "127.0.0.1.evil.example", "localhost@evil.example", "10.0.0.1:8600", ""):
+        assert status({}, host) == 421
+    assert status({hashlib.sha256(KEY.encode()).hexdigest(): "ada"}, "mifo.example") == 200  # a website has no key
 
 
 # --- a real process ---------------------------------------------------------------------------------
