@@ -449,7 +449,9 @@ def _beside_no_loss(file: str, names: dict[str, str], settings: str) -> str:
         if compared := entry.get("against_no_attention_loss"):
             cells = [difference(compared[c]) for c in columns]
             lines.append(f"| minus none, scene by scene | {' | '.join(cells)} |")
-    about = (f"{result['scenes']} scenes of three look-alikes, {_learned(result['learning_seeds'])}; mean, and 95 % "
+    scenes, seeds, runs = result["scenes"], result["learning_seeds"], entry["items"]
+    learned = _learned(seeds) if runs == scenes * seeds else f"{runs} learning runs of each loss, {seeds} of a scene at most"
+    about = (f"{scenes} scenes of three look-alikes, {learned}; mean, and 95 % "
              f"bootstrap interval over scenes; bold where that of five scenes or more leaves 0 out. {settings}")  # fmt: skip
     return "\n".join([about, "", *lines, "", source(file, result)])
 
