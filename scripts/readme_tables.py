@@ -427,8 +427,10 @@ def study_photo_table() -> str:
 
 
 def study_composites_table() -> str:
-    """The same from composites, as the embedded model learns."""
-    names = {title: names[0] for title, (_, names) in STUDY.items()} | {"Break-A-Scene's match": "break-a-scene-first-search"}
+    """The same from composites, as the embedded model learns, and with the preset."""
+    names = {title: names[0] for title, (_, names) in STUDY.items()}
+    del names["Break-A-Scene's match"]  # there at other rates
+    names |= {"the preset: these and the relative penalty": "mifo", "Break-A-Scene's match": "break-a-scene-first-search"}
     settings = ("All have this project's rates. They are the best that were found for reward, then penalty, and with a weight of "
                 "0.1, as here, for Break-A-Scene's first search; with no loss others are better (above).")  # fmt: skip
     return _beside_no_loss("toybench_study_composites", names, settings)
@@ -443,13 +445,13 @@ def _beside_no_loss(file: str, names: dict[str, str], settings: str) -> str:
     columns = {"margin_in_boxes": "margin in boxes", "confused_in_boxes": "confused in boxes", "margin_alone": "margin alone",
                "confused_alone": "confused alone", "attention_in_others": "attention in others' masks"}  # fmt: skip
     lines = [f"| attention loss | {' | '.join(columns.values())} |", "|" + "---|" * (1 + len(columns))]
-    for title, name in names.items():
-        entry = result["methods"][name]
+    there = {title: result["methods"][name] for title, name in names.items() if name in result["methods"]}
+    for title, entry in there.items():
         lines.append(f"| {title} | {' | '.join(shown(entry['all'][c]) for c in columns)} |")
         if compared := entry.get("against_no_attention_loss"):
             cells = [difference(compared[c]) for c in columns]
             lines.append(f"| minus none, scene by scene | {' | '.join(cells)} |")
-    scenes, seeds, runs = result["scenes"], result["learning_seeds"], entry["items"]
+    scenes, seeds, runs = result["scenes"], result["learning_seeds"], there["none"]["items"]
     learned = _learned(seeds) if runs == scenes * seeds else f"{runs} learning runs of each loss, {seeds} of a scene at most"
     about = (f"{scenes} scenes of three look-alikes, {learned}; mean, and 95 % "
              f"bootstrap interval over scenes; bold where that of five scenes or more leaves 0 out. {settings}")  # fmt: skip
