@@ -54,7 +54,7 @@ def read_recipe(path: Path) -> Recipe:
     """Raises InputError as `read_record` does, and for a picture that `synthesize` did not draw, or whose settings are none."""
     record = read_record(path)
     if not {"prompt", "seed", "config"} <= set(record) or "crop" in record:  # a crop is an edit's
-        raise InputError(f"{path} was not drawn by synthesize; 'mifo show {path}' says what it is")
+        raise InputError(f"{path} was not drawn by synthesize; 'mifo show' says what it is")
     prompt, seed, boxes, bundle = (record.get(k) for k in ("prompt", "seed", "boxes", "bundle"))
     several = record.get("bundles")
     bundles = several if isinstance(several, list) else [bundle] if bundle is not None else []

@@ -354,16 +354,18 @@ def test_what_a_single_file_of_stable_diffusion_2_predicts(
     assert configs["unet"]["cross_attention_dim"] == shape_of("sd2.1")["unet"]["cross_attention_dim"]
 
 
-def test_a_pickle_is_refused_with_the_line_that_converts_it(tmp_path: Path) -> None:
-    path, weight = tmp_path / "model.ckpt", torch.arange(6.0).reshape(2, 3)
+@pytest.mark.parametrize("name", ["model", "Ada's own", "a\"; touch stolen; \" $(touch stolen)", "back\\slash"])
+def test_a_pickle_is_refused_with_the_line_that_converts_it(tmp_path: Path, name: str) -> None:
+    path, weight = tmp_path / f"{name}.ckpt", torch.arange(6.0).reshape(2, 3)
     torch.save({"state_dict": {"conv.weight": weight}, "epoch": 3}, path)
     message = " ".join(mifo("plan", "--model-path", path, exit_code=2).output.split())
     assert "is a pickle, which could run code" in message
     with pytest.raises(InputError) as caught:
         load_base_model(str(path))
-    arguments = shlex.split(str(caught.value).split(" by: ")[1])
-    subprocess.run([sys.executable, *arguments[1:]], check=True)
-    assert torch.equal(load_file(tmp_path / "model.safetensors")["conv.weight"], weight)
+    line = str(caught.value).split(" by: ")[1]
+    subprocess.run(line.replace("python", shlex.quote(sys.executable), 1), shell=True, check=True, cwd=tmp_path)
+    assert torch.equal(load_file(tmp_path / f"{name}.safetensors")["conv.weight"], weight)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([path.name, f"{name}.safetensors"])
 
 
 def test_a_bundle_learned_on_a_single_file_finds_it_and_fits_its_folder(
