@@ -282,6 +282,7 @@ def test_a_temporary_folder_that_was_exchanged_for_another_takes_nothing_with_it
 
 def _killed(folder: Path, at: int) -> None:
     """Replaces `folder` where nothing can be exchanged, and dies before the step `at` of the swap."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a command that an earlier test ran in this process may have its own
     calls = 0
 
     def counted(step: Callable[..., object]) -> Callable[..., object]:
