@@ -50,8 +50,8 @@ class Several:
         if twice := [name for name in names if names.count(name) > 1]:
             raise InputError(f"two bundles are called '{twice[0]}'; give each once, or rename one of them")
         if self._renames and (unnamed := [n for n in names if not NAMED.fullmatch(f"<{n}.asset0>") or n != n.strip()]):
-            raise InputError(f"no prompt can name an asset of the bundle {unnamed[0]!r}: rename its folder, without '<', '>' and "
-                             "white space around its name")  # fmt: skip
+            raise InputError(f"no prompt can name an asset of the bundle {unnamed[0]!r}: rename its folder, without '<' and '>', "
+                             "a '.' at its start and white space around it")  # fmt: skip
         first = self.first
         for other in self.bundles[1:]:
             if first and other.base_fingerprint != first.base_fingerprint:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ from ..errors import InputError
 from ..io.console import Job, say, waiting
 from ..io.files import check_writable
 from ..io.outputs import PLACE, check_apart, check_output, numbered_folder
+from ..io.terminal import command_line
 from .app import app
 from .job import job_command
 from .options import Device, Overwrite, path, path_argument
@@ -82,7 +82,7 @@ def segment(
     things = [{"box": [round(v, 4) for v in hint.box.as_tuple()], "share_of_picture": share, "words": words[k] if words else None}
               for k, (hint, share) in enumerate(zip(found.hints, shares, strict=True))]  # fmt: skip
     job.text(*(f"<asset{k}>: {100 * share:.1f} % of the picture" for k, share in enumerate(shares)),
-             f"look at {paths['overview']}; then: mifo learn {shlex.quote(str(folder))}")  # fmt: skip
+             f"look at {paths['overview']}; then: {command_line('mifo', 'learn', str(folder))}")  # fmt: skip
     job.json({"instance": str(folder), **paths, "things": things, "segmenter": segmenter.name})
 
 

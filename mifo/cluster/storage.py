@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from contextlib import suppress
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,17 @@ def is_whole(place: str) -> bool:
 
 def check_place(place: str) -> None:
     """Raises InputError unless nothing is there, or what a `put` that was broken off has left."""
+    _check_place(place, None)
+
+
+def _check_place(place: str, wanted: Collection[str] | None) -> None:
+    """`wanted`: the files that are to be written; what else a `put` left there is then in the way as well."""
     system, path = file_system(place)
     if system.exists(f"{path}/{MANIFEST}"):
         raise InputError(f"{place} is there already; choose another place, or move it away")
     begun = _begun(system, path)
-    foreign = [name for name in _names(system, path) if name != MARKER and name not in begun]
+    ours = begun if wanted is None else begun.intersection(wanted)
+    foreign = [name for name in _names(system, path) if name != MARKER and name not in ours]
     if foreign:
         raise InputError(f"{place} has other things in it ({', '.join(foreign[:6])[:200]}); choose another place, or move them "
                          "away")  # fmt: skip
@@ -61,17 +67,14 @@ def put(folder: Path, place: str) -> None:
     manifest = read_manifest(folder)
     if manifest is None:
         raise InputError(f"{folder} has no manifest, so nobody can say when a copy of it is whole")
-    check_place(place)
+    _check_place(place, manifest.files)
     system, path = file_system(place)
     system.makedirs(path, exist_ok=True)
-    system.pipe_file(f"{path}/{MARKER}", json_text(sorted({*manifest.files, *_begun(system, path)})).encode())
+    system.pipe_file(f"{path}/{MARKER}", json_text(sorted(manifest.files)).encode())
     for name in manifest.files:
         target = f"{path}/{name}"
         system.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
         system.put_file(str(folder / name), target)
-    for name in _begun(system, path) - set(manifest.files):  # of the attempt before
-        with suppress(FileNotFoundError):
-            system.rm_file(f"{path}/{name}")
     system.put_file(str(folder / MANIFEST), f"{path}/{MANIFEST}")
     system.rm_file(f"{path}/{MARKER}")
 
@@ -88,7 +91,7 @@ def _begun(system: Any, path: str) -> set[str]:
     """What a `put` that was broken off may have written; nothing where none was begun."""
     try:
         names = json.loads(system.cat_file(f"{path}/{MARKER}"))
-        return {name for name in map(str, names) if is_inside(name)} if isinstance(names, list) else set()
+        return {str(name) for name in names} if isinstance(names, list) else set()
     except (FileNotFoundError, ValueError, RecursionError):
         return set()
 

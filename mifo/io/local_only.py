@@ -4,36 +4,15 @@ rebinding), and would then read and ask as a page of ours does. Its requests com
 
 from __future__ import annotations
 
-import re
-from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from .json_text import json_text
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
-
-HERE = re.compile(r"(?:127\.0\.0\.1|localhost|\[::1\])(?::[0-9]{1,5})?", re.IGNORECASE)
-MISDIRECTED = 421
+#: As a browser's `Host` has them.
+OWN_NAMES = ("127.0.0.1", "localhost", "[::1]")
 
 
-class LocalOnly:
-    """ASGI middleware: refuses requests whose `Host` is no name of this machine. One without is no browser's, and passes."""
+def local_only() -> Any:
+    """Starlette's middleware that answers 400 to requests whose `Host` is no name of this machine."""
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    def __init__(self, app: App):
-        self.app = app
-
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        hosts = [value.decode("latin-1") for name, value in scope.get("headers", ()) if name == b"host"]
-        if scope["type"] not in ("http", "websocket") or all(map(HERE.fullmatch, hosts)):
-            await self.app(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})  # policy violation
-        else:
-            detail = f"{hosts[0][:100]!r} is no name of this machine, to which alone this is served; ask for localhost"
-            content = json_text({"detail": detail}).encode()
-            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-            await send({"type": "http.response.start", "status": MISDIRECTED, "headers": headers})
-            await send({"type": "http.response.body", "body": content})
+    return Middleware(TrustedHostMiddleware, allowed_hosts=[*OWN_NAMES], www_redirect=False)

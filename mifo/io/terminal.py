@@ -9,6 +9,8 @@ import io
 import logging
 import os
 import re
+import shlex
+import subprocess
 import sys
 import warnings
 from typing import TextIO
@@ -28,6 +30,11 @@ FOLDERS = re.compile(r"(?<![\w.:/\\])(?:[A-Za-z]:)?[\\/](?:[^\\/\s'\"]+[\\/])+")
 def without_folders(message: str) -> str:
     """For what is passed on, or shown to somebody else: of absolute paths the last part alone."""
     return FOLDERS.sub("", message)
+
+
+def command_line(*words: str) -> str:
+    """What a person can give to the system's shell: no file's name in it ends a word or runs anything."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def shown(message: str, limit: int | None = MAX_MESSAGE) -> str:

@@ -36,7 +36,7 @@ from ..learning.state import PhaseRun
 from ..learning.trainer import Callback, Trainer
 from ..model.base import BaseModel
 from ..model.device import choose_device, choose_dtype, precision_name
-from ..model.load_base import family_of
+from ..model.load_base import family_of, identify, resolve
 from ..planning.report import limit_gpu
 from ..presets import edit_preset, learn_preset, scale_steps, synthesis_preset
 from ..prompts import assets_in
@@ -173,14 +173,15 @@ class Workshop:
     # --- what is there already ------------------------------------------------------------------
 
     def learned_already(self, job: LearnJob) -> dict[str, Any] | None:
-        """The bundle that stands there, if it was learned from this very photo with these very settings."""
+        """The bundle that stands there, if it was learned from this very photo, on this base model, with these very settings."""
         folder = self.bundles / _bundle_name(job)
         if not is_bundle(folder):
             return None
         bundle, instance = load_bundle(folder), self._instance(job)
         config, _ = self._learn_config(job, instance.count)
         wanted = replace(config, mixed_precision=bundle.config.mixed_precision)
-        same = bundle.metadata.get("photo_digest") == photo_digest(instance) and bundle.config == wanted
+        same = (bundle.metadata.get("photo_digest") == photo_digest(instance) and bundle.config == wanted
+                and identify(resolve(job.model)[0])(bundle.base_fingerprint))  # fmt: skip
         return _learned(bundle) if same else None
 
     def would_write(self, job: SynthesizeJob, record: Mapping[str, Any], written: float) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from pathlib import Path
 
 from ..errors import InputError
 from ..io.read_files import check_regular, read_regular
+from ..io.terminal import command_line
 
 #: part -> how diffusers and transformers name its weights
 STEMS = {"text_encoder": "model", "text_encoder_2": "model", "vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model"}
@@ -89,26 +89,17 @@ def _shards(index: Path) -> list[str]:
 
 
 def _convert_folder(folder: Path) -> str:
-    return _python(f"from diffusers import StableDiffusionPipeline as P; P.from_pretrained({_text(folder)}, "
-                   f"use_safetensors=False).save_pretrained({_text(folder.name + '-safetensors')})")  # fmt: skip
+    return command_line("python", "-c", "from diffusers import StableDiffusionPipeline as P; "
+                        f"P.from_pretrained({str(folder)!r}, use_safetensors=False)"
+                        f".save_pretrained({folder.name + '-safetensors'!r})")  # fmt: skip
 
 
 def convert_file(path: Path) -> str:
     """The command line that turns a trusted checkpoint into safetensors, loading numbers only."""
-    return _python("import torch, safetensors.torch as s; "
-                   f"c = torch.load({_text(path)}, map_location='cpu', weights_only=True); "
-                   "s.save_file({k: v.clone() for k, v in c.get('state_dict', c).items() if hasattr(v, 'shape')}, "
-                   f"{_text(path.with_suffix('.safetensors'))})")  # fmt: skip
-
-
-def _python(code: str) -> str:
-    """A line for the system's shell, in which no file's name ends a word or runs anything; Windows has no `"` in names."""
-    return f'python -c "{code}"' if os.name == "nt" else f"python -c {shlex.quote(code)}"
-
-
-def _text(words: Path | str) -> str:
-    """As Python writes it, in single quotes always."""
-    return "'" + str(words).replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return command_line("python", "-c", "import torch, safetensors.torch as s; "
+                        f"c = torch.load({str(path)!r}, map_location='cpu', weights_only=True); "
+                        "s.save_file({k: v.clone() for k, v in c.get('state_dict', c).items() if hasattr(v, 'shape')}, "
+                        f"{str(path.with_suffix('.safetensors'))!r})")  # fmt: skip
 
 
 # --- from the hub -------------------------------------------------------------------------------

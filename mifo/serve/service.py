@@ -25,7 +25,7 @@ from ..errors import InputError
 from ..io.files import write_file
 from ..io.image_file import open_image
 from ..io.json_text import json_text
-from ..io.local_only import LocalOnly
+from ..io.local_only import local_only
 from ..io.terminal import without_folders
 from ..jobs.job import EditJob, Job, LearnJob, SynthesizeJob
 from ..jobs.store import DONE, Entry, JobStore, QueueFull
@@ -150,9 +150,8 @@ def make_service(state: Path, bundles: Path, output: Path, model: str | None = N
     requests to this machine's own names alone."""
     limits, keys = limits or Limits(), keys or {}
     store, rate = JobStore(state / LIST), Rate(limits.most_a_minute)
-    service = FastAPI(title="mifo", version=__version__, docs_url=None, redoc_url=None)
-    if not keys:
-        service.add_middleware(LocalOnly)
+    service = FastAPI(title="mifo", version=__version__, docs_url=None, redoc_url=None,
+                      middleware=None if keys else [local_only()])  # fmt: skip
 
     def owner_of(x_api_key: Annotated[str | None, Header()] = None) -> str:
         owner = whose(keys, x_api_key)

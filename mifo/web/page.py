@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from starlette.middleware import Middleware
 
 from ..errors import InputError
-from ..io.local_only import LocalOnly
+from ..io.local_only import local_only
 from ..jobs.store import DONE
 from ..jobs.supervisor import working
 from ..jobs.uploads import WEB_STATE
@@ -114,7 +113,7 @@ def serving(site: Site, port: int | None = None) -> Iterator[str]:
                 show_error=False, max_file_size=MOST_UPLOADED, ssr_mode=False, footer_links=[], enable_monitoring=False,
                 allowed_paths=[str(p.resolve()) for p in (site.output, site.bundles, site.uploads, site.state / "previews")],
                 theme=gr.themes.Default(font=SYSTEM, font_mono=["monospace"]), css=f"{STYLE}\n{thing_styles()}\n{chip_styles()}",
-                app_kwargs={"middleware": [Middleware(LocalOnly)]},
+                app_kwargs={"middleware": [local_only()]},
             )  # fmt: skip
         except OSError as error:
             raise InputError(f"the page cannot be served on port {port} ({error}); choose another --port") from None

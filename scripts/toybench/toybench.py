@@ -275,8 +275,8 @@ def main(
         except ValueError as error:
             raise typer.BadParameter(f"{error}; give another name, or that of a file which --items-file has written") from None
     failures: list[str] = []
+    fingerprint = base_of(model_path, device).fingerprint
     if not report_only:
-        fingerprint = base_of(model_path, device).fingerprint
         jobs, there = plan_jobs(cells, chosen, samples, share, model_path, work, device, fingerprint, learning_seeds)
         total, done, started = sum(len(j.methods) for j in jobs), 0, time.monotonic()
         print(f"{there} items are there, {total} to measure in {len(jobs)} jobs")
@@ -288,13 +288,17 @@ def main(
             print(f"{done}/{total} {', '.join(names)}; about {left / 60:.0f} min left", flush=True)
 
         failures = run_all(jobs, workers, report)
-    items = load_items(work, chosen, cells, learning_seeds, paired)
+
+    def key_of(cell: Cell, method: str, seed: int) -> str:
+        return item_key(fingerprint, cell, method, samples, share, seed)
+
+    items = load_items(work, chosen, cells, key_of, learning_seeds, paired)
     label = name or f"toybench{'_quick' if quick else ''}{'_large' if large else ''}{'_holdout' if split == 'holdout' else ''}"
     if items:
         facts = {"split": split, "samples": samples, "learning_seeds": learning_seeds, "workers": workers, "model": model_path,
                  "paired": paired}  # fmt: skip
         if items_file is not None:
-            save_items(items_file, load_items(work, chosen, cells, learning_seeds, paired=True))
+            save_items(items_file, load_items(work, chosen, cells, key_of, learning_seeds, paired=True))
         print(write_report(label, items, facts, device))
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mifo.io.files import write_file
 from mifo.io.json_text import record_text
 from scripts.toybench.toybench_scenes import Cell
 
@@ -39,14 +39,15 @@ def write_record(path: Path, record: Item) -> None:
     _write(path, (record_text(record) + "\n").encode())
 
 
-def load_items(work: Path, methods: Sequence[str], cells: Sequence[Cell], learning_seeds: int = 1,
-               paired: bool = False) -> list[Item]:  # fmt: skip
+def load_items(work: Path, methods: Sequence[str], cells: Sequence[Cell], key_of: Callable[[Cell, str, int], str],
+               learning_seeds: int = 1, paired: bool = False) -> list[Item]:  # fmt: skip
     """The items of these methods, cells and learning seeds: of those runs that all methods which have any have finished.
 
-    `paired`: all items, since each method is compared with this project on the scenes that the two have.
+    `key_of`: the key that an item has now; one of other settings or another base model is left out. `paired`: all items,
+    since each method is compared with this project on the scenes that the two have.
     """
     items = [json.loads(path.read_text()) for cell in cells for method in methods for seed in range(learning_seeds)
-             if (path := item_path(work, cell, method, seed)).is_file()]  # fmt: skip
+             if read_key(path := item_path(work, cell, method, seed)) == key_of(cell, method, seed)]  # fmt: skip
     runs: dict[str, set[tuple[str, int]]] = defaultdict(set)
     for item in items:
         runs[item["method"]].add((item["scene"], item["learning_seed"]))
@@ -91,7 +92,5 @@ def restore_items(path: Path, work: Path) -> int:
 
 
 def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    with write_file(path, overwrite=True) as temporary:
+        temporary.write_bytes(content)

@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -165,30 +166,33 @@ def test_a_run_goes_on_where_it_was_and_reports(tmp_path: Path, monkeypatch: pyt
     assert plan()[1] == 2
     item_path(work, cells[0], methods[0]).write_text(json.dumps(item))
 
+    monkeypatch.setattr(toybench_report, "FOLDER", tmp_path)
+    monkeypatch.setattr("scripts.record.FOLDER", tmp_path)
+
+    def report(folder: Path, file: Path | None = None) -> dict[str, Any]:
+        with pytest.raises(BaseException) as stopped:
+            main(report_only=True, methods=",".join(methods), work=folder, name="bench", samples=1, share=0.001, model_path=model,
+                 items_file=file)  # fmt: skip
+        assert getattr(stopped.value, "exit_code", None) == 0
+        found: dict[str, Any] = json.loads((tmp_path / "bench.json").read_text())["methods"]
+        return found
+
+    here = report(work)
+    assert here[methods[0]]["colors"]["iou"]["groups"] == 1  # the other method has not finished the second scene
+    assert (tmp_path / "bench.png").stat().st_size > 1000
+
+    # on another machine, from one small file: as far as it was here, and the same report
+    file, elsewhere = tmp_path / "items.jsonl.gz", tmp_path / "elsewhere"
+    assert report(work, file) == report(elsewhere, file) == here
+    assert len(plan_jobs(cells, methods, 1, 0.001, model, elsewhere, "cpu", load_base().fingerprint)[0]) == 1
+
     monkeypatch.setattr("scripts.toybench.toybench_methods.learn", None)  # drawn anew, and not learned anew
     assert run_all([j for j in plan(samples=2)[0] if j.training == methods[0]], 1, finished.extend) == []
     again = json.loads(item_path(work, cells[0], methods[0]).read_text())
     assert again["learn_seconds"] == item["learn_seconds"] and len(again["alone"]["identity"]) == 12
     assert again["alone"]["identity"][:1] == item["alone"]["identity"][:1], "the same bundle draws the same picture"
 
-    monkeypatch.setattr(toybench_report, "FOLDER", tmp_path)
-    monkeypatch.setattr("scripts.record.FOLDER", tmp_path)
-    with pytest.raises(BaseException) as stopped:
-        main(report_only=True, methods=",".join(methods), work=work, name="bench", large=False, quick=False)
-    assert getattr(stopped.value, "exit_code", None) == 0
-    report = json.loads((tmp_path / "bench.json").read_text())
-    found = report["methods"][methods[0]]["colors"]["iou"]
-    assert found["groups"] == 1  # the other method has not finished the second scene
-    assert (tmp_path / "bench.png").stat().st_size > 1000
-
-    # on another machine, from one small file: as far as it was here, and the same report but for when it was made
-    file, elsewhere = tmp_path / "items.jsonl.gz", tmp_path / "elsewhere"
-    for folder in (work, elsewhere):
-        with pytest.raises(BaseException) as stopped:
-            main(report_only=True, methods=",".join(methods), work=folder, name="again", items_file=file)
-        assert getattr(stopped.value, "exit_code", None) == 0
-        assert json.loads((tmp_path / "again.json").read_text())["methods"] == report["methods"]
-    assert len(plan_jobs(cells, methods, 2, 0.001, model, elsewhere, "cpu", load_base().fingerprint)[0]) == len(plan(2)[0]) == 2
+    assert set(report(work)) == {methods[1]}  # what was measured otherwise is not mixed in
 
 
 def test_a_file_of_items_loses_none(tmp_path: Path):
@@ -202,8 +206,11 @@ def test_a_file_of_items_loses_none(tmp_path: Path):
     save_items(file, [item(cells[0], "mifo", 1, 0.3), item(cells[1], "reward", 0, 0.4)])  # one measured again, one new
     write_record(item_path(first, cells[0], "mifo", 0), item(cells[0], "mifo", 0, 0.9))  # measured here: stays
     assert (restore_items(file, first), restore_items(file, first), restore_items(file, second)) == (2, 0, 3)
+    def key_of(cell: Cell, method: str, seed: int) -> str:
+        return "k"
+
     for work, values in ((first, [0.9, 0.3, 0.4]), (second, [0.1, 0.3, 0.4])):
-        assert [i["value"] for i in load_items(work, ["mifo", "reward"], cells, 2, paired=True)] == values
+        assert [i["value"] for i in load_items(work, ["mifo", "reward"], cells, key_of, 2, paired=True)] == values
     before = file.read_bytes()
     save_items(file, [])
     assert file.read_bytes() == before  # the same items, the same bytes
@@ -220,11 +227,12 @@ def test_a_report_is_of_runs_that_all_methods_have_finished(tmp_path: Path):
     cell = Cell("colors", 3, 0, "dev")
     for method, seeds in (("mifo", 3), ("reward", 2)):
         for seed in range(seeds):
-            found = {"split": "dev", "scene": cell.name, "method": method, "learning_seed": seed}
+            found = {"split": "dev", "scene": cell.name, "method": method, "learning_seed": seed, "key": "k"}
             write_record(item_path(tmp_path, cell, method, seed), found)
 
     def runs(seeds: int, paired: bool = False) -> list[tuple[str, int]]:
-        return [(i["method"], i["learning_seed"]) for i in load_items(tmp_path, ["mifo", "reward"], [cell], seeds, paired)]
+        items = load_items(tmp_path, ["mifo", "reward"], [cell], lambda *_: "k", seeds, paired)
+        return [(i["method"], i["learning_seed"]) for i in items]
 
     assert runs(1) == [("mifo", 0), ("reward", 0)]  # no more learning seeds than the report says it has
     assert runs(3) == [("mifo", 0), ("mifo", 1), ("reward", 0), ("reward", 1)]

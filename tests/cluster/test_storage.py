@@ -69,13 +69,17 @@ def test_a_copy_that_was_broken_off_is_made_again(memory: Any, tmp_path: Path, m
     assert not is_whole(PLACE) and len(memory.find("/store/desk")) == 4  # three files, and what says that they are ours
     monkeypatch.undo()
     begun = json.loads(memory.cat_file(f"/store/desk/{MARKER}"))
-    memory.pipe_file("/store/desk/old.png", b"")  # a file of the first try that the second does not have
-    memory.pipe_file("/store/other/keep.txt", b"mine")
-    memory.pipe_file(f"/store/desk/{MARKER}", json.dumps([*begun, "old.png", "../other/keep.txt"]).encode())
+    for name, listed in (("mine.png", begun), ("old.png", [*begun, "old.png"])):  # somebody's own; of another bundle's first try
+        memory.pipe_file(f"/store/desk/{name}", b"")
+        memory.pipe_file(f"/store/desk/{MARKER}", json.dumps(listed).encode())
+        before = contents(memory)
+        with pytest.raises(InputError, match="has other things in it"):
+            put(tiny_bundle_folder(), PLACE)
+        assert contents(memory) == before
+        memory.rm_file(f"/store/desk/{name}")
     put(tiny_bundle_folder(), PLACE)
-    assert memory.cat_file("/store/other/keep.txt") == b"mine"
     fetch(PLACE, tmp_path / "desk")
-    assert not memory.exists(f"/store/desk/{MARKER}") and not memory.exists("/store/desk/old.png")
+    assert not memory.exists(f"/store/desk/{MARKER}")
     memory.pipe_file(f"/store/desk/{MARKER}", b"[]")  # killed before the last step
     fetch(PLACE, tmp_path / "again")
     assert sorted(p.name for p in (tmp_path / "again").iterdir()) == sorted(p.name for p in (tmp_path / "desk").iterdir())
@@ -93,8 +97,8 @@ def test_another_photos_bundle_at_an_address_is_not_taken_for_what_was_asked_for
     short = replace(learn_preset("toybox"), prior=PriorConfig(enabled=False), composites=CompositeConfig(share=0.0))
     monkeypatch.setattr("mifo.jobs.workshop.learn_preset", lambda family, assets: short)
 
-    def learn(folder: Path, **more: Any) -> Any:
-        job = LearnJob(str(folder), "desk", str(tiny_base_folder()), phase1_train_steps=1, phase2_train_steps=1, **more)
+    def learn(folder: Path, model: int = 0, **more: Any) -> Any:
+        job = LearnJob(str(folder), "desk", str(tiny_base_folder(model)), phase1_train_steps=1, phase2_train_steps=1, **more)
         return Worker("memory://store", 1).do(Item(0, job))  # a new one has nothing of its own yet
 
     photo, other = write_instance(tmp_path / "photo"), write_instance(tmp_path / "other", assets=1)
@@ -103,7 +107,8 @@ def test_another_photos_bundle_at_an_address_is_not_taken_for_what_was_asked_for
     before = contents(memory)
     assert f"/store/desk/{MANIFEST}" in before
     assert learn(photo).state == "there"
-    for asked in ({"folder": other}, {"folder": photo, "seed": 1}, {"folder": photo, "overwrite": True}):
+    for asked in ({"folder": other}, {"folder": photo, "seed": 1}, {"folder": photo, "overwrite": True},
+                  {"folder": photo, "model": 1}):  # fmt: skip
         refused = learn(**asked)
         assert refused.state == "failed" and "choose another name, or move it away" in refused.error
     assert contents(memory) == before
