@@ -53,6 +53,17 @@ def test_what_somebody_else_has_at_an_address_stays(memory: Any) -> None:
     assert contents(memory) == before
 
 
+def test_nothing_is_drawn_for_a_place_that_is_taken(memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mifo.cluster.run import Worker
+    from mifo.jobs.batch import Item
+    from mifo.jobs.job import SynthesizeJob
+
+    monkeypatch.setattr("mifo.cluster.run.do_item", lambda *_: pytest.fail("drawn for nothing"))
+    memory.pipe_file("/store/desk/notes.txt", b"mine")
+    outcome = Worker(str(tmp_path), 1).do(Item(0, SynthesizeJob("a photo of a car", output=PLACE)))
+    assert outcome.state == "failed" and "notes.txt" in str(outcome.error)
+
+
 def test_a_copy_that_was_broken_off_is_made_again(memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_file, left = type(memory).put_file, 3
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -127,10 +128,13 @@ def test_a_photo_that_its_camera_stored_turned_gets_upright_masks(toy_car: tuple
     exif = Image.Exif()
     exif[0x0112] = 6
     image.rotate(90, expand=True).save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    folder = tmp_path / "Ada's desk"
     result = mifo("segment", tmp_path / "photo.jpg", "--box", as_option(loose_box(truth[0], 0.1, np.random.default_rng(0))),
-                  "--output-path", tmp_path / "desk")  # fmt: skip
+                  "--output-path", folder)  # fmt: skip
     assert "turned upright" in result.stderr
-    instance = load_instance(tmp_path / "desk")
+    line = result.stdout.split("then: ")[1].strip()
+    assert shlex.split(line) == ["mifo", "learn", str(folder)]  # can be given to a shell as it is
+    instance = load_instance(folder)
     assert iou(np.asarray(instance.masks[0]) > 0, truth[0]) > 0.92 and not instance.notes
     assert np.abs(np.asarray(instance.image, int) - np.asarray(image, int)).mean() < 5  # JPEG
 
