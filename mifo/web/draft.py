@@ -107,8 +107,9 @@ class Draft:
         return self._replaced(index, replace(self.things[index], painted=name))
 
     def name_things(self, words: Sequence[str]) -> Draft:
-        named = (replace(thing, word=" ".join(word.split())[:60]) for thing, word in zip(self.things, words, strict=False))
-        return self._write(tuple(named))
+        """In the order of the things; those beyond the last word keep theirs."""
+        named = [replace(thing, word=" ".join(word.split())[:60]) for thing, word in zip(self.things, words, strict=False)]
+        return self._write((*named, *self.things[len(named) :]))
 
     def _with_thing(self, thing: Thing) -> Draft:
         if len(self.things) >= MAX_THINGS:

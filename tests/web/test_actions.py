@@ -56,6 +56,7 @@ def test_a_marked_photo_becomes_a_job_to_learn_it(site: Site) -> None:
     y, x = (float(inside.mean()) / side for inside, side in zip(np.nonzero(mask), mask.shape, strict=True))
     shown = does.mark(name, "toybox", clicked(x, y), *WORDS)
     assert shown[0] == name and shown[3]["choices"] == [("thing 0 (red)", 0)]
+    assert len(does.draft(name).name_things([]).things) == 1, "a thing without a word was dropped"
     with pytest.raises(gr.Error, match="there is a bundle called desk already"):
         does.begin(name, "desk", "toybox", 0, 0, 0, False, 0, "red car", *WORDS[1:])
     number, _ = does.begin(name, " cars ", "", 3, 0, 40, True, 0, "red car", *WORDS[1:])
