@@ -430,13 +430,16 @@ def study_composites_table() -> str:
     """The same from composites, as the embedded model learns, and with the preset."""
     names = {title: names[0] for title, (_, names) in STUDY.items()}
     del names["Break-A-Scene's match"]  # there at other rates
-    names |= {"the preset: these and the relative penalty": "mifo", "Break-A-Scene's match": "break-a-scene-first-search"}
-    settings = ("All have this project's rates. They are the best that were found for reward, then penalty, and with a weight of "
-                "0.1, as here, for Break-A-Scene's first search; with no loss others are better (above).")  # fmt: skip
-    return _beside_no_loss("toybench_study_composites", names, settings)
+    names |= {"the preset: these and the relative penalty": "mifo", "Break-A-Scene's match": "break-a-scene-first-search",
+              "none, at the best rates of its own search": "no-attention-loss-tuned"}  # fmt: skip
+    settings = ("All but the last have this project's rates. They are the best that were found for reward, then penalty, and "
+                "with a weight of 0.1, as here, for Break-A-Scene's first search; with no loss others are better (above)."
+                )  # fmt: skip
+    return _beside_no_loss("toybench_study_composites", names, settings, preset=True)
 
 
-def _beside_no_loss(file: str, names: dict[str, str], settings: str) -> str:
+def _beside_no_loss(file: str, names: dict[str, str], settings: str, preset: bool = False) -> str:
+    """`preset`: this project's preset minus each, too."""
     result = load(file)
     if result is None:
         return "Not measured yet."
@@ -451,6 +454,8 @@ def _beside_no_loss(file: str, names: dict[str, str], settings: str) -> str:
         if compared := entry.get("against_no_attention_loss"):
             cells = [difference(compared[c]) for c in columns]
             lines.append(f"| minus none, scene by scene | {' | '.join(cells)} |")
+        if preset and (compared := entry.get("mifo_against_it", {}).get("all")):
+            lines.append(f"| the preset minus this, scene by scene | {' | '.join(difference(compared[c]) for c in columns)} |")
     scenes, seeds, runs = result["scenes"], result["learning_seeds"], there["none"]["items"]
     learned = _learned(seeds) if runs == scenes * seeds else f"{runs} learning runs of each loss, {seeds} of a scene at most"
     about = (f"{scenes} scenes of three look-alikes, {learned}; mean, and 95 % "
