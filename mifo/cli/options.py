@@ -372,7 +372,7 @@ class LayoutOptions(OptionGroup):
     bounded: Annotated[bool, typer.Option(help="Mask attention to the boxes.")] = True
     own_text: OwnText = True
     contrast_scale: Annotated[
-        float, number(0, 10, "Leads each box away from what the other assets' words would draw; 1 for six look-alikes.")
+        float, number(0, 10, "Leads each box away from what the other assets' words would draw; try 1 for six look-alikes.")
     ] = 0.0
     lora_place: Annotated[
         LoraPlace | None, typer.Option(help="Where a bundle's LoRA acts; of several bundles always in the boxes.")
