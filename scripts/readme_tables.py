@@ -454,7 +454,8 @@ def _beside_no_loss(file: str, names: dict[str, str], settings: str, preset: boo
         if compared := entry.get("against_no_attention_loss"):
             cells = [difference(compared[c]) for c in columns]
             lines.append(f"| minus none, scene by scene | {' | '.join(cells)} |")
-        if preset and (compared := entry.get("mifo_against_it", {}).get("all")):
+        # beside none it stands already, as the preset's "minus none"
+        if preset and title != "none" and (compared := entry.get("mifo_against_it", {}).get("all")):
             lines.append(f"| the preset minus this, scene by scene | {' | '.join(difference(compared[c]) for c in columns)} |")
     scenes, seeds, runs = result["scenes"], result["learning_seeds"], there["none"]["items"]
     learned = _learned(seeds) if runs == scenes * seeds else f"{runs} learning runs of each loss, {seeds} of a scene at most"
