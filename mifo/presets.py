@@ -23,6 +23,9 @@ SINGLE_TOYS = "|".join(f"a photo of a toy {place}" for place in (
 ASSETS = 3
 """How many the toybox's steps were measured with."""
 
+MATCH_WEIGHT = 1e-2
+"""Of Break-A-Scene's attention loss, as published."""
+
 PLACES = ("at the beach", "in the snow", "on the grass", "at night", "in front of a brick wall", "on a wooden floor",
           "on a plain background")  # fmt: skip
 TOYBOX_COMPOSITES = CompositeConfig(share=1.0, backgrounds="|".join(f"a photo {place}" for place in PLACES), num_backgrounds=21,
@@ -68,14 +71,42 @@ def scale_steps(config: LearnConfig, by: float) -> LearnConfig:
                    lora=replace(second, train_steps=scaled(second.train_steps), attention=then))  # fmt: skip
 
 
+def with_attention_loss(config: LearnConfig, family: str, loss: str) -> LearnConfig:
+    """The preset with another attention loss, and what belongs to it; with 'reward-penalty' it stays as it is.
+
+    'match' is Break-A-Scene's, at its published weight. For the toybox, 'match' and 'none' have the weight and the rates that a
+    search of their own found best: the preset's rates are too low for learning without a loss (LOG.md). Raises InputError for
+    another name.
+    """
+    if loss not in ("match", "none"):
+        raise InputError(f"attention loss '{loss}' is not known; choose reward-penalty, match or none")
+    embedding, lora = config.embedding, config.lora
+    if family == "toybox":
+        first, second, rows = (1.104e-2, 2.695e-3, 7.31e-3) if loss == "match" else (2.63e-2, 2.61e-3, 4.35e-3)
+        embedding = replace(embedding, learning_rate=first)
+        lora = replace(lora, learning_rate=second, row_learning_rate=rows)
+
+    def changed(terms: AttentionTerms) -> AttentionTerms:
+        if loss == "none":
+            return replace(terms, loss="none", relative_penalty_weight=0.0)
+        return _match(terms, 4.76e-3 if family == "toybox" else MATCH_WEIGHT)
+
+    return replace(config, embedding=replace(embedding, attention=changed(embedding.attention)),
+                   lora=replace(lora, attention=changed(lora.attention)))  # fmt: skip
+
+
+def _match(terms: AttentionTerms, weight: float) -> AttentionTerms:
+    return replace(terms, loss="match", reward_weight=0.0, penalty_weight=weight, reward_steps=0, max_timestep=1000,
+                   average_sites=True, relative_penalty_weight=0.0)  # fmt: skip
+
+
 def _as_break_a_scene(config: LearnConfig, family: str) -> LearnConfig:
     """Break-A-Scene's losses (arXiv 2305.16311, section 3 and appendix) on the same LoRA budget.
 
     For Stable Diffusion with its published schedule; for the toybox with the steps, draws and rates of this project's own recipe:
     the published rates teach a model as small as that next to nothing (LOG.md).
     """
-    match = replace(config.lora.attention, loss="match", reward_weight=0.0, penalty_weight=1e-2, reward_steps=0,
-                    max_timestep=1000, average_sites=True, relative_penalty_weight=0.0)  # fmt: skip
+    match = _match(config.lora.attention, MATCH_WEIGHT)
     embedding = replace(config.embedding, cosine_restarts=False, attention=match)
     lora = replace(config.lora, attention=match)
     if family != "toybox":

@@ -23,7 +23,7 @@ from mifo.config import (
     to_dict,
 )
 from mifo.errors import InputError
-from mifo.presets import edit_preset, learn_preset, synthesis_preset
+from mifo.presets import edit_preset, learn_preset, synthesis_preset, with_attention_loss
 
 KINDS = [k for k in vars(module).values() if isinstance(k, type) and is_dataclass(k) and k.__module__ == module.__name__]
 
@@ -106,6 +106,19 @@ def test_a_comparison_on_the_toybox_gives_each_recipe_the_same_steps_rates_and_p
     assert ours.prior == replace(theirs.prior, class_prompt=ours.prior.class_prompt)
     published = learn_preset("stable-diffusion", "break-a-scene")
     assert (published.embedding.train_steps, published.lora.train_steps, published.embedding.learning_rate) == (400, 400, 5e-4)
+
+
+def test_another_attention_loss_leaves_all_else_of_stable_diffusions_preset() -> None:
+    preset = learn_preset("stable-diffusion")
+    match, none = (with_attention_loss(preset, "stable-diffusion", loss) for loss in ("match", "none"))
+    assert (match.lora.attention.penalty_weight, match.lora.attention.average_sites) == (0.01, True)  # as published
+    assert none.lora.attention.loss == "none" and none.embedding.learning_rate == preset.embedding.learning_rate
+    for changed in (match, none):
+        back = replace(changed, embedding=replace(changed.embedding, attention=preset.embedding.attention),
+                       lora=replace(changed.lora, attention=preset.lora.attention))  # fmt: skip
+        assert back == preset
+    with pytest.raises(InputError, match="attention loss 'reward' is not known; choose reward-penalty, match or none"):
+        with_attention_loss(preset, "stable-diffusion", "reward")
 
 
 def test_as_large_a_part_of_other_steps_is_guided() -> None:

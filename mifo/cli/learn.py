@@ -20,7 +20,18 @@ from ..io.outputs import PLACE, check_apart
 from ..io.processes import is_main_process, process_count
 from .app import app
 from .job import job_command
-from .options import ComputeOptions, EvaluatorOptions, InstanceName, Keep, LearnInput, LearnOutput, LogWith, TrainingOptions
+from .options import (
+    AttentionLoss,
+    ComputeOptions,
+    EvaluatorOptions,
+    InstanceName,
+    Keep,
+    LearnInput,
+    LearnOutput,
+    LogWith,
+    Recipe,
+    TrainingOptions,
+)
 from .parts import (
     bundle_name,
     choose_attention,
@@ -204,10 +215,9 @@ class _Learner:
         from ..config import MemoryConfig
         from ..learning.relearn import relearn_config
         from ..model.device import precision_name
-        from ..presets import learn_preset
 
         model, training = self.source.model_path, self.training
-        preset = learn_preset(family_of(model), training.recipe.value, instance.count)
+        preset = _preset(family_of(model), training, instance.count)
         preset = relearn_config(preset, self.start.bundle) if self.start else preset
         config = _learn_config(preset, training, self.compute.seed, precision_name(self.dtype))
         plan = plan_within("learn", model, self.device, self.dtype, training.resolution, self.compute.vram_gib,
@@ -222,6 +232,20 @@ class _Learner:
 
 
 # --- parts --------------------------------------------------------------------------------------
+
+
+def _preset(family: str, training: TrainingOptions, assets: int) -> LearnConfig:
+    """The family's, with the attention loss that was asked for. Raises InputError for options that contradict each other."""
+    from ..presets import learn_preset, with_attention_loss
+
+    preset = learn_preset(family, training.recipe.value, assets)
+    if (loss := training.attention_loss) is None:
+        return preset
+    if training.recipe is not Recipe.mifo:
+        raise InputError(f"--recipe {training.recipe.value} has an attention loss of its own; leave --attention-loss out")
+    if loss is AttentionLoss.none and (training.penalty_weight is not None or training.relative_penalty_weight is not None):
+        raise InputError("--attention-loss none has no weight; leave --penalty-weight and --relative-penalty-weight out")
+    return with_attention_loss(preset, family, loss.value)
 
 
 def _learn_config(config: LearnConfig, training: TrainingOptions, seed: int, precision: Any) -> LearnConfig:

@@ -27,6 +27,12 @@ class Recipe(str, Enum):
     break_a_scene = "break-a-scene"
 
 
+class AttentionLoss(str, Enum):
+    reward_penalty = "reward-penalty"
+    match = "match"
+    none = "none"
+
+
 class Sampler(str, Enum):
     ddim = "ddim"
     dpm = "dpm"
@@ -295,6 +301,9 @@ class TrainingOptions(OptionGroup):
 
     heading: ClassVar[str] = "Training"
     recipe: Annotated[Recipe, typer.Option(help="break-a-scene: that paper's losses, for comparison.")] = Recipe.mifo
+    attention_loss: Annotated[
+        AttentionLoss | None, typer.Option(help="match: Break-A-Scene's, at its own best rates; none: without, likewise.")
+    ] = None
     step_factor: Annotated[float | None, number(0.01, 100, help="So many times the preset's steps, of both phases.")] = None
     phase1_train_steps: Annotated[int | None, typer.Option(min=1, help="Steps on the token embeddings alone.")] = None
     phase2_train_steps: Annotated[int | None, typer.Option(min=0, help="Steps with LoRA; 0 leaves it out.")] = None

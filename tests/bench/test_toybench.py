@@ -19,7 +19,7 @@ from mifo.boxes import Box
 from mifo.data.instance import fit_instance, load_instance
 from mifo.evaluation.toybox_backend import agreement, thing_looks
 from mifo.model.embedding import initial_vectors, use_assets
-from mifo.presets import learn_preset, synthesis_preset
+from mifo.presets import learn_preset, synthesis_preset, with_attention_loss
 from mifo.toybox.draw import RARE_CLASSES
 from scripts.toybench import toybench, toybench_report
 from scripts.toybench.methods import METHODS, choose_methods, training
@@ -86,6 +86,13 @@ def test_methods_change_what_they_say():
     assert published.composites.share == 0 and published.lora.averaged_share == 0 and not published.masked_loss_by_area
     with pytest.raises(KeyError):
         choose_methods("best-method")
+
+
+@pytest.mark.parametrize(("loss", "method"), [("reward-penalty", "mifo"), ("match", "break-a-scene-tuned"),
+                                               ("none", "no-attention-loss-tuned")])  # fmt: skip
+@pytest.mark.parametrize("count", [3, 4])
+def test_learns_option_for_the_attention_loss_is_what_was_measured(loss: str, method: str, count: int):
+    assert with_attention_loss(learn_preset("toybox", assets=count), "toybox", loss) == training(method, 0, count=count).config
 
 
 @pytest.mark.parametrize("method", ["mifo", *(name for name in METHODS if METHODS[name].group == "tuned")])

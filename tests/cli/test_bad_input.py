@@ -141,6 +141,8 @@ def test_more_assets_than_a_prompt_can_hold(place: Path):
         (["--class-prompt", "a photo of <asset0>"], r"The class prompt has <asset0>, but there are no assets"),
         (["--class-prompt", "a car|a <lora:x:1> car"], r"The class prompt has <lora:x:1>, a tag"),
         (["--class-prompt", "a car " * 60], r"The class prompt is \d+ tokens too long"),
+        (["--attention-loss", "match", "--recipe", "break-a-scene"], r"--recipe break-a-scene has an attention loss of its own"),
+        (["--attention-loss", "none", "--penalty-weight", "1"], r"--attention-loss none has no weight; leave --penalty-weight"),
         (["--model-path", "sd9"], r"'sd9' is no base model: expected toybox, sd1\.5"),
         (["--model-path", "/no/such/folder"], r"is no base model"),
     ],

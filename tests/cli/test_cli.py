@@ -152,6 +152,14 @@ def test_break_a_scenes_recipe_runs(learned: Path, tmp_path: Path):
     assert bundle.adapters == ("unet_lora",)
 
 
+@pytest.mark.parametrize("loss", ["match", "none"])
+def test_the_attention_loss_that_was_asked_for_is_learned_with(learned: Path, tmp_path: Path, loss: str):
+    mifo(*learn_arguments(learned / "cups", tmp_path, "--attention-loss", loss, "--no-prior-preservation"))
+    config = load_bundle(tmp_path / "cups").config
+    assert config.recipe == "mifo"
+    assert {config.embedding.attention.loss, config.lora.attention.loss} == {loss}
+
+
 def test_weights_of_the_attention_terms_reach_both_phases(learned: Path, tmp_path: Path):
     options = ("--penalty-weight", "0.7", "--relative-penalty-weight", "0.3", "--no-prior-preservation")
     mifo(*learn_arguments(learned / "cups", tmp_path, *options))
