@@ -19,6 +19,13 @@ OURS = "mifo"
 NO_LOSS = ("published-no-attention-loss", "no-attention-loss")  # from the photo as published, and on composites
 MIN_SCENES = 5  # fewer have intervals that say little
 
+
+def _prompt_fit(item: Item) -> list[float]:
+    """Of both kinds of pictures, and of nothing where there is one kind alone: things alone fit better, and would be missed."""
+    alone, in_boxes = (item[kind].get("prompt_fit", []) for kind in ("alone", "in_boxes"))
+    return [*alone, *in_boxes] if alone and in_boxes else []
+
+
 #: name in the table -> (column title, values of one item, larger is better)
 MEASURES: dict[str, tuple[str, Callable[[Item], list[float]], bool]] = {
     "margin_in_boxes": ("identity margin in boxes", lambda i: i["in_boxes"].get("identity_margin", []), True),
@@ -30,7 +37,8 @@ MEASURES: dict[str, tuple[str, Callable[[Item], list[float]], bool]] = {
     "identity_alone": ("look similarity alone", lambda i: i["alone"].get("identity", []), True),
     "iou": ("IoU", lambda i: i["in_boxes"].get("ious", []), True),
     "count_right": ("count right in boxes", lambda i: i["in_boxes"].get("count_right", []), True),
-    "prompt_fit": ("prompt fit", lambda i: i["alone"].get("prompt_fit", []) + i["in_boxes"].get("prompt_fit", []), True),
+    "prompt_fit": ("prompt fit", _prompt_fit, True),
+    "prompt_fit_in_boxes": ("prompt fit in boxes", lambda i: i["in_boxes"].get("prompt_fit", []), True),
     "drift": ("drift", lambda i: [i["drift"]] if "drift" in i else [], False),
     "attention_in_others": ("attention in others' masks", lambda i: [i["attention_in_others"]], False),
 }

@@ -297,3 +297,17 @@ def test_comparison_by_scene():
     assert "| colors | 4 | 0.8" in toybench_report.versus_table(few, "rank-4")  # apart, yet too few to be bold
     assert "| rank-4 | 4 | -0.6" in toybench_report.paired_table(few)
     assert trained.__doc__ and all(chart.bars for chart in toybench_report.charts(found, 9))
+
+
+def test_prompt_fit_is_compared_between_the_same_kinds_of_pictures():
+    """Contrast, drawn in boxes alone, once seemed to lose 15 points beside pictures of single things."""
+
+    def item(method: str, alone: dict, fit: float) -> dict:
+        return {"method": method, "scene": "s0", "level": "colors", "count": 2, "alone": alone, "attention_in_others": 0.1,
+                "in_boxes": {"identity_margin": [0.5], "prompt_fit": [fit]}, "draw_seconds": 4.0, "pictures": 8,
+                "learn_seconds": 10.0}  # fmt: skip
+
+    found = toybench_report.summarize([item("mifo", {"prompt_fit": [1.0]}, 0.5), item("contrast", {}, 0.4)])
+    assert found["mifo"]["all"]["prompt_fit"]["mean"] == 0.75
+    against = found["contrast"]["mifo_against_it"]["all"]
+    assert against["prompt_fit"] is None and against["prompt_fit_in_boxes"]["difference"]["mean"] == pytest.approx(0.1)
