@@ -254,6 +254,16 @@ def composites_table() -> str:
                       source("main_job_composites", result)])  # fmt: skip
 
 
+def match_table() -> str:
+    """The preset beside Break-A-Scene's loss at the setting of its second search, side by side in one run."""
+    result = load("main_job_match")
+    if result is None:
+        return "Not measured yet."
+    columns = [("the preset", result["mifo"], "in_boxes"),
+               ("`--attention-loss match`", result["break-a-scene-tuned"], "in_boxes")]  # fmt: skip
+    return "\n".join([*_main_job_lines(columns, result), "", source("main_job_match", result)])
+
+
 def pictures_table() -> str:
     """The preset beside two pictures a step, of both example photos; each photo's two side by side in one run."""
     results = {name: load(name) for name in ("main_job_pictures", "main_job_pictures_shelf")}
@@ -740,8 +750,8 @@ def _seconds(entry: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
           "headline": headline_table, "answers": answers_table, "base_model": base_model_table, "toybox_xl": xl_table,
-          "samplers": samplers_table, "several": several_table, "composites": composites_table, "pictures": pictures_table,
-          "photos": photos_table, "relearn": relearn_table, "bundles_cost": bundles_cost_table,
+          "samplers": samplers_table, "several": several_table, "composites": composites_table, "match": match_table,
+          "pictures": pictures_table, "photos": photos_table, "relearn": relearn_table, "bundles_cost": bundles_cost_table,
           "scale": scale_table, "edit": edit_table, "search": search_table, "study": study_table,
           "study_photo": study_photo_table, "study_composites": study_composites_table,
           **{name: partial(comparison_table, name) for name in (
