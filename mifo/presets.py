@@ -78,6 +78,8 @@ def with_attention_loss(config: LearnConfig, family: str, loss: str) -> LearnCon
     search of their own found best: the preset's rates are too low for learning without a loss (LOG.md). Raises InputError for
     another name.
     """
+    if loss == "reward-penalty":
+        return config
     if loss not in ("match", "none"):
         raise InputError(f"attention loss '{loss}' is not known; choose reward-penalty, match or none")
     embedding, lora = config.embedding, config.lora

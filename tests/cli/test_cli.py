@@ -152,7 +152,7 @@ def test_break_a_scenes_recipe_runs(learned: Path, tmp_path: Path):
     assert bundle.adapters == ("unet_lora",)
 
 
-@pytest.mark.parametrize("loss", ["match", "none"])
+@pytest.mark.parametrize("loss", ["reward-penalty", "match", "none"])
 def test_the_attention_loss_that_was_asked_for_is_learned_with(learned: Path, tmp_path: Path, loss: str):
     mifo(*learn_arguments(learned / "cups", tmp_path, "--attention-loss", loss, "--no-prior-preservation"))
     config = load_bundle(tmp_path / "cups").config
