@@ -302,7 +302,7 @@ class TrainingOptions(OptionGroup):
     heading: ClassVar[str] = "Training"
     recipe: Annotated[Recipe, typer.Option(help="break-a-scene: that paper's losses, for comparison.")] = Recipe.mifo
     attention_loss: Annotated[
-        AttentionLoss | None, typer.Option(help="match: Break-A-Scene's, at its own best rates; none: without, likewise.")
+        AttentionLoss | None, typer.Option(help="match: Break-A-Scene's; none: learn without. Toybox: at the best rates of each.")
     ] = None
     step_factor: Annotated[float | None, number(0.01, 100, help="So many times the preset's steps, of both phases.")] = None
     phase1_train_steps: Annotated[int | None, typer.Option(min=1, help="Steps on the token embeddings alone.")] = None
@@ -324,7 +324,7 @@ class TrainingOptions(OptionGroup):
     ] = None
     lora_rank: Annotated[int | None, typer.Option(min=1, max=256, help="Higher: more detail, a larger bundle.")] = None
     train_text_encoder: Annotated[bool | None, typer.Option(help="LoRA in the text encoder too.")] = None
-    penalty_weight: Annotated[float | None, number(0, help="Weight of the penalty attention loss.")] = None
+    penalty_weight: Annotated[float | None, number(0, help="Weight of the penalty attention loss, or of match.")] = None
     relative_penalty_weight: Annotated[
         float | None, number(0, help="Of the penalty on attention maps relative to their maximum; toybox: 0.02.")
     ] = None
